@@ -1,0 +1,19 @@
+"""EdgeCompose: answers a prompt with a base model and a blend of LoRA adapters chosen by retrieval, offline."""
+
+from edgecompose.composer import Answer, Composer, Composition, Request, Retrieval, open_bundle
+from edgecompose.errors import EdgeComposeError
+from edgecompose.generation import Sampling
+from edgecompose.merging import MergeSettings
+
+__all__ = [
+    "Answer",
+    "Composer",
+    "Composition",
+    "EdgeComposeError",
+    "MergeSettings",
+    "Request",
+    "Retrieval",
+    "Sampling",
+    "open_bundle",
+]
+__version__ = "0.1.0"

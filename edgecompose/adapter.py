@@ -1,0 +1,169 @@
+"""A LoRA adapter as quantised arrays, and its file; knows nothing of prompts, weights or devices.
+
+File: safetensors. For each module `m` (q_proj, ...), the tensors `m.A.codes`, `m.A.scales`, `m.B.codes`,
+`m.B.scales` (see `quantization`), `m.gains` (2,) float32, `m.scaling` (L,) float32, which is alpha/r or
+alpha/sqrt(r) and 0 in layers that the adapter leaves alone, and `m.ranks` (L,) int32.
+The metadata names the format, the bits, and the base.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import safetensors
+from safetensors.numpy import save
+
+from edgecompose.errors import AdapterError, SlotMismatch
+from edgecompose.manifest import SlotGroup
+from edgecompose.quantization import Bits, QuantizedFactor
+
+FORMAT = "edgecompose-adapter/1"
+_PARTS = ("A.codes", "A.scales", "B.codes", "B.scales", "gains", "scaling", "ranks")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AdapterModule:
+    """Both factors of one module in all layers.
+
+    `a` is (r, L, in), `b` is (r, L, out); `scaling` (L,) float32; `ranks` (L,) int32, rows beyond a
+    layer's rank being zero.
+    """
+
+    a: QuantizedFactor
+    b: QuantizedFactor
+    scaling: npt.NDArray[np.float32]
+    ranks: npt.NDArray[np.int32]
+
+    @property
+    def rank(self) -> int:
+        """Rows kept, the largest rank of any layer."""
+        return int(self.a.codes.shape[0])
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return int(self.a.codes.shape[1])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """A named adapter. `base` is the identity of the base that it was exported against."""
+
+    name: str
+    modules: Mapping[str, AdapterModule]
+    bits: Bits
+    base: str
+    digest: str
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of any module."""
+        return max(module.rank for module in self.modules.values())
+
+
+def adapter_to_bytes(modules: Mapping[str, AdapterModule], *, bits: Bits, base: str, source: dict[str, Any]) -> bytes:
+    """The file of an adapter; the same input gives the same bytes."""
+    tensors: dict[str, npt.NDArray[Any]] = {}
+    for name, module in modules.items():
+        gains = np.array([module.a.gain, module.b.gain], np.float32)
+        parts = (module.a.codes, module.a.scales, module.b.codes, module.b.scales, gains, module.scaling, module.ranks)
+        tensors |= {f"{name}.{part}": np.ascontiguousarray(v) for part, v in zip(_PARTS, parts, strict=True)}
+    metadata = {
+        "format": FORMAT, "bits": str(bits), "base": base, "source": json.dumps(source, sort_keys=True),
+    }  # fmt: skip
+    return save(tensors, metadata=metadata)
+
+
+def load_adapter(path: Path, name: str, groups: Iterable[SlotGroup], base: str) -> Adapter:
+    """Read an adapter and check that it fits a base.
+
+    Args:
+        path: the file, whose hash the caller has checked.
+        groups: the slots of the base.
+        base: identity of the base.
+
+    Raises:
+        AdapterError: not an adapter file, or one that breaks the format.
+        SlotMismatch: made for another base; lists every module that does not fit.
+    """
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+    except (OSError, safetensors.SafetensorError) as error:
+        raise AdapterError(f"adapter '{name}' cannot be read: {error}; export it again") from error
+    if metadata.get("format") != FORMAT or metadata.get("bits") not in ("4", "8"):
+        raise AdapterError(
+            f"adapter '{name}' has format {metadata.get('format')!r}, {FORMAT!r} is wanted; "
+            "make it with 'edgecompose-export adapter'"
+        )
+    bits = cast(Bits, int(metadata["bits"]))
+    names = sorted({key.split(".", 1)[0] for key in tensors})
+    modules = {module: _module(name, module, tensors, bits) for module in names}
+    _check_fit(name, modules, {g.name: g for g in groups}, metadata.get("base", ""), base)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Adapter(name, modules, bits, metadata.get("base", ""), digest)
+
+
+def adapter_metadata(path: Path) -> dict[str, str]:
+    """Metadata of an adapter file without reading its tensors."""
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            return dict(file.metadata() or {})
+    except (OSError, safetensors.SafetensorError) as error:
+        raise AdapterError(f"adapter file '{path}' cannot be read: {error}") from error
+
+
+def _module(adapter: str, module: str, tensors: Mapping[str, npt.NDArray[Any]], bits: Bits) -> AdapterModule:
+    place = f"adapter '{adapter}', module '{module}'"
+    missing = [part for part in _PARTS if f"{module}.{part}" not in tensors]
+    if missing:
+        raise AdapterError(f"{place}: tensors missing: {', '.join(missing)}; export it again")
+    a_codes, a_scales, b_codes, b_scales, gains, scaling, ranks = (tensors[f"{module}.{p}"] for p in _PARTS)
+    code_type = np.int8 if bits == 8 else np.uint8
+    wanted = [
+        (a_codes, code_type, 3), (b_codes, code_type, 3), (a_scales, np.float16, 3), (b_scales, np.float16, 3),
+        (gains, np.float32, 1), (scaling, np.float32, 1), (ranks, np.int32, 1),
+    ]  # fmt: skip
+    if any(t.dtype != dtype or t.ndim != dims for t, dtype, dims in wanted) or gains.shape != (2,):
+        raise AdapterError(f"{place}: a tensor has another type or number of dimensions than the format says")
+    layers = scaling.shape[0]
+    outer = {t.shape[:2] for t in (a_codes, b_codes, a_scales, b_scales)}
+    if outer != {(a_codes.shape[0], layers)} or ranks.shape != (layers,) or 0 in a_codes.shape:
+        raise AdapterError(f"{place}: tensors disagree on rank or layers: {sorted(outer)}")
+    for codes, scales in ((a_codes, a_scales), (b_codes, b_scales)):
+        if scales.shape[2] == 0 or (codes.shape[2] * (2 if bits == 4 else 1)) % scales.shape[2]:
+            raise AdapterError(f"{place}: {scales.shape[2]} scales do not divide the width")
+    for values in (a_scales, b_scales, gains, scaling):
+        if not np.isfinite(values).all():
+            raise AdapterError(f"{place}: a scale is not finite; export it again")
+    a = QuantizedFactor(a_codes, a_scales, float(gains[0]), bits)
+    b = QuantizedFactor(b_codes, b_scales, float(gains[1]), bits)
+    return AdapterModule(a, b, scaling, ranks)
+
+
+def _check_fit(
+    name: str, modules: Mapping[str, AdapterModule], groups: Mapping[str, SlotGroup], made_for: str, base: str
+) -> None:
+    problems = []
+    for module, found in modules.items():
+        group = groups.get(module)
+        have = f"{found.layers} layers of {found.a.width}x{found.b.width}"
+        if group is None:
+            problems.append(f"'{module}' has no slot here")
+        elif (found.layers, found.a.width, found.b.width) != (group.layers, group.n_in, group.n_out):
+            problems.append(f"'{module}' is {group.layers} layers of {group.n_in}x{group.n_out} here, {have} there")
+    if problems:
+        raise SlotMismatch(f"adapter '{name}' does not fit this base: {'; '.join(problems)}; export it against this base")
+    if made_for != base:
+        raise SlotMismatch(
+            f"adapter '{name}' was exported against base {made_for[:12]}…, this base is {base[:12]}…; "
+            "export it against this base"
+        )

@@ -1,0 +1,305 @@
+"""The `edgecompose` command: parses, calls, prints. Results go to stdout, talk to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from edgecompose import bundle as bundles
+from edgecompose import report
+from edgecompose.composer import Composer, Request, open_bundle
+from edgecompose.device import DeviceRequest
+from edgecompose.errors import EdgeComposeError, MergeError
+from edgecompose.generation import Sampling
+from edgecompose.merging import METHODS, MergeSettings
+from edgecompose.peft_folder import write_peft_folder
+
+F = TypeVar("F", bound=Callable[..., Any])
+_STANDARD_INPUT = "-"
+
+bundle_argument = click.argument("bundle", type=click.Path(path_type=Path, exists=False))
+prompt_argument = click.argument("prompt")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+device_option = click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+    help="Where to compute; cuda fails when it cannot be used, auto falls back to cpu and says why.",
+)  # fmt: skip
+
+
+def retrieval_options(command: F) -> F:
+    """Options of every command that retrieves and weighs."""
+    options = [
+        click.option("--top-n", type=click.IntRange(min=1), help="Neighbours to retrieve (N)."),
+        click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Nucleus over tasks (p)."),
+        click.option(
+            "--temperature", type=click.FloatRange(0, min_open=True),
+            help="T of exp(-(1-cos)/T): smaller trusts the nearest neighbours more.",
+        ),
+        click.option("--exclude", multiple=True, metavar="TASK", help="Leave a task out; repeatable."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def merge_options(command: F) -> F:
+    """Options of every command that merges."""
+    options = [
+        click.option(
+            "--adapter", "adapters", multiple=True, metavar="NAME=WEIGHT",
+            help="Compose by hand instead of by retrieval; repeatable.",
+        ),
+        click.option("--method", type=click.Choice(list(METHODS)), help="How adapters are merged."),
+        click.option("--density", type=click.FloatRange(0, 1, min_open=True), help="Share of entries the prunes keep."),
+        click.option("--majority-sign", type=click.Choice(["total", "frequency"]), help="How ties elects a sign."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+class _Group(click.Group):
+    """Prints our errors as one line and exits with their code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EdgeComposeError as error:
+            click.echo(f"edgecompose: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except BrokenPipeError:
+            sys.stderr.close()
+            ctx.exit(1)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="edgecompose")
+def main() -> None:
+    """Answer a prompt with a base model and a blend of LoRA adapters chosen by retrieval, offline."""
+
+
+@main.command()
+@bundle_argument
+@prompt_argument
+@retrieval_options
+@merge_options
+@click.option("--choices", metavar="A,B,...", help="Score these options by log-likelihood instead of generating.")
+@click.option("--choice", "more_choices", multiple=True, metavar="TEXT", help="One option, commas and all; repeatable.")
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer, in tokens.")
+@click.option("--sample", is_flag=True, help="Draw tokens at random instead of taking the likeliest.")
+@click.option("--sample-temperature", type=click.FloatRange(0, min_open=True), default=0.8, show_default=True)
+@click.option("--sample-top-p", type=click.FloatRange(0, 1, min_open=True), default=0.95, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of --sample.")
+@click.option("--raw", is_flag=True, help="Send the prompt as it is, without the chat template.")
+@click.option("--explain", is_flag=True, help="Show on stderr how the answer came about.")
+@device_option
+@json_option
+def run(bundle: Path, prompt: str, explain: bool, device: str, as_json: bool, **options: Any) -> None:
+    """Answer PROMPT ('-' reads standard input): retrieve, weigh, merge, generate.
+
+    \b
+    edgecompose run models/demo "Was this review positive or negative? I loved every minute." --explain
+    edgecompose run models/demo "Is it true?" --choices yes,no --json
+    """
+    text = _read_prompt(prompt)
+    with _open(bundle, device) as composer:
+        request = _request(composer, options)
+        streams = not as_json
+        answer = composer.run(text, request, on_text=_print_piece if streams else _ignore)
+    if streams:
+        click.echo()
+    if explain:
+        for line in report.explain_answer(answer):
+            click.echo(line, err=True)
+    if as_json:
+        _print_json(report.answer_json(answer))
+
+
+@main.command()
+@bundle_argument
+@prompt_argument
+@retrieval_options
+@device_option
+@json_option
+def retrieve(bundle: Path, prompt: str, device: str, as_json: bool, **options: Any) -> None:
+    """Show which tasks PROMPT resembles, without answering it.
+
+    \b
+    edgecompose retrieve models/demo "Do both sentences mean the same?"
+    """
+    text = _read_prompt(prompt)
+    with _open(bundle, device) as composer:
+        retrieval = composer.retrieve(text, _request(composer, options))
+    if as_json:
+        _print_json({"prompt": text, **report.retrieval_json(retrieval)})
+    else:
+        _print_lines(report.explain_retrieval(retrieval))
+
+
+@main.command()
+@bundle_argument
+@prompt_argument
+@click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder to write.")
+@retrieval_options
+@merge_options
+@device_option
+@json_option
+def compose(bundle: Path, prompt: str, output: Path, device: str, as_json: bool, **options: Any) -> None:
+    """Write the blend for PROMPT as a PEFT LoRA folder that PeftModel.from_pretrained loads.
+
+    \b
+    edgecompose compose models/demo "A film review" -o blend
+    """
+    text = _read_prompt(prompt)
+    with _open(bundle, device) as composer:
+        composition = composer.compose(text, _request(composer, options))
+        paths = write_peft_folder(composition.merged, output, base=composer.bundle.manifest.base.source)
+    if as_json:
+        _print_json({"prompt": text, "files": [str(p) for p in paths], **report.composition_json(composition)})
+    else:
+        _print_lines([*report.explain_retrieval(composition.retrieval), f"written       {output}"])
+
+
+@main.command()
+@bundle_argument
+@json_option
+def inspect(bundle: Path, as_json: bool) -> None:
+    """Show what is in a bundle: base, embedder, tasks, adapters, defaults.
+
+    \b
+    edgecompose inspect models/demo
+    """
+    manifest = bundles.read_manifest(bundle)
+    if as_json:
+        _print_json(report.manifest_json(manifest))
+    else:
+        _print_lines(report.describe_manifest(manifest))
+
+
+@main.command()
+@bundle_argument
+@json_option
+def verify(bundle: Path, as_json: bool) -> None:
+    """Check every file of a bundle against its manifest and list all faults at once.
+
+    \b
+    edgecompose verify models/demo
+    """
+    manifest = bundles.read_manifest(bundle)
+    total = sum(entry.bytes for entry in manifest.files.values())
+    with _progress() as bar:
+        task = bar.add_task("hashing", total=total)
+        problems = bundles.verify(bundle, advance=lambda count: bar.advance(task, count))
+    if as_json:
+        _print_json({"bundle": str(bundle), "files": len(manifest.files), "bytes": total, "problems": problems})
+    else:
+        _print_lines(problems or [f"{len(manifest.files)} files, {total / 1e6:.1f} MB: no fault found"])
+    if problems:
+        sys.exit(EdgeComposeError.exit_code)
+
+
+@main.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Show versions, providers, the device that is chosen and why, and what is wrong.
+
+    \b
+    edgecompose doctor --json
+    """
+    found = report.doctor_json()
+    if as_json:
+        _print_json(found)
+    else:
+        _print_lines(report.describe_doctor(found))
+    if found["problems"]:
+        sys.exit(EdgeComposeError.exit_code)
+
+
+def _open(bundle: Path, device: str) -> Composer:
+    composer = open_bundle(bundle, device=cast(DeviceRequest, device))
+    if device == "auto" and composer.device.kind == "cpu" and "CUDA" in composer.device.reason:
+        click.echo(f"edgecompose: {composer.device.reason}", err=True)
+    return composer
+
+
+def _request(composer: Composer, options: dict[str, Any]) -> Request:
+    """The request that a command's options describe."""
+    default = composer.default_merge
+    merge = MergeSettings(
+        options.get("method") or default.method, options.get("density") or default.density,
+        options.get("majority_sign") or default.majority_sign,
+    )  # fmt: skip
+    sampling = None
+    if options.get("sample"):
+        sampling = Sampling(options["sample_temperature"], options["sample_top_p"], options["seed"])
+    return Request(
+        weights=_parse_weights(options.get("adapters", ())), exclude=options["exclude"],
+        neighbours=options["top_n"], temperature=options["temperature"], nucleus=options["top_p"], merge=merge,
+        max_tokens=options.get("max_tokens"), sampling=sampling, choices=(*_parse_choices(options.get("choices")), *options.get("more_choices", ())),
+        raw=options.get("raw", False),
+    )  # fmt: skip
+
+
+def _parse_weights(pairs: tuple[str, ...]) -> dict[str, float] | None:
+    if not pairs:
+        return None
+    weights: dict[str, float] = {}
+    for pair in pairs:
+        name, separator, value = pair.rpartition("=")
+        try:
+            weight = float(value)
+        except ValueError:
+            separator = ""
+        if not separator:
+            raise click.BadParameter(f"{pair!r} is not NAME=WEIGHT, for example snli=0.7", param_hint="--adapter")
+        if name in weights:
+            raise MergeError(f"adapter '{name}' is named twice; add its weights up instead")
+        weights[name] = weight
+    return weights
+
+
+def _parse_choices(text: str | None) -> tuple[str, ...]:
+    if text is None:
+        return ()
+    choices = tuple(choice.strip() for choice in text.split(","))
+    if not all(choices):
+        raise click.BadParameter("a choice is empty; give them as A,B,C", param_hint="--choices")
+    return choices
+
+
+def _read_prompt(prompt: str) -> str:
+    if prompt != _STANDARD_INPUT:
+        return prompt
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise EdgeComposeError(f"standard input is not UTF-8 ({error}); give UTF-8 text") from error
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def _print_piece(text: str) -> None:
+    click.echo(text, nl=False)
+
+
+def _ignore(text: str) -> None:
+    """Swallow streamed text where the whole answer is printed at the end."""
+
+
+def _print_lines(lines: list[str]) -> None:
+    for line in lines:
+        click.echo(line)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    click.echo(json.dumps(value, ensure_ascii=False))

@@ -1,0 +1,287 @@
+"""The whole way of a prompt: embed, retrieve, weigh, merge, generate; the one place that sees all of it."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from edgecompose.adapter import Adapter, load_adapter
+from edgecompose.bundle import Bundle
+from edgecompose.decoder import Decoder, Decoding, Float
+from edgecompose.device import Device, DeviceRequest, choose_device
+from edgecompose.embedder import Embedder
+from edgecompose.errors import GenerationError
+from edgecompose.generation import Sampling, generate, score_choices, stream_text
+from edgecompose.merging import MergedAdapter, Merger, MergeSettings
+from edgecompose.retrieval import ExampleIndex, Neighbour
+from edgecompose.tokenization import Tokenizer
+from edgecompose.weighting import adapter_weights, nucleus, task_distribution
+
+STAGES = ("embed", "retrieve", "weigh", "merge", "prefill", "decode", "total")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a caller may decide; None takes the bundle's default.
+
+    `weights` composes by hand and skips retrieval; `exclude` leaves tasks out of it;
+    `neighbours`, `temperature` and `nucleus` are the paper's N, T and p;
+    `raw` sends the prompt without the chat template; `choices` are scored instead of generating.
+    """
+
+    weights: Mapping[str, float] | None = None
+    exclude: tuple[str, ...] = ()
+    neighbours: int | None = None
+    temperature: float | None = None
+    nucleus: float | None = None
+    merge: MergeSettings | None = None
+    max_tokens: int | None = None
+    sampling: Sampling | None = None
+    choices: tuple[str, ...] = ()
+    raw: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieval:
+    """Neighbours, the distribution over tasks before the nucleus cut, the tasks that it kept, and adapter weights."""
+
+    neighbours: tuple[Neighbour, ...]
+    distribution: Mapping[str, float]
+    nucleus: Mapping[str, float]
+    weights: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Composition:
+    """A blend on the device with what led to it."""
+
+    retrieval: Retrieval
+    settings: MergeSettings
+    merged: MergedAdapter
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer and how it came about; `timings_ms` has one entry a stage of STAGES.
+
+    `choices` maps each given choice to its mean log-likelihood (nats a token), None when none were given.
+    """
+
+    prompt: str
+    text: str
+    retrieval: Retrieval
+    settings: MergeSettings
+    composition: str
+    device: Device
+    timings_ms: Mapping[str, float]
+    prompt_tokens: int
+    generated_tokens: int
+    choices: Mapping[str, float] | None = None
+
+
+@dataclass(slots=True)
+class _Clock:
+    """Milliseconds spent in each stage."""
+
+    spent: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spent[name] += (time.perf_counter() - start) * 1e3
+
+
+class Composer:
+    """An opened bundle on a device. Parts are loaded when first needed; `close` lets go of them."""
+
+    def __init__(self, bundle: Bundle, device: Device) -> None:
+        self.bundle = bundle
+        self.device = device
+        self._adapters: dict[str, Adapter] = {}
+
+    def __enter__(self) -> Composer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drop the sessions, the index and the adapters; they are loaded again if asked for."""
+        self._adapters.clear()
+        for part in ("embedder", "index", "decoder", "tokenizer", "merger"):
+            self.__dict__.pop(part, None)
+
+    @functools.cached_property
+    def embedder(self) -> Embedder:
+        """The sentence encoder."""
+        spec = self.bundle.manifest.embedder
+        return Embedder(self.bundle.path(spec.graph), self.bundle.path(spec.tokenizer), spec, self.device)
+
+    @functools.cached_property
+    def index(self) -> ExampleIndex:
+        """The training examples."""
+        manifest = self.bundle.manifest
+        return ExampleIndex(self.bundle.path(manifest.index.file), manifest.index, manifest.tasks)
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The base's tokenizer and chat template."""
+        spec = self.bundle.manifest.base
+        template = None if spec.chat_template is None else self.bundle.text(spec.chat_template)
+        return Tokenizer(self.bundle.path(spec.tokenizer), chat_template=template)
+
+    @functools.cached_property
+    def decoder(self) -> Decoder:
+        """The base model."""
+        spec = self.bundle.manifest.base
+        return Decoder(self.bundle.path(spec.graph), spec, self.device)
+
+    @functools.cached_property
+    def merger(self) -> Merger:
+        """The merge engine."""
+        return Merger(self.device)
+
+    def warm_up(self) -> None:
+        """Load everything that an answer needs."""
+        _ = (self.embedder, self.index, self.tokenizer, self.decoder, self.merger)
+
+    def adapter(self, name: str) -> Adapter:
+        """One adapter of the bundle, read and checked once."""
+        if name not in self._adapters:
+            base = self.bundle.manifest.base
+            path = self.bundle.adapter_file(name)
+            self._adapters[name] = load_adapter(path, name, base.slots, base.identity)
+        return self._adapters[name]
+
+    def retrieve(self, prompt: str, request: Request | None = None) -> Retrieval:
+        """The tasks that a prompt resembles (embed, retrieve, weigh)."""
+        return self._retrieve(prompt, request or Request(), _Clock())
+
+    def compose(self, prompt: str, request: Request | None = None) -> Composition:
+        """The blend for a prompt, on the device (embed, retrieve, weigh, merge)."""
+        return self._compose(prompt, request or Request(), _Clock())
+
+    def run(
+        self, prompt: str, request: Request | None = None, *, on_text: Callable[[str], None] = lambda text: None
+    ) -> Answer:
+        """Answer a prompt.
+
+        Args:
+            on_text: called with each piece of the answer as it becomes certain.
+
+        Raises:
+            EdgeComposeError: of the stage that failed.
+        """
+        request = request or Request()
+        clock = _Clock()
+        with clock.stage("total"):
+            composition = self._compose(prompt, request, clock)
+            ids = self._encode(prompt, raw=request.raw)
+            if request.choices:
+                text, count, scores = self._choose(ids, composition.merged, request, clock)
+                on_text(text)
+            else:
+                text, count = self._generate(ids, composition.merged, request, clock, on_text)
+                scores = None
+        return Answer(
+            prompt, text, composition.retrieval, composition.settings, composition.merged.digest,
+            self.device, clock.spent, len(ids), count, scores,
+        )  # fmt: skip
+
+    def _retrieve(self, prompt: str, request: Request, clock: _Clock) -> Retrieval:
+        if request.weights is not None:
+            return Retrieval((), {}, {}, dict(request.weights))
+        defaults = self.bundle.manifest.defaults
+        with clock.stage("embed"):
+            query = self.embedder.embed(prompt)
+        with clock.stage("retrieve"):
+            count = request.neighbours or defaults.neighbours
+            neighbours = self.index.search(query, count, exclude=request.exclude)
+        with clock.stage("weigh"):
+            distribution = task_distribution(neighbours, request.temperature or defaults.temperature)
+            kept = nucleus(distribution, request.nucleus or defaults.nucleus)
+            weights = adapter_weights(kept, {name: t.adapter for name, t in self.bundle.manifest.tasks.items()})
+        return Retrieval(tuple(neighbours), distribution, kept, weights)
+
+    def _compose(self, prompt: str, request: Request, clock: _Clock) -> Composition:
+        retrieval = self._retrieve(prompt, request, clock)
+        settings = request.merge or self.default_merge
+        with clock.stage("merge"):
+            adapters = [self.adapter(name) for name in retrieval.weights]
+            merged = self.merger.merge(adapters, list(retrieval.weights.values()), settings)
+        return Composition(retrieval, settings, merged)
+
+    @property
+    def default_merge(self) -> MergeSettings:
+        """The bundle's method and parameters."""
+        defaults = self.bundle.manifest.defaults
+        return MergeSettings(defaults.method, defaults.density, defaults.majority_sign)
+
+    def _encode(self, prompt: str, *, raw: bool) -> list[int]:
+        if not raw and self.tokenizer.has_chat_template:
+            prompt = self.tokenizer.chat([{"role": "user", "content": prompt}])
+        ids = self.tokenizer.encode(prompt)
+        if not ids:
+            raise GenerationError("the prompt is empty; give some text")
+        return ids
+
+    def _read_prompt(
+        self, ids: Sequence[int], merged: MergedAdapter, room: int, clock: _Clock
+    ) -> tuple[Decoding, Float]:
+        decoder = self.decoder
+        with clock.stage("prefill"):
+            decoding = decoder.start(merged, len(ids) + room)
+            return decoding, decoding.forward(ids)[0]
+
+    def _generate(
+        self, ids: list[int], merged: MergedAdapter, request: Request, clock: _Clock, on_text: Callable[[str], None]
+    ) -> tuple[str, int]:
+        limit = request.max_tokens or self.bundle.manifest.defaults.max_tokens
+        decoding, logits = self._read_prompt(ids, merged, limit, clock)
+        end = self.bundle.manifest.base.end_tokens
+        tokens = generate(decoding, logits, max_tokens=limit, end_tokens=end, sampling=request.sampling)
+        pieces, count = [], 0
+        with clock.stage("decode"):
+            for token, piece in stream_text(tokens, self.tokenizer):
+                count += token >= 0
+                pieces.append(piece)
+                on_text(piece)
+        return "".join(pieces), count
+
+    def _choose(
+        self, ids: list[int], merged: MergedAdapter, request: Request, clock: _Clock
+    ) -> tuple[str, int, dict[str, float]]:
+        if len(set(request.choices)) != len(request.choices):
+            raise GenerationError("a choice is given twice; give each once")
+        raw = request.raw or not self.tokenizer.has_chat_template
+        choices = [self.tokenizer.encode(f" {choice}" if raw else choice) for choice in request.choices]
+        decoding, logits = self._read_prompt(ids, merged, max(map(len, choices)), clock)
+        with clock.stage("decode"):
+            scores = score_choices(decoding, logits, choices)
+        ranked = dict(zip(request.choices, scores, strict=True))
+        return max(ranked, key=ranked.__getitem__), sum(map(len, choices)), ranked
+
+
+def open_bundle(path: str | Path, *, device: DeviceRequest = "auto") -> Composer:
+    """Open a bundle for answering prompts; use it in a `with` statement.
+
+    Args:
+        path: the bundle's directory.
+        device: 'auto', 'cpu' or 'cuda'.
+
+    Raises:
+        BundleError: the bundle cannot be used.
+        DeviceError: the device cannot be used.
+    """
+    return Composer(Bundle(Path(path)), choose_device(device))
+

@@ -1,0 +1,155 @@
+"""Chooses the device, says why, and opens ONNX Runtime sessions on it; the only module that imports onnxruntime.
+
+Telemetry of ONNX Runtime is switched off here, before the import (its Linux wheels report home by default).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np  # noqa: E402
+
+try:
+    import onnxruntime  # noqa: E402
+except ImportError as error:  # pragma: no cover - depends on the installation
+    raise ImportError(
+        "onnxruntime is not installed; install one of the extras: pip install 'edgecompose[cpu]' or 'edgecompose[gpu]'"
+    ) from error
+
+from edgecompose.errors import BundleError, DeviceError  # noqa: E402
+
+DeviceRequest = Literal["auto", "cpu", "cuda"]
+OrtValue = onnxruntime.OrtValue
+Session = onnxruntime.InferenceSession
+IOBinding = onnxruntime.IOBinding
+
+_CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Where sessions run, and why.
+
+    `kind` is 'cpu' or 'cuda'; `providers` are ONNX Runtime's, the preferred one first.
+    """
+
+    kind: Literal["cpu", "cuda"]
+    providers: tuple[str, ...]
+    reason: str
+
+    def empty(self, shape: Sequence[int], dtype: type[np.generic] = np.float32) -> OrtValue:
+        """An uninitialised tensor on this device."""
+        return OrtValue.ortvalue_from_shape_and_type(list(shape), dtype, self.kind, 0)
+
+    def place(self, array: np.ndarray[Any, Any]) -> OrtValue:
+        """A copy of `array` on this device."""
+        return OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.kind, 0)
+
+
+def choose_device(request: DeviceRequest = "auto") -> Device:
+    """The device for `request`.
+
+    Args:
+        request: 'cpu'; 'cuda', which must work; 'auto', which takes CUDA when it works.
+
+    Raises:
+        DeviceError: 'cuda' was asked for and cannot be used; or an unknown request.
+    """
+    if request not in ("auto", "cpu", "cuda"):
+        raise DeviceError(f"device '{request}' is unknown; use auto, cpu or cuda")
+    cpu = Device("cpu", (_CPU,), "cpu was asked for")
+    if request == "cpu":
+        return cpu
+    obstacle = _cuda_obstacle()
+    if obstacle is None:
+        return Device("cuda", (_CUDA, _CPU), f"cuda works ({'asked for' if request == 'cuda' else 'found by auto'})")
+    if request == "cuda":
+        raise DeviceError(
+            f"device cuda cannot be used: {obstacle}; "
+            "install the extra [gpu] and a CUDA driver, or use --device cpu ('edgecompose doctor' shows more)"
+        )
+    return Device("cpu", (_CPU,), f"auto fell back to cpu: {obstacle}")
+
+
+def open_session(graph: Path | bytes, device: Device, *, name: str, threads: int | None = None) -> Session:
+    """Open a graph on the device and make sure that it really runs there.
+
+    Args:
+        graph: path of an .onnx file (whose hash the caller has checked), or its bytes.
+        name: what the graph is, for messages.
+        threads: intra-op threads; None lets ONNX Runtime take one per core.
+
+    Raises:
+        BundleError: ONNX Runtime refuses the graph.
+        DeviceError: the session fell back to another provider than `device` asks for.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    source = graph if isinstance(graph, bytes) else str(graph)
+    try:
+        session = Session(source, options, providers=list(device.providers))
+    except Exception as error:  # ONNX Runtime raises its own classes, all derived from Exception
+        raise BundleError(f"ONNX Runtime refuses the {name} graph: {error}") from error
+    landed = session.get_providers()[0]
+    if landed != device.providers[0]:
+        raise DeviceError(
+            f"the {name} graph landed on {landed} though {device.providers[0]} was wanted; "
+            "use --device cpu, or see 'edgecompose doctor'"
+        )
+    return session
+
+
+def installed_packages() -> dict[str, str]:
+    """Version of every ONNX Runtime distribution that is installed (two of them is a fault)."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def available_providers() -> tuple[str, ...]:
+    """Providers that this build of ONNX Runtime knows; it may still fail to load one."""
+    return tuple(onnxruntime.get_available_providers())
+
+
+def runtime_version() -> str:
+    """Version of ONNX Runtime."""
+    return str(onnxruntime.__version__)
+
+
+def telemetry_disabled() -> bool:
+    """Whether ONNX Runtime was told, before it was imported, not to report home."""
+    return os.environ.get("ORT_DISABLE_TELEMETRY") == "1"
+
+
+def _cuda_obstacle() -> str | None:
+    """Why CUDA cannot be used, None when it can; opens a one-node session to be sure."""
+    if _CUDA not in available_providers():
+        return f"onnxruntime {runtime_version()} was built without it (providers: {', '.join(available_providers())})"
+    preload = getattr(onnxruntime, "preload_dlls", None)
+    if preload is not None:
+        preload()
+    probe = Path(__file__).parent / "graphs" / "probe.onnx"
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        session = Session(probe.read_bytes(), options, providers=[_CUDA, _CPU])
+    except Exception as error:  # any failure here means that the device is not usable
+        return f"opening a session failed ({error})"
+    if session.get_providers()[0] != _CUDA:
+        return "the provider is built in but could not be loaded (driver or CUDA libraries missing)"
+    return None

@@ -1,0 +1,72 @@
+"""Prompts to unit vectors with the bundle's sentence encoder; knows nothing of tasks or indexes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+
+from edgecompose.device import Device, open_session
+from edgecompose.errors import BundleError, RetrievalError
+from edgecompose.manifest import EmbedderSpec
+
+Float = npt.NDArray[np.float32]
+
+
+class Embedder:
+    """A sentence encoder. One text at a time: int8 activations are scaled over a whole batch, so a text
+    embedded in company would not be the text embedded alone.
+    """
+
+    def __init__(self, graph: Path, tokenizer: Path, spec: EmbedderSpec, device: Device) -> None:
+        self._spec = spec
+        self._session = open_session(graph, device, name="embedder")
+        self._inputs = {i.name for i in self._session.get_inputs()}
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer))
+        except Exception as error:  # the library raises bare Exception on any malformed file
+            raise BundleError(f"the embedder's tokenizer cannot be read: {error}; export the bundle again") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    def embed(self, text: str) -> Float:
+        """The vector (dimension,) of a text, of unit norm when the encoder normalises.
+
+        A text longer than the encoder's window keeps its head and its tail: the question is often at the end.
+
+        Raises:
+            RetrievalError: the text is empty, or its vector is not finite.
+        """
+        if not text.strip():
+            raise RetrievalError("an empty prompt cannot be embedded; give some text")
+        ids = head_and_tail(self._tokenizer.encode(text).ids, self._spec.max_length)
+        row = np.array([ids], np.int64)
+        feeds = {"input_ids": row, "attention_mask": np.ones_like(row), "token_type_ids": np.zeros_like(row)}
+        (hidden, *_) = self._session.run(None, {k: v for k, v in feeds.items() if k in self._inputs})
+        vector = pool(np.asarray(hidden[0], np.float32), self._spec.pooling)
+        if self._spec.normalize:
+            vector = normalize(vector)
+        if vector.shape != (self._spec.dimension,) or not np.isfinite(vector).all():
+            raise RetrievalError(f"the encoder gave an unusable vector of shape {vector.shape}; export the bundle again")
+        return vector
+
+
+def head_and_tail(ids: list[int], limit: int) -> list[int]:
+    """The first half and the last half of a sequence longer than `limit`, special tokens at both ends kept."""
+    if len(ids) <= limit:
+        return ids
+    head = limit // 2
+    return ids[:head] + ids[len(ids) - (limit - head) :]
+
+
+def pool(hidden: Float, pooling: str) -> Float:
+    """One vector (d,) from token vectors (t, d): their mean, or the first one for 'cls'."""
+    return hidden[0] if pooling == "cls" else np.asarray(hidden.mean(axis=0), np.float32)
+
+
+def normalize(vector: Float) -> Float:
+    """The vector at unit Euclidean norm (a zero vector stays zero)."""
+    norm = float(np.linalg.norm(vector))
+    return np.asarray(vector / norm, np.float32) if norm else vector

@@ -1,0 +1,321 @@
+"""What `manifest.json` says, as frozen values; knows nothing of the files that it names."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any, Literal, TypeVar
+
+from edgecompose.errors import ManifestInvalid, UnsupportedSchema
+
+SCHEMA_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+_SHA256 = re.compile(r"^[0-9a-f]{64}$")
+_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """Hash and size (bytes) of one file of the bundle."""
+
+    sha256: str
+    bytes: int
+
+    def __post_init__(self) -> None:
+        if not _SHA256.match(self.sha256):
+            raise ManifestInvalid(f"sha256 '{self.sha256}' is not 64 hexadecimal digits")
+        if self.bytes < 0:
+            raise ManifestInvalid(f"a file size of {self.bytes} bytes is negative")
+
+
+@dataclass(frozen=True, slots=True)
+class SlotGroup:
+    """One linear module of every layer: A is (n_in, r), B is (r, n_out)."""
+
+    name: str
+    layers: int
+    n_in: int
+    n_out: int
+
+    def __post_init__(self) -> None:
+        if min(self.layers, self.n_in, self.n_out) < 1:
+            raise ManifestInvalid(f"slot group '{self.name}' has a size below 1")
+
+
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """How far a quantised base is from its float form.
+
+    `kl` is the mean KL divergence (nats) of the next-token distribution, `top1` the share of
+    positions with the same most likely token, over `positions` positions of `prompts` prompts.
+    """
+
+    kl: float
+    top1: float
+    prompts: int
+    positions: int
+
+
+@dataclass(frozen=True, slots=True)
+class BaseSpec:
+    """The decoder graph and what the decoding loop has to know of it."""
+
+    graph: str
+    tokenizer: str
+    identity: str
+    precision: str
+    context: int
+    kv_heads: int
+    head_size: int
+    vocabulary: int
+    end_tokens: tuple[int, ...]
+    slots: tuple[SlotGroup, ...]
+    chat_template: str | None = None
+    distance: Distance | None = None
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.slots:
+            raise ManifestInvalid("the base has no adapter slots")
+        if min(self.context, self.kv_heads, self.head_size, self.vocabulary) < 1:
+            raise ManifestInvalid("context, kv_heads, head_size and vocabulary of the base must be at least 1")
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder blocks."""
+        return max(group.layers for group in self.slots)
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedderSpec:
+    """The sentence encoder: pooling, length in tokens, and whether vectors have unit norm.
+
+    `cosine` is the mean cosine between its vectors and those of its float32 form.
+    """
+
+    graph: str
+    tokenizer: str
+    identity: str
+    precision: str
+    dimension: int
+    max_length: int
+    pooling: Literal["mean", "cls"]
+    normalize: bool
+    cosine: float = 1.0
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if self.dimension < 1 or self.max_length < 8:
+            raise ManifestInvalid("the embedder wants dimension >= 1 and max_length >= 8")
+
+
+@dataclass(frozen=True, slots=True)
+class IndexSpec:
+    """The USearch file: `vectors` cosine vectors of `dimension` in `dtype`, made by one embedder."""
+
+    file: str
+    vectors: int
+    dimension: int
+    embedder: str
+    dtype: Literal["f16", "f32"] = "f16"
+    texts: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSpec:
+    """One task: its adapter, and the keys [first_key, first_key + examples) of its vectors."""
+
+    adapter: str
+    first_key: int
+    examples: int
+
+    def __post_init__(self) -> None:
+        if self.first_key < 0 or self.examples < 0:
+            raise ManifestInvalid("first_key and examples of a task must not be negative")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSpec:
+    """One adapter file: largest rank, bits per weight, relative quantisation error, provenance."""
+
+    file: str
+    rank: int
+    bits: Literal[4, 8]
+    base: str
+    error: float
+    source: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """Settings used where a request names none.
+
+    `neighbours` is the paper's N, `temperature` its T (1 in the paper), `nucleus` its p;
+    `density` in (0, 1] and `majority_sign` go to the pruning methods.
+    """
+
+    neighbours: int = 100
+    temperature: float = 1.0
+    nucleus: float = 0.9
+    method: str = "product"
+    density: float = 0.5
+    majority_sign: Literal["total", "frequency"] = "total"
+    max_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        if self.neighbours < 1 or self.max_tokens < 1:
+            raise ManifestInvalid("neighbours and max_tokens must be at least 1")
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise ManifestInvalid(f"temperature is {self.temperature}; a positive number is wanted")
+        if not (0 < self.nucleus <= 1 and 0 < self.density <= 1):
+            raise ManifestInvalid("nucleus and density must lie in (0, 1]")
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Everything that a bundle says of itself."""
+
+    name: str
+    base: BaseSpec
+    embedder: EmbedderSpec
+    index: IndexSpec
+    tasks: dict[str, TaskSpec]
+    adapters: dict[str, AdapterSpec]
+    defaults: Defaults
+    files: dict[str, FileEntry]
+    created_by: str = ""
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        for name in (*self.tasks, *self.adapters):
+            check_name(name)
+        for name, task in self.tasks.items():
+            if task.adapter not in self.adapters:
+                raise ManifestInvalid(f"task '{name}' names adapter '{task.adapter}', which is not in the manifest")
+        for path in self.files:
+            check_path(path)
+        missing = sorted(set(self.named_files()) - set(self.files))
+        if missing:
+            raise ManifestInvalid(f"manifest names files without a hash: {', '.join(missing)}")
+        self._check_keys()
+
+    def named_files(self) -> list[str]:
+        """Every file that some part of the manifest refers to."""
+        optional = [self.base.chat_template, self.index.texts]
+        return [
+            self.base.graph, self.base.tokenizer, self.embedder.graph, self.embedder.tokenizer, self.index.file,
+            *(a.file for a in self.adapters.values()), *(path for path in optional if path is not None),
+        ]  # fmt: skip
+
+    def _check_keys(self) -> None:
+        spans = sorted((t.first_key, t.first_key + t.examples, name) for name, t in self.tasks.items())
+        for (_, end, one), (start, _, other) in zip(spans, spans[1:], strict=False):
+            if start < end:
+                raise ManifestInvalid(f"tasks '{one}' and '{other}' share example keys")
+        total = sum(t.examples for t in self.tasks.values())
+        if total != self.index.vectors:
+            raise ManifestInvalid(f"tasks count {total} examples, the index {self.index.vectors}")
+        if self.index.dimension != self.embedder.dimension:
+            raise ManifestInvalid(
+                f"index is {self.index.dimension}-dimensional, the embedder {self.embedder.dimension}-dimensional"
+            )
+
+
+def check_name(name: str) -> str:
+    """A task or adapter name, which is also a file name: letters, digits, '.', '_', '-', at most 100."""
+    if not _NAME.match(name):
+        raise ManifestInvalid(f"name {name!r} is not allowed; use letters, digits, '.', '_' and '-', at most 100")
+    return name
+
+
+def check_path(path: str) -> str:
+    """A path inside the bundle: relative, with forward slashes, without '..'."""
+    parts = PurePosixPath(path).parts
+    if not parts or path.startswith("/") or "\\" in path or ":" in path or ".." in parts or "\0" in path:
+        raise ManifestInvalid(f"path {path!r} leaves the bundle; a relative path inside of it is wanted")
+    return path
+
+
+def manifest_to_json(manifest: Manifest) -> str:
+    """The manifest as the text of `manifest.json`: sorted keys, one field a line, final newline."""
+    return json.dumps(dataclasses.asdict(manifest), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def manifest_from_json(text: str) -> Manifest:
+    """The manifest that `text` describes.
+
+    Raises:
+        UnsupportedSchema: written by another major version.
+        ManifestInvalid: not JSON, or a field missing, unknown, of the wrong type or out of range.
+    """
+    try:
+        found = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ManifestInvalid(f"manifest.json is not JSON ({error}); export the bundle again") from error
+    if not isinstance(found, dict):
+        raise ManifestInvalid("manifest.json is not a JSON object; export the bundle again")
+    version = found.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise UnsupportedSchema(
+            f"the bundle has schema version {version!r}, this edgecompose reads {SCHEMA_VERSION}; "
+            "update edgecompose, or export the bundle again"
+        )
+    return value_from_json(Manifest, found, "manifest")
+
+
+def value_from_json(kind: type[_T], found: Any, place: str) -> _T:
+    """A frozen dataclass (or a plain value) from parsed JSON, checked field by field."""
+    return typing.cast(_T, _convert(kind, found, place))
+
+
+def _convert(kind: Any, found: Any, place: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return _convert_dataclass(kind, found, place)
+    if origin in (typing.Union, types.UnionType):
+        (inner,) = [a for a in arguments if a is not type(None)]
+        return None if found is None else _convert(inner, found, place)
+    if origin is Literal:
+        if found in arguments:
+            return found
+        raise ManifestInvalid(f"{place} is {found!r}; one of {', '.join(map(repr, arguments))} is wanted")
+    if origin is tuple and isinstance(found, list):
+        return tuple(_convert(arguments[0], item, f"{place}[{i}]") for i, item in enumerate(found))
+    if origin is dict and isinstance(found, dict):
+        return {key: _convert(arguments[1], item, f"{place}.{key}") for key, item in found.items()}
+    if kind is Any:
+        return found
+    if kind is float and isinstance(found, (int, float)) and not isinstance(found, bool):
+        return float(found)
+    if isinstance(kind, type) and isinstance(found, kind) and not (isinstance(found, bool) and kind is int):
+        return found
+    wanted = getattr(kind, "__name__", str(kind))
+    raise ManifestInvalid(f"{place} is {found!r:.80}; {wanted} is wanted")
+
+
+def _convert_dataclass(kind: type[Any], found: Any, place: str) -> Any:
+    if not isinstance(found, dict):
+        raise ManifestInvalid(f"{place} is {found!r:.80}; an object is wanted")
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    unknown = sorted(set(found) - set(fields))
+    if unknown:
+        raise ManifestInvalid(f"{place} has unknown fields: {', '.join(unknown)}")
+    required = {
+        n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    missing = sorted(required - set(found))
+    if missing:
+        raise ManifestInvalid(f"{place} lacks fields: {', '.join(missing)}")
+    values = {name: _convert(hints[name], item, f"{place}.{name}") for name, item in found.items()}
+    try:
+        return kind(**values)
+    except ManifestInvalid as error:
+        raise ManifestInvalid(f"{place}: {error}") from error

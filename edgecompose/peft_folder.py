@@ -1,0 +1,68 @@
+"""A blend as a PEFT LoRA folder, so that other tools can load it; knows nothing of how it was chosen."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import save
+
+from edgecompose.errors import MergeError
+from edgecompose.merging import MergedAdapter
+
+#: Where each module lies in a transformers decoder block.
+_PARENT = {
+    "q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn",
+    "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp",
+}  # fmt: skip
+
+
+def module_path(layer: int, module: str) -> str:
+    """Path of a linear module in a transformers model, such as `model.layers.0.self_attn.q_proj`."""
+    return f"model.layers.{layer}.{_PARENT[module]}.{module}"
+
+
+def write_peft_folder(merged: MergedAdapter, folder: Path, *, base: str) -> list[Path]:
+    """Write `adapter_config.json` and `adapter_model.safetensors` into `folder`, which is made if need be.
+
+    The scale is 1 (alpha = r in every module): weights and scales of the parts are in the factors.
+
+    Args:
+        base: name of the base model, for the config.
+
+    Raises:
+        MergeError: the blend holds no adapter, or `folder` already holds one.
+    """
+    if not merged.modules:
+        raise MergeError("the blend holds no adapter, so there is nothing to write")
+    paths = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
+    taken = [path.name for path in paths if path.exists()]
+    if taken:
+        raise MergeError(f"'{folder}' already holds {', '.join(taken)}; give another folder")
+    tensors: dict[str, npt.NDArray[np.float32]] = {}
+    ranks: dict[str, int] = {}
+    for name, module in merged.modules.items():
+        a, b = module.a.numpy(), module.b.numpy()
+        for layer in range(a.shape[0]):
+            path = f"base_model.model.{module_path(layer, name)}"
+            tensors[f"{path}.lora_A.weight"] = np.ascontiguousarray(a[layer].T)
+            tensors[f"{path}.lora_B.weight"] = np.ascontiguousarray(b[layer].T)
+        ranks[name] = module.rank
+    folder.mkdir(parents=True, exist_ok=True)
+    paths[1].write_bytes(save(tensors, metadata={"format": "pt"}))
+    paths[0].write_text(json.dumps(_config(ranks, base), indent=1) + "\n", encoding="utf-8")
+    return paths
+
+
+def _config(ranks: dict[str, int], base: str) -> dict[str, Any]:
+    largest = max(ranks.values())
+    pattern = {name: rank for name, rank in ranks.items() if rank != largest}
+    return {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
+        "r": largest, "lora_alpha": largest, "rank_pattern": pattern, "alpha_pattern": pattern,
+        "target_modules": sorted(ranks), "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
+        "use_rslora": False, "use_dora": False,
+    }  # fmt: skip

@@ -1,0 +1,123 @@
+"""Block quantisation of adapter factors (int8 and int4); knows nothing of files or merging.
+
+A factor is kept rank-major, (r, L, n): r components, L layers, n inputs or outputs. Blocks run along n.
+Value = gain * scale * code, with one float32 gain a factor and one float16 scale a block, so that the
+scales use float16's normal range however small the factor is.
+
+* int8: code in -127 .. 127, one byte.
+* int4: code in -8 .. 7, kept as code + 8; byte j of a block holds element j in its low nibble and
+  element j + block/2 in its high nibble.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from edgecompose.errors import AdapterError
+
+Bits = Literal[4, 8]
+Float = npt.NDArray[np.float32]
+#: Shrinking a block's scale a little can lower its squared error: clipped peaks against finer steps.
+_SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)
+_LARGEST_BLOCK = 32
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantizedFactor:
+    """One factor of a module in all layers.
+
+    `codes` is int8 (r, L, n) for 8 bits, uint8 (r, L, n/2) for 4; `scales` is float16 (r, L, n/block).
+    """
+
+    codes: npt.NDArray[Any]
+    scales: npt.NDArray[np.float16]
+    gain: float
+    bits: Bits
+
+    @property
+    def width(self) -> int:
+        """n, the number of values a row."""
+        return int(self.codes.shape[2]) * (2 if self.bits == 4 else 1)
+
+    @property
+    def block(self) -> int:
+        """Values that share a scale."""
+        return self.width // int(self.scales.shape[2])
+
+
+def block_for(width: int) -> int:
+    """The largest power of two up to 32 that divides `width`."""
+    return min(_LARGEST_BLOCK, width & -width)
+
+
+def quantize(factor: Float, bits: Bits) -> QuantizedFactor:
+    """Quantise a factor.
+
+    Args:
+        factor: (r, L, n) float32, finite; n even for 4 bits.
+
+    Raises:
+        AdapterError: a value that is not finite, or an odd n with 4 bits.
+    """
+    if not np.isfinite(factor).all():
+        raise AdapterError("a factor holds values that are not finite (NaN or infinity); repair or retrain the adapter")
+    rank, layers, width = factor.shape
+    if bits == 4 and width % 2:
+        raise AdapterError(f"a factor of odd width {width} cannot be kept in 4 bits; use 8")
+    blocks = factor.reshape(rank, layers, -1, block_for(width)).astype(np.float32)
+    signed = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)
+    steps = np.abs(signed) / 127 if bits == 8 else signed / -8
+    gain = float(np.abs(steps).max()) or 1.0
+    codes, scales = _best_codes(blocks, steps / np.float32(gain), gain, bits)
+    if bits == 8:
+        return QuantizedFactor(codes.reshape(rank, layers, width).astype(np.int8), scales, gain, 8)
+    half = codes.shape[-1] // 2
+    raised = (codes + 8).astype(np.uint8)
+    packed = raised[..., :half] | (raised[..., half:] << 4)
+    return QuantizedFactor(packed.reshape(rank, layers, width // 2), scales, gain, 4)
+
+
+def dequantize(factor: QuantizedFactor) -> Float:
+    """The values (r, L, n) that a quantised factor stands for, float32."""
+    rank, layers, _ = factor.codes.shape
+    codes = unpack_codes(factor).reshape(rank, layers, -1, factor.block).astype(np.float32)
+    values = codes * (factor.scales.astype(np.float32) * np.float32(factor.gain))[..., None]
+    return np.asarray(values.reshape(rank, layers, factor.width), np.float32)
+
+
+def unpack_codes(factor: QuantizedFactor) -> npt.NDArray[np.int8]:
+    """Codes as int8 (r, L, n), whatever the bits."""
+    if factor.bits == 8:
+        return factor.codes
+    rank, layers, _ = factor.codes.shape
+    packed = factor.codes.reshape(rank, layers, -1, factor.block // 2)
+    codes = np.concatenate([packed & 15, packed >> 4], axis=-1).astype(np.int8) - np.int8(8)
+    return codes.reshape(rank, layers, factor.width)
+
+
+def relative_error(factor: Float, quantized: QuantizedFactor) -> float:
+    """Frobenius norm of the error over that of the factor (0 for a zero factor)."""
+    norm = float(np.linalg.norm(factor))
+    return float(np.linalg.norm(factor - dequantize(quantized))) / norm if norm else 0.0
+
+
+def _best_codes(blocks: Float, steps: Float, gain: float, bits: Bits) -> tuple[Float, npt.NDArray[np.float16]]:
+    """For each block the codes and the scale with the least squared error among a few shrinks."""
+    low, high = (-127, 127) if bits == 8 else (-8, 7)
+    best_error = np.full(steps.shape, np.inf, np.float32)
+    best_codes = np.zeros_like(blocks)
+    best_scales = np.zeros(steps.shape, np.float16)
+    for shrink in _SHRINKS if bits == 4 else (1.0,):
+        scales = (steps * np.float32(shrink)).astype(np.float16)
+        real = scales.astype(np.float32) * np.float32(gain)
+        codes = np.clip(np.rint(blocks / np.where(real == 0, np.float32(1), real)), low, high)
+        error = np.square(codes * real - blocks).sum(-1, keepdims=True)
+        better = error < best_error
+        best_error = np.where(better, error, best_error)
+        best_codes = np.where(better, codes, best_codes)
+        best_scales = np.where(better, scales, best_scales)
+    return best_codes, best_scales[..., 0]

@@ -1,0 +1,211 @@
+"""What a person or a program reads: answers, retrievals and bundles as JSON values and as text; prints nothing."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import usearch
+
+from edgecompose import device as devices
+from edgecompose.composer import STAGES, Answer, Composition, Retrieval
+from edgecompose.device import Device
+from edgecompose.errors import DeviceError
+from edgecompose.manifest import Manifest
+from edgecompose.retrieval import Neighbour
+
+_BAR_WIDTH = 24
+_SHOWN_NEIGHBOURS = 5
+
+Json = dict[str, Any]
+
+
+def answer_json(answer: Answer) -> Json:
+    """An answer as `run --json` prints it."""
+    result: Json = {
+        "prompt": answer.prompt,
+        "answer": answer.text,
+        "method": answer.settings.method,
+        **retrieval_json(answer.retrieval),
+        "device": device_json(answer.device),
+        "timings_ms": {stage: round(answer.timings_ms[stage], 3) for stage in STAGES},
+        "tokens": {"prompt": answer.prompt_tokens, "generated": answer.generated_tokens},
+        "composition": answer.composition,
+    }
+    if answer.choices is not None:
+        result["choices"] = dict(answer.choices)
+    return result
+
+
+def retrieval_json(retrieval: Retrieval) -> Json:
+    """Weights, neighbours and distribution."""
+    return {
+        "weights": dict(retrieval.weights),
+        "neighbours": [_neighbour_json(n) for n in retrieval.neighbours],
+        "distribution": dict(retrieval.distribution),
+    }
+
+
+def composition_json(composition: Composition) -> Json:
+    """A blend: method, weights, ranks and content hash."""
+    return {
+        "method": composition.settings.method,
+        **retrieval_json(composition.retrieval),
+        "ranks": {name: module.rank for name, module in composition.merged.modules.items()},
+        "composition": composition.merged.digest,
+    }
+
+
+def device_json(device: Device) -> Json:
+    """Providers and the reason for them."""
+    return {"kind": device.kind, "providers": list(device.providers), "reason": device.reason}
+
+
+def manifest_json(manifest: Manifest) -> Json:
+    """What `inspect --json` prints: the manifest without the hash of every file."""
+    base, embedder = manifest.base, manifest.embedder
+    distance = base.distance
+    return {
+        "name": manifest.name,
+        "schema_version": manifest.schema_version,
+        "created_by": manifest.created_by,
+        "bytes": sum(entry.bytes for entry in manifest.files.values()),
+        "files": len(manifest.files),
+        "base": {
+            "source": base.source, "identity": base.identity, "precision": base.precision, "layers": base.layers,
+            "context": base.context, "slots": {g.name: [g.n_in, g.n_out] for g in base.slots},
+            "distance": None if distance is None else {"kl": distance.kl, "top1": distance.top1},
+        },
+        "embedder": {
+            "source": embedder.source, "precision": embedder.precision, "dimension": embedder.dimension,
+            "max_length": embedder.max_length, "pooling": embedder.pooling,
+        },
+        "tasks": {n: {"adapter": t.adapter, "examples": t.examples} for n, t in sorted(manifest.tasks.items())},
+        "adapters": {
+            name: {
+                "rank": a.rank, "bits": a.bits, "bytes": manifest.files[a.file].bytes,
+                "quantization_error": a.error, "source": a.source,
+            }
+            for name, a in sorted(manifest.adapters.items())
+        },
+        "defaults": {
+            field: getattr(manifest.defaults, field) for field in manifest.defaults.__dataclass_fields__
+        },
+    }  # fmt: skip
+
+
+def doctor_json() -> Json:
+    """Versions, providers, the device that `auto` takes and why, and what is wrong with the installation."""
+    packages = devices.installed_packages()
+    problems = []
+    if len(packages) > 1:
+        problems.append(
+            f"{' and '.join(packages)} are both installed and overwrite each other; "
+            "uninstall both, then install one extra: edgecompose[cpu] or edgecompose[gpu]"
+        )
+    if not devices.telemetry_disabled():
+        problems.append("ONNX Runtime's telemetry is not switched off; something imported it before edgecompose")
+    try:
+        chosen = device_json(devices.choose_device("auto"))
+    except DeviceError as error:  # pragma: no cover - auto falls back
+        chosen, problems = {"kind": "none", "providers": [], "reason": str(error)}, [*problems, str(error)]
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {"onnxruntime": devices.runtime_version(), "usearch": usearch.__version__, "numpy": np.__version__},
+        "onnxruntime_packages": packages,
+        "available_providers": list(devices.available_providers()),
+        "device": chosen,
+        "telemetry_disabled": devices.telemetry_disabled(),
+        "problems": problems,
+    }
+
+
+def explain_retrieval(retrieval: Retrieval) -> list[str]:
+    """Neighbours, distribution and weights as lines of text."""
+    lines = []
+    if retrieval.neighbours:
+        nearest = retrieval.neighbours[:_SHOWN_NEIGHBOURS]
+        lines.append(f"neighbours    {len(retrieval.neighbours)} examples, the nearest:")
+        lines += [f"              {n.similarity:6.3f}  {n.task} (example {n.key})" for n in nearest]
+        lines.append("tasks         share of the neighbours' weight (* kept by the nucleus)")
+        lines += _bars(retrieval.distribution, retrieval.nucleus)
+    if retrieval.weights:
+        lines.append("adapters      " + ", ".join(f"{name} {weight:.3f}" for name, weight in retrieval.weights.items()))
+    else:
+        lines.append("adapters      none (the base alone)")
+    return lines
+
+
+def explain_answer(answer: Answer) -> list[str]:
+    """How an answer came about, as lines of text."""
+    timings = "  ".join(f"{stage} {answer.timings_ms[stage]:.1f}" for stage in STAGES)
+    decode = answer.timings_ms["decode"]
+    speed = f", {answer.generated_tokens / decode * 1e3:.0f} tokens/s" if answer.choices is None and decode else ""
+    lines = explain_retrieval(answer.retrieval)
+    if answer.choices is not None:
+        lines.append("choices       mean log-likelihood a token")
+        lines += [f"              {score:8.3f}  {choice}" for choice, score in _ranked(answer.choices)]
+    return [
+        *lines,
+        f"method        {answer.settings.method}, composition {answer.composition[:12]}",
+        f"device        {answer.device.kind} ({answer.device.reason})",
+        f"tokens        {answer.prompt_tokens} in the prompt, {answer.generated_tokens} in the answer{speed}",
+        f"time (ms)     {timings}",
+    ]
+
+
+def describe_manifest(manifest: Manifest) -> list[str]:
+    """A bundle as lines of text."""
+    shown = manifest_json(manifest)
+    base, embedder = shown["base"], shown["embedder"]
+    distance = base["distance"]
+    quality = "" if distance is None else f", KL {distance['kl']:.4f} and top-1 {distance['top1']:.1%} against float32"
+    lines = [
+        f"bundle        {shown['name']} (schema {shown['schema_version']}), {shown['files']} files, "
+        f"{shown['bytes'] / 1e6:.1f} MB",
+        f"base          {base['source']}, {base['precision']}, {base['layers']} layers, context {base['context']}{quality}",
+        f"embedder      {embedder['source']}, {embedder['precision']}, {embedder['dimension']} dimensions",
+        f"slots         {', '.join(base['slots'])}",
+        "task                  examples  adapter               rank  bits     KB  error",
+    ]
+    for name, task in shown["tasks"].items():
+        adapter = shown["adapters"][task["adapter"]]
+        lines.append(
+            f"{name:20}  {task['examples']:8}  {task['adapter']:20}  {adapter['rank']:4}  {adapter['bits']:4}  "
+            f"{adapter['bytes'] / 1e3:5.0f}  {adapter['quantization_error']:.3f}"
+        )
+    return lines
+
+
+def describe_doctor(found: Mapping[str, Any]) -> list[str]:
+    """The doctor's findings as lines of text."""
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    packages = ", ".join(f"{name} {version}" for name, version in found["onnxruntime_packages"].items())
+    return [
+        f"python        {found['python']} on {found['platform']}",
+        f"versions      {versions}",
+        f"packages      {packages}",
+        f"providers     {', '.join(found['available_providers'])}",
+        f"device        {found['device']['kind']}: {found['device']['reason']}",
+        f"telemetry     {'off' if found['telemetry_disabled'] else 'ON'}",
+        *(f"problem       {problem}" for problem in found["problems"]),
+    ]
+
+
+def _neighbour_json(neighbour: Neighbour) -> Json:
+    return {"task": neighbour.task, "key": neighbour.key, "similarity": neighbour.similarity}
+
+
+def _bars(distribution: Mapping[str, float], kept: Mapping[str, float]) -> list[str]:
+    widest = max(map(len, distribution))
+    return [
+        f"            {'*' if task in kept else ' '} {task:{widest}}  {share:6.1%}  {'█' * round(share * _BAR_WIDTH)}"
+        for task, share in distribution.items()
+    ]
+
+
+def _ranked(choices: Mapping[str, float]) -> list[tuple[str, float]]:
+    return sorted(choices.items(), key=lambda item: -item[1])

@@ -1,0 +1,116 @@
+"""Nearest training examples of a vector in a USearch index; knows nothing of prompts or adapters."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from usearch.index import Index
+
+from edgecompose.errors import RetrievalError, UnknownAdapter
+from edgecompose.manifest import IndexSpec, TaskSpec
+
+Float = npt.NDArray[np.float32]
+#: Up to so many vectors every one is compared; beyond, USearch's graph is walked.
+EXACT_BELOW = 200_000
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbour:
+    """One retrieved training example; `similarity` is the cosine, in [-1, 1]."""
+
+    task: str
+    key: int
+    similarity: float
+
+
+class ExampleIndex:
+    """The examples of a bundle.
+
+    Args:
+        path: the index file, whose hash the caller has checked (USearch crashes on a damaged one).
+
+    Raises:
+        RetrievalError: the file is not what the manifest says.
+    """
+
+    def __init__(self, path: Path, spec: IndexSpec, tasks: Mapping[str, TaskSpec]) -> None:
+        self._tasks = dict(tasks)
+        spans = sorted((task.first_key, name) for name, task in tasks.items() if task.examples)
+        self._starts = [start for start, _ in spans]
+        self._names = [name for _, name in spans]
+        self._index = open_index(path, spec)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def search(self, query: Float, count: int, *, exclude: Collection[str] = ()) -> list[Neighbour]:
+        """The `count` most similar examples, most similar first; fewer when the index holds fewer.
+
+        Args:
+            query: (dimension,), finite, not zero.
+            exclude: tasks whose examples are passed over.
+
+        Raises:
+            RetrievalError: an unusable query, or nothing left to search.
+            UnknownAdapter: `exclude` names a task that the bundle does not have.
+        """
+        if query.shape != (self._index.ndim,) or not np.isfinite(query).all() or not query.any():
+            raise RetrievalError(
+                f"a query of shape {query.shape} cannot be searched; "
+                f"{self._index.ndim} finite numbers, not all zero, are wanted"
+            )
+        unknown = sorted(set(exclude) - set(self._tasks))
+        if unknown:
+            raise UnknownAdapter(f"no task '{', '.join(unknown)}' in the bundle; it has: {', '.join(self._tasks)}")
+        passed_over = sum(self._tasks[name].examples for name in set(exclude))
+        wanted = min(len(self._index), count + passed_over)
+        if wanted - passed_over < 1:
+            raise RetrievalError("no example is left to search; exclude fewer tasks, or add examples to the bundle")
+        matches = self._index.search(query, wanted, exact=len(self._index) <= EXACT_BELOW, threads=1)
+        found = (
+            Neighbour(self._task_of(int(key)), int(key), float(np.clip(1 - distance, -1, 1)))
+            for key, distance in zip(matches.keys, matches.distances, strict=True)
+        )
+        return [n for n in found if n.task not in exclude][:count]
+
+    def _task_of(self, key: int) -> str:
+        name = self._names[max(0, bisect_right(self._starts, key) - 1)] if self._names else ""
+        task = self._tasks.get(name)
+        if task is None or not task.first_key <= key < task.first_key + task.examples:
+            raise RetrievalError(f"example {key} of the index belongs to no task; export the bundle again")
+        return name
+
+
+def new_index(dimension: int, dtype: str) -> Index:
+    """An empty cosine index."""
+    return Index(ndim=dimension, metric="cos", dtype=dtype)
+
+
+def open_index(path: Path, spec: IndexSpec) -> Index:
+    """Load an index and compare it with its description (USearch itself accepts any mismatch).
+
+    Raises:
+        RetrievalError: unreadable, or of another size, dimension or type than `spec` says.
+    """
+    try:
+        described = Index.metadata(str(path)) or {}
+    except (RuntimeError, ValueError, OSError) as error:
+        raise RetrievalError(f"index '{path.name}' cannot be read: {error}; export the bundle again") from error
+    index = new_index(spec.dimension, spec.dtype)
+    try:
+        if described:
+            index.load(str(path))
+    except (RuntimeError, ValueError, OSError) as error:
+        raise RetrievalError(f"index '{path.name}' cannot be loaded: {error}; export the bundle again") from error
+    stored = int(described.get("dimensions", spec.dimension)) if described else -1
+    if stored != spec.dimension or len(index) != spec.vectors:
+        raise RetrievalError(
+            f"index '{path.name}' holds {len(index)} vectors of {stored} dimensions, "
+            f"{spec.vectors} of {spec.dimension} are wanted; export the bundle again"
+        )
+    return index

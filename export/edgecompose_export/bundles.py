@@ -1,0 +1,381 @@
+"""Writes bundles: from a recipe, and task by task on an existing one.
+
+A bundle appears, or changes, in one rename. Files whose content changes get a new name (the index carries a
+piece of its hash), the manifest is replaced last, and only then are unnamed files removed: a run that is
+killed at any moment leaves the old bundle or the new one, and at worst files that nothing names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgecompose.adapter import adapter_metadata, load_adapter
+from edgecompose.bundle import Bundle, describe_file, sha256_of
+from edgecompose.device import choose_device
+from edgecompose.embedder import Embedder
+from edgecompose.errors import ExportError, UnknownAdapter
+from edgecompose.manifest import (
+    MANIFEST_FILE,
+    AdapterSpec,
+    BaseSpec,
+    Defaults,
+    EmbedderSpec,
+    FileEntry,
+    IndexSpec,
+    Manifest,
+    TaskSpec,
+    check_name,
+    manifest_to_json,
+    value_from_json,
+)
+from edgecompose.retrieval import new_index, open_index
+from edgecompose_export import __version__
+from edgecompose_export.adapters import CONFIG_FILE, export_adapter
+from edgecompose_export.base import read_base_spec
+from edgecompose_export.datasets import read_examples
+from edgecompose_export.embedder import open_embedder, read_embedder_spec
+from edgecompose_export.examples import (
+    INDEX_DTYPE,
+    INDEX_FILE,
+    ExampleTable,
+    KeySpan,
+    add_prompts,
+    embedder_identity,
+    prompt_lines,
+    read_example_table,
+    write_examples,
+)
+
+Advance = Callable[[str], None]
+_CREATED_BY = f"edgecompose-export {__version__}"
+
+
+@dataclass(frozen=True, slots=True)
+class RecipeTask:
+    """One task of a recipe: an adapter (quantised file or PEFT folder) and, unless indexed already, its examples."""
+
+    adapter: str
+    examples: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A recipe file; paths are relative to it. `examples` is a folder made by `edgecompose-export examples`."""
+
+    name: str
+    base: str
+    embedder: str
+    tasks: dict[str, RecipeTask]
+    examples: str | None = None
+    bits: int = 4
+    keep_text: bool = False
+    defaults: Defaults = Defaults()
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a TOML file.
+
+    Raises:
+        ExportError: unreadable, not TOML, or a field missing, unknown or wrong.
+    """
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ExportError(f"recipe '{path}' cannot be read: {error}") from error
+    recipe = value_from_json(Recipe, found, path.name)
+    if recipe.bits not in (4, 8):
+        raise ExportError(f"recipe '{path.name}': bits is {recipe.bits}; 4 or 8 is wanted")
+    if not recipe.tasks:
+        raise ExportError(f"recipe '{path.name}' names no task")
+    for name in recipe.tasks:
+        check_name(name)
+    return recipe
+
+
+def build_bundle(recipe_path: Path, output: Path, *, force: bool = False, advance: Advance = lambda step: None) -> Manifest:
+    """Make the bundle that a recipe describes.
+
+    Args:
+        force: replace a bundle that is already there.
+
+    Raises:
+        ExportError: `output` exists, or a part of the recipe cannot be used.
+        AdapterError: an adapter does not fit the base.
+    """
+    recipe, root = read_recipe(recipe_path), recipe_path.parent
+    if output.exists() and not force:
+        raise ExportError(f"'{output}' exists; give --force to replace it, or another directory")
+    if output.exists() and any(output.iterdir()) and not (output / MANIFEST_FILE).is_file():
+        raise ExportError(f"'{output}' is not a bundle and is not empty, so it is not replaced")
+    work = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        work.mkdir(parents=True)
+        advance("copying base and embedder")
+        base = _copy_base(root / recipe.base, work)
+        embedder = _copy_embedder(root / recipe.embedder, work)
+        advance("adapters")
+        adapters = {name: _place_adapter(root / t.adapter, name, base, work, recipe.bits) for name, t in recipe.tasks.items()}
+        advance("examples")
+        table = _place_examples(recipe, root, work)
+        index, tasks = _take_index(work, table, recipe, embedder)
+        advance("hashing")
+        files = {p.relative_to(work).as_posix(): describe_file(p) for p in sorted(work.rglob("*")) if p.is_file()}
+        manifest = Manifest(
+            name=recipe.name, base=base, embedder=embedder, index=index, tasks=tasks, adapters=adapters,
+            defaults=recipe.defaults, files=files, created_by=_CREATED_BY,
+        )  # fmt: skip
+        _write_manifest(work, manifest)
+        Bundle(work)
+        _replace_directory(work, output)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return manifest
+
+
+def add_task(
+    root: Path, name: str, adapter: Path, examples: Path, *, bits: int = 4, advance: Callable[[int, int], None] = lambda done, of: None
+) -> Manifest:
+    """Add a task with its adapter and examples to an existing bundle.
+
+    Args:
+        adapter: a quantised adapter file, or a PEFT LoRA folder.
+        examples: JSONL of prompts.
+        advance: called with (prompts embedded, prompts in all).
+
+    Raises:
+        ExportError: the task is there already.
+        AdapterError: the adapter does not fit the base.
+    """
+    bundle = Bundle(root)
+    manifest = bundle.manifest
+    check_name(name)
+    if name in manifest.tasks or name in manifest.adapters:
+        raise ExportError(f"bundle '{root}' already has a task '{name}'; remove it first, or give another name")
+    prompts = [e.prompt for e in read_examples(examples)]
+    spec = _place_adapter(adapter, name, manifest.base, root, bits)
+    index = open_index(bundle.path(manifest.index.file), manifest.index)
+    first = max((t.first_key + t.examples for t in manifest.tasks.values()), default=0)
+    done = iter(range(1, len(prompts) + 1))
+    add_prompts(index, _embedder_of(bundle), prompts, first, lambda count: advance(next(done), len(prompts)))
+    texts = None
+    if manifest.index.texts is not None:
+        texts = bundle.text(manifest.index.texts) + prompt_lines(prompts, first)
+    changed = replace(
+        manifest, tasks={**manifest.tasks, name: TaskSpec(name, first, len(prompts))},
+        adapters={**manifest.adapters, name: spec},
+        **_store_index(root, index, manifest, texts, {spec.file: describe_file(root / spec.file)}),
+    )  # fmt: skip
+    _commit(root, changed)
+    return changed
+
+
+def remove_task(root: Path, name: str) -> Manifest:
+    """Remove a task, its examples, and its adapter unless another task uses it."""
+    bundle = Bundle(root)
+    manifest = bundle.manifest
+    if name not in manifest.tasks:
+        raise UnknownAdapter(f"bundle '{root}' has no task '{name}'; it has: {', '.join(sorted(manifest.tasks))}")
+    if len(manifest.tasks) == 1:
+        raise ExportError(f"'{name}' is the only task of bundle '{root}'; a bundle needs one")
+    tasks = {key: task for key, task in manifest.tasks.items() if key != name}
+    old = open_index(bundle.path(manifest.index.file), manifest.index)
+    index = new_index(manifest.index.dimension, manifest.index.dtype)
+    for task in tasks.values():
+        keys = np.arange(task.first_key, task.first_key + task.examples, dtype=np.uint64)
+        index.add(keys, np.asarray(old.get(keys), np.float32), threads=1)
+    gone = manifest.tasks[name]
+    texts = None
+    if manifest.index.texts is not None:
+        lines = bundle.text(manifest.index.texts).splitlines(keepends=True)
+        texts = "".join(line for line in lines if not _key_in(line, gone))
+    used = {task.adapter for task in tasks.values()}
+    adapters = {key: spec for key, spec in manifest.adapters.items() if key in used}
+    changed = replace(manifest, tasks=tasks, adapters=adapters, **_store_index(root, index, manifest, texts, {}))
+    named = set(changed.named_files()) | {f"{changed.base.graph}.data"}
+    changed = replace(changed, files={path: entry for path, entry in changed.files.items() if path in named})
+    _commit(root, changed)
+    return changed
+
+
+def _copy_base(folder: Path, work: Path) -> BaseSpec:
+    spec = read_base_spec(folder)
+    names = [spec.graph, f"{spec.graph}.data", spec.tokenizer, *([spec.chat_template] if spec.chat_template else [])]
+    for name in names:
+        _copy(folder / name, work / "base" / name)
+    template = None if spec.chat_template is None else f"base/{spec.chat_template}"
+    return replace(spec, graph=f"base/{spec.graph}", tokenizer=f"base/{spec.tokenizer}", chat_template=template)
+
+
+def _copy_embedder(folder: Path, work: Path) -> EmbedderSpec:
+    spec = read_embedder_spec(folder)
+    for name in (spec.graph, spec.tokenizer):
+        _copy(folder / name, work / "embedder" / name)
+    return replace(spec, graph=f"embedder/{spec.graph}", tokenizer=f"embedder/{spec.tokenizer}")
+
+
+def _copy(source: Path, target: Path) -> None:
+    if not source.is_file():
+        raise ExportError(f"'{source}' is missing; export it again")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+
+
+def _place_adapter(source: Path, name: str, base: BaseSpec, root: Path, bits: int) -> AdapterSpec:
+    """Copy a quantised adapter, or export a PEFT folder, into `adapters/`; check that it fits."""
+    relative = f"adapters/{name}.safetensors"
+    target = root / relative
+    if (source / CONFIG_FILE).is_file():
+        target.unlink(missing_ok=True)
+        spec = export_adapter(source, base, target, 8 if bits == 8 else 4).spec
+        return replace(spec, file=relative)
+    if not source.is_file():
+        raise ExportError(f"adapter '{source}' is neither a PEFT folder nor a quantised adapter file")
+    _copy(source, target)
+    try:
+        adapter = load_adapter(target, name, base.slots, base.identity)
+    except Exception:
+        target.unlink()
+        raise
+    described = _source_of(target)
+    errors = described.get("errors", {})
+    error = float(np.mean(list(errors.values()))) if errors else 0.0
+    return AdapterSpec(relative, adapter.rank, adapter.bits, base.identity, round(error, 5), described)
+
+
+def _source_of(path: Path) -> dict[str, Any]:
+    import json
+
+    found = json.loads(adapter_metadata(path).get("source", "{}"))
+    return found if isinstance(found, dict) else {}
+
+
+def _place_examples(recipe: Recipe, root: Path, work: Path) -> ExampleTable:
+    """The index of the recipe's tasks: prebuilt, or embedded now, or the first extended by the second."""
+    fresh = {n: read_examples(root / t.examples) for n, t in recipe.tasks.items() if t.examples is not None}
+    if recipe.examples is None:
+        without = sorted(set(recipe.tasks) - set(fresh))
+        if without:
+            raise ExportError(f"tasks without examples: {', '.join(without)}; give `examples` for each or for the recipe")
+        embedder, spec = open_embedder(root / recipe.embedder)
+        return write_examples(fresh, embedder, spec, work, keep_text=recipe.keep_text)
+    if fresh:
+        raise ExportError("the recipe names examples both for itself and for tasks; index all of them in one folder")
+    folder = root / recipe.examples
+    table = read_example_table(folder)
+    missing = sorted(set(recipe.tasks) - set(table.tasks))
+    if missing:
+        raise ExportError(f"'{folder}' has no examples of: {', '.join(missing)}")
+    _copy(folder / table.index.file, work / INDEX_FILE)
+    if table.index.texts is not None:
+        _copy(folder / table.index.texts, work / table.index.texts)
+    open_index(work / INDEX_FILE, table.index)
+    return table
+
+
+def _take_index(
+    work: Path, table: ExampleTable, recipe: Recipe, embedder: EmbedderSpec
+) -> tuple[IndexSpec, dict[str, TaskSpec]]:
+    """Keep the recipe's tasks only, and name the index after its content."""
+    wanted = embedder_identity(embedder)
+    if table.index.embedder != wanted:
+        raise ExportError(
+            f"the examples were embedded by {table.index.embedder}, the bundle's embedder is {wanted}; "
+            "index them again with this embedder"
+        )
+    extra = sorted(set(table.tasks) - set(recipe.tasks))
+    if extra:
+        raise ExportError(f"the examples hold tasks that the recipe lacks: {', '.join(extra)}; index without them")
+    (work / "examples.json").unlink(missing_ok=True)
+    name = _index_name(work / INDEX_FILE)
+    (work / INDEX_FILE).rename(work / name)
+    tasks = {name: TaskSpec(name, span.first_key, span.examples) for name, span in _spans(table).items()}
+    return replace(table.index, file=name), tasks
+
+
+def _spans(table: ExampleTable) -> Mapping[str, KeySpan]:
+    return table.tasks
+
+
+def _index_name(path: Path) -> str:
+    return f"examples-{sha256_of(path)[:12]}.usearch"
+
+
+def _embedder_of(bundle: Bundle) -> Embedder:
+    spec = bundle.manifest.embedder
+    return Embedder(bundle.path(spec.graph), bundle.path(spec.tokenizer), spec, choose_device("cpu"))
+
+
+def _store_index(
+    root: Path, index: Any, manifest: Manifest, texts: str | None, files: Mapping[str, FileEntry]
+) -> dict[str, Any]:
+    """Write a changed index (and texts) under new names; return the manifest's changed fields."""
+    temporary = root / f".{INDEX_FILE}.tmp"
+    index.save(str(temporary))
+    name = _index_name(temporary)
+    os.replace(temporary, root / name)
+    entries = {k: v for k, v in manifest.files.items() if k not in (manifest.index.file, manifest.index.texts)}
+    entries |= {**files, name: describe_file(root / name)}
+    texts_name = None
+    if texts is not None:
+        texts_name = f"examples-{name[9:21]}.jsonl"
+        (root / texts_name).write_text(texts, encoding="utf-8")
+        entries[texts_name] = describe_file(root / texts_name)
+    spec = replace(manifest.index, file=name, vectors=len(index), texts=texts_name)
+    return {"index": spec, "files": entries}
+
+
+def _key_in(line: str, task: TaskSpec) -> bool:
+    import json
+
+    return task.first_key <= int(json.loads(line)["key"]) < task.first_key + task.examples
+
+
+def _write_manifest(root: Path, manifest: Manifest) -> None:
+    """Replace the manifest in one rename, everything before it being on disk."""
+    for relative in manifest.files:
+        _sync(root / relative)
+    temporary = root / f".{MANIFEST_FILE}.tmp"
+    temporary.write_text(manifest_to_json(manifest), encoding="utf-8")
+    _sync(temporary)
+    os.replace(temporary, root / MANIFEST_FILE)
+    _sync(root)
+
+
+def _commit(root: Path, manifest: Manifest) -> None:
+    """Make a changed manifest the bundle's, then remove the files that nothing names any more."""
+    _write_manifest(root, manifest)
+    for path in root.rglob("*"):
+        relative = path.relative_to(root).as_posix()
+        if path.is_file() and relative not in manifest.files and relative != MANIFEST_FILE:
+            path.unlink()
+
+
+def _replace_directory(work: Path, output: Path) -> None:
+    """Put `work` in the place of `output`."""
+    if output.exists():
+        old = output.with_name(f".{output.name}.{os.getpid()}.old")
+        output.rename(old)
+        work.rename(output)
+        shutil.rmtree(old)
+    else:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        work.rename(output)
+    _sync(output.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,94 @@
+"""A base model on disk (Hugging Face folder or GGUF file) as transformers sees it."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from edgecompose.errors import ExportError  # noqa: E402
+
+#: Pre-tokenizers that GGUF names and transformers' conversion leaves out (llama.cpp, llama-vocab.cpp).
+_DIGITS_APART = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"})
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Where a base model lies: a folder, and the GGUF file in it when it is one."""
+
+    folder: Path
+    gguf: str | None
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {} if self.gguf is None else {"gguf_file": self.gguf}
+
+    def model(self, dtype: Any = None) -> Any:
+        """The causal language model (transformers), float32 unless told otherwise, in eval mode."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        try:
+            loaded = AutoModelForCausalLM.from_pretrained(
+                self.folder, dtype=dtype or torch.float32, local_files_only=True, **self._options
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise ExportError(f"base '{self.folder}' cannot be loaded as a causal model: {error}") from error
+        return loaded.eval()
+
+    def tokenizer(self) -> Any:
+        """The fast tokenizer (transformers); it must be used with `add_special_tokens=False`."""
+        from transformers import AutoTokenizer
+
+        try:
+            loaded = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, **self._options)
+        except (OSError, ValueError, KeyError) as error:
+            raise ExportError(f"tokenizer of '{self.folder}' cannot be loaded: {error}") from error
+        if not loaded.is_fast:
+            raise ExportError(f"tokenizer of '{self.folder}' has no fast form; add a tokenizer.json to the folder")
+        return loaded
+
+    def write_tokenizer(self, folder: Path) -> str | None:
+        """Write `tokenizer.json` into `folder`; return the chat template, None when there is none."""
+        loaded = self.tokenizer()
+        state = json.loads(loaded.backend_tokenizer.to_str())
+        if self.gguf is not None and _gguf_text(self.folder / self.gguf, "tokenizer.ggml.pre") in _DIGITS_APART:
+            state["pre_tokenizer"] = {
+                "type": "Sequence",
+                "pretokenizers": [{"type": "Digits", "individual_digits": True}, state["pre_tokenizer"]],
+            }
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tokenizer.json").write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
+        template = loaded.chat_template
+        return template if isinstance(template, str) else None
+
+
+def find_checkpoint(path: Path) -> Checkpoint:
+    """The base at `path`: a folder with config.json, a GGUF file, or a folder holding one GGUF file.
+
+    Raises:
+        ExportError: nothing there that transformers could load.
+    """
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ExportError(f"base '{path}' is neither a folder nor a .gguf file")
+        return Checkpoint(path.parent, path.name)
+    if (path / "config.json").is_file():
+        return Checkpoint(path, None)
+    found = sorted(p.name for p in path.glob("*.gguf")) if path.is_dir() else []
+    if len(found) != 1:
+        raise ExportError(
+            f"base '{path}' has no config.json and {len(found)} .gguf files; give a Hugging Face folder or one GGUF file"
+        )
+    return Checkpoint(path, found[0])
+
+
+def _gguf_text(path: Path, key: str) -> str | None:
+    from gguf import GGUFReader
+
+    field = GGUFReader(path).fields.get(key)
+    return None if field is None else str(field.contents())

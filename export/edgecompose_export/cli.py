@@ -1,0 +1,331 @@
+"""The `edgecompose-export` command: parses, calls, prints. Results go to stdout, talk and progress to stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+from edgecompose.errors import EdgeComposeError  # noqa: E402
+
+PathArgument = click.Path(path_type=Path)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+bits_option = click.option("--bits", type=click.Choice(["4", "8"]), default="4", show_default=True, help="Bits a weight.")
+
+
+class _Group(click.Group):
+    """Prints our errors as one line and exits with their code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EdgeComposeError as error:
+            click.echo(f"edgecompose-export: {error}", err=True)
+            ctx.exit(error.exit_code)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="edgecompose-export")
+def main() -> None:
+    """Make what `edgecompose` runs: bases, embedders, adapters, example indexes, bundles."""
+
+
+@main.command()
+@click.argument("source", type=PathArgument)
+@click.option("-o", "--output", type=PathArgument, required=True, help="Folder to write.")
+@click.option(
+    "--precision", type=click.Choice(["fp32", "fp16", "int8", "int4"]), default="int8", show_default=True,
+    help="Weights of the decoder; fp16 halves the file and computes in float32.",
+)  # fmt: skip
+@click.option("--accept-distance", is_flag=True, help="Keep a quantised base that is more than 0.01 nats from float32.")
+@json_option
+def base(source: Path, output: Path, precision: Any, accept_distance: bool, as_json: bool) -> None:
+    """Export a base model (Hugging Face folder or GGUF file) with adapter slots.
+
+    \b
+    edgecompose-export base SmolLM2-135M-Instruct.Q4_1.gguf -o build/base
+    """
+    from edgecompose_export.base import export_base
+    from edgecompose_export.checkpoint import find_checkpoint
+
+    with _steps() as advance:
+        spec = export_base(
+            find_checkpoint(source), output, precision, accept_distance=accept_distance, advance=advance
+        )
+    distance = spec.distance
+    quality = "" if distance is None else f"; KL {distance.kl:.5f}, top-1 {distance.top1:.1%} against float32"
+    _print(f"{output}: {precision}, {spec.layers} layers, {len(spec.slots)} slots a layer{quality}", spec, as_json)
+
+
+@main.command()
+@click.argument("source", type=PathArgument)
+@click.option("-o", "--output", type=PathArgument, required=True, help="Folder to write.")
+@click.option("--precision", type=click.Choice(["f32", "int8"]), default="int8", show_default=True)
+@json_option
+def embedder(source: Path, output: Path, precision: Any, as_json: bool) -> None:
+    """Export a sentence encoder (sentence-transformers folder).
+
+    \b
+    edgecompose-export embedder all-MiniLM-L6-v2 -o build/embedder
+    """
+    from edgecompose_export.embedder import export_embedder
+
+    with _steps() as advance:
+        spec = export_embedder(source, output, precision, advance=advance)
+    text = f"{output}: {precision}, {spec.dimension} dimensions, {spec.pooling} pooling, mean cosine to f32 {spec.cosine:.4f}"
+    _print(text, spec, as_json)
+
+
+@main.command()
+@click.argument("source", type=PathArgument)
+@click.option("--base", "base_folder", type=PathArgument, required=True, help="Exported base that the adapter is for.")
+@click.option("-o", "--output", type=PathArgument, required=True, help="The .safetensors file to write.")
+@bits_option
+@json_option
+def adapter(source: Path, base_folder: Path, output: Path, bits: str, as_json: bool) -> None:
+    """Quantise a PEFT LoRA folder; what cannot be carried over is refused by name.
+
+    \b
+    edgecompose-export adapter lora/snli --base build/base -o adapters/snli.safetensors
+    """
+    from edgecompose_export.adapters import export_adapter
+    from edgecompose_export.base import read_base_spec
+
+    with _steps() as advance:
+        advance("quantising")
+        made = export_adapter(source, read_base_spec(base_folder), output, 8 if bits == "8" else 4)
+    errors = ", ".join(f"{name} {error:.3f}" for name, error in made.errors.items())
+    text = f"{output}: rank {made.spec.rank}, {bits} bits, {output.stat().st_size / 1e3:.0f} KB; relative error {errors}"
+    _print(text, made.spec, as_json)
+
+
+@main.command()
+@click.argument("tasks", nargs=-1, required=True, metavar="NAME=FILE.jsonl...")
+@click.option("--embedder", "embedder_folder", type=PathArgument, required=True, help="Exported embedder.")
+@click.option("-o", "--output", type=PathArgument, required=True, help="Folder to write.")
+@click.option("--keep-text", is_flag=True, help="Write the prompts beside their vectors.")
+@json_option
+def examples(tasks: tuple[str, ...], embedder_folder: Path, output: Path, keep_text: bool, as_json: bool) -> None:
+    """Embed the prompts of tasks into an index.
+
+    \b
+    edgecompose-export examples snli=snli.jsonl boolq=boolq.jsonl --embedder build/embedder -o build/examples
+    """
+    from edgecompose_export.datasets import read_examples
+    from edgecompose_export.embedder import open_embedder
+    from edgecompose_export.examples import write_examples
+
+    named = {name: read_examples(path) for name, path in map(_named_path, tasks)}
+    loaded, spec = open_embedder(embedder_folder)
+    with _bar("embedding", sum(map(len, named.values()))) as advance:
+        table = write_examples(named, loaded, spec, output, keep_text=keep_text, advance=advance)
+    counts = ", ".join(f"{name} {span.examples}" for name, span in table.tasks.items())
+    _print(f"{output}: {table.index.vectors} vectors ({counts})", table, as_json)
+
+
+@main.command()
+@click.argument("source", type=PathArgument)
+@click.argument("examples_file", metavar="EXAMPLES.jsonl", type=PathArgument)
+@click.option("-o", "--output", type=PathArgument, required=True, help="PEFT folder to write, or to go on with.")
+@click.option("--rank", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--alpha", type=click.IntRange(min=1), default=16, show_default=True)
+@click.option("--epochs", type=click.IntRange(min=1), default=2, show_default=True)
+@click.option("--learning-rate", type=click.FloatRange(0, min_open=True), default=5e-4, show_default=True)
+@click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Examples a step.")
+@click.option("--max-length", type=click.IntRange(min=8), default=512, show_default=True, help="Longer examples are left out.")
+@click.option("--limit", type=click.IntRange(min=1), help="Use the first so many examples.")
+@click.option(
+    "--prompt-form", type=click.Choice(["chat", "raw", "both"]), default="both", show_default=True,
+    help="Train on the chat template, on the raw prompt, or on both by turns.",
+)  # fmt: skip
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@json_option
+def train(source: Path, examples_file: Path, output: Path, limit: int | None, as_json: bool, **settings: Any) -> None:
+    """Fine-tune a LoRA adapter on a task's examples; run it again to go on after an interruption.
+
+    \b
+    edgecompose-export train SmolLM2-135M-Instruct.Q4_1.gguf snli.jsonl -o lora/snli
+    """
+    from edgecompose_export.checkpoint import find_checkpoint
+    from edgecompose_export.datasets import read_examples
+    from edgecompose_export.train import TrainSettings, train_adapter
+
+    read = read_examples(examples_file, limit=limit)
+    checkpoint = find_checkpoint(source)
+    with _training_bar() as advance:
+        report = train_adapter(checkpoint, read, output, TrainSettings(**settings), advance=advance)
+    text = f"{output}: {report['steps']} steps on {report['examples']} examples, final loss {report['final_loss']:.3f}"
+    _print(text, report, as_json)
+
+
+class _BundleGroup(_Group):
+    """`bundle RECIPE -o DIR` builds; `bundle add-task` and `bundle remove-task` change."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and args[0] not in self.commands:
+            args = ["build", *args]
+        return super().resolve_command(ctx, args)
+
+
+@main.group(cls=_BundleGroup, invoke_without_command=False)
+def bundle() -> None:
+    """Make a bundle from a recipe, or change one.
+
+    \b
+    edgecompose-export bundle models/demo.toml -o models/demo
+    edgecompose-export bundle add-task models/demo wic --adapter lora/wic --examples wic.jsonl
+    edgecompose-export bundle remove-task models/demo wic
+    """
+
+
+@bundle.command()
+@click.argument("recipe", type=PathArgument)
+@click.option("-o", "--output", type=PathArgument, required=True, help="Bundle directory to make.")
+@click.option("--force", is_flag=True, help="Replace a bundle that is there.")
+@json_option
+def build(recipe: Path, output: Path, force: bool, as_json: bool) -> None:
+    """Make a bundle from a recipe (TOML).
+
+    \b
+    edgecompose-export bundle models/demo.toml -o models/demo
+    """
+    from edgecompose_export.bundles import build_bundle
+
+    with _steps() as advance:
+        manifest = build_bundle(recipe, output, force=force, advance=advance)
+    _print_bundle(output, manifest, as_json)
+
+
+@bundle.command("add-task")
+@click.argument("directory", metavar="BUNDLE", type=PathArgument)
+@click.argument("name")
+@click.option("--adapter", "adapter_path", type=PathArgument, required=True, help="Quantised adapter or PEFT folder.")
+@click.option("--examples", "examples_file", type=PathArgument, required=True, help="JSONL of prompts.")
+@bits_option
+@json_option
+def add_task_command(
+    directory: Path, name: str, adapter_path: Path, examples_file: Path, bits: str, as_json: bool
+) -> None:
+    """Add a task to a bundle.
+
+    \b
+    edgecompose-export bundle add-task models/demo wic --adapter lora/wic --examples wic.jsonl
+    """
+    from edgecompose_export.bundles import add_task
+
+    with _bar("embedding", 1) as advance:
+        manifest = add_task(
+            directory, name, adapter_path, examples_file, bits=int(bits), advance=lambda done, of: advance(1 / of)
+        )
+    _print_bundle(directory, manifest, as_json)
+
+
+@bundle.command("remove-task")
+@click.argument("directory", metavar="BUNDLE", type=PathArgument)
+@click.argument("name")
+@json_option
+def remove_task_command(directory: Path, name: str, as_json: bool) -> None:
+    """Remove a task from a bundle.
+
+    \b
+    edgecompose-export bundle remove-task models/demo wic
+    """
+    from edgecompose_export.bundles import remove_task
+
+    with _steps() as advance:
+        advance("rebuilding the index")
+        manifest = remove_task(directory, name)
+    _print_bundle(directory, manifest, as_json)
+
+
+@main.command("merge-graphs", hidden=True)
+@click.argument("folder", type=PathArgument)
+def merge_graphs(folder: Path) -> None:
+    """Write the ONNX graphs that the runtime ships."""
+    from edgecompose_export.merge_graphs import write_graphs
+
+    click.echo(f"{len(write_graphs(folder))} graphs written to {folder}")
+
+
+def _named_path(pair: str) -> tuple[str, Path]:
+    name, separator, path = pair.partition("=")
+    if not separator or not name or not path:
+        raise click.BadParameter(f"{pair!r} is not NAME=FILE.jsonl, for example snli=snli.train.jsonl")
+    return name, Path(path)
+
+
+@contextmanager
+def _steps() -> Iterator[Callable[[str], None]]:
+    """A spinner that names the step in hand, and leaves a line with its time when it is done."""
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("starting", total=None)
+        current: list[tuple[str, float]] = []
+
+        def finish() -> None:
+            if current:
+                name, start = current.pop()
+                console.print(f"  {name}: {time.monotonic() - start:.1f} s", highlight=False)
+
+        def advance(step: str) -> None:
+            finish()
+            current.append((step, time.monotonic()))
+            progress.update(task, description=step)
+
+        yield advance
+        finish()
+
+
+@contextmanager
+def _bar(name: str, total: int | None) -> Iterator[Callable[[float], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(name, total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+@contextmanager
+def _training_bar() -> Iterator[Callable[[int, int, float], None]]:
+    columns = (
+        TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("training", total=None, loss=0.0)
+        yield lambda step, steps, loss: progress.update(task, completed=step, total=steps, loss=loss)
+
+
+def _print(text: str, value: Any, as_json: bool) -> None:
+    if not as_json:
+        click.echo(text)
+    else:
+        click.echo(json.dumps(value if isinstance(value, dict) else dataclasses.asdict(value), ensure_ascii=False))
+
+
+def _print_bundle(path: Path, manifest: Any, as_json: bool) -> None:
+    size = sum(entry.bytes for entry in manifest.files.values())
+    text = f"{path}: {len(manifest.tasks)} tasks, {manifest.index.vectors} examples, {size / 1e6:.0f} MB"
+    _print(text, manifest, as_json)
+

@@ -1,0 +1,139 @@
+"""A sentence encoder to ONNX, float32 or int8, with pooling, maximum length and normalisation recorded."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from edgecompose.bundle import sha256_of
+from edgecompose.device import choose_device
+from edgecompose.embedder import Embedder
+from edgecompose.errors import ExportError
+from edgecompose.manifest import EmbedderSpec, value_from_json
+from edgecompose_export.base import calibration_prompts
+
+EmbedderPrecision = Literal["f32", "int8"]
+EMBEDDER_PRECISIONS: tuple[EmbedderPrecision, ...] = get_args(EmbedderPrecision)
+SPEC_FILE = "embedder.json"
+
+
+def export_embedder(
+    source: Path, output: Path, precision: EmbedderPrecision = "int8", *, advance: Callable[[str], None] = lambda step: None
+) -> EmbedderSpec:
+    """Write `encoder.onnx`, `tokenizer.json` and `embedder.json` to `output`.
+
+    Args:
+        source: a sentence-transformers folder (config.json, modules.json, safetensors, tokenizer.json).
+
+    Raises:
+        ExportError: not such a folder, a pooling other than mean or cls, or `output` already holds one.
+    """
+    if (output / SPEC_FILE).exists():
+        raise ExportError(f"'{output}' already holds an exported embedder; remove it or give another folder")
+    spec = describe_encoder(source, precision)
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output, prefix=".build-") as scratch:
+        work = Path(scratch)
+        advance("exporting through optimum")
+        _export_float(source, work)
+        shutil.copyfile(source / "tokenizer.json", output / spec.tokenizer)
+        shutil.copyfile(work / "model.onnx", work / "float.onnx")
+        if precision == "int8":
+            advance("quantising to int8")
+            _quantize(work / "float.onnx", output / spec.graph)
+        else:
+            shutil.copyfile(work / "float.onnx", output / spec.graph)
+        advance("comparing with float32")
+        spec = dataclasses.replace(spec, cosine=_mean_cosine(work / "float.onnx", output, spec))
+    (output / SPEC_FILE).write_text(json.dumps(dataclasses.asdict(spec), indent=1) + "\n", encoding="utf-8")
+    return spec
+
+
+def describe_encoder(source: Path, precision: EmbedderPrecision) -> EmbedderSpec:
+    """What the folder of a sentence encoder says of itself."""
+    config = _read_json(source / "config.json")
+    weights = source / "model.safetensors"
+    for needed in (weights, source / "tokenizer.json"):
+        if not needed.is_file():
+            raise ExportError(f"embedder '{source}' has no {needed.name}; a sentence-transformers folder is wanted")
+    modules = _read_json(source / "modules.json", optional=True) or []
+    types = [str(m.get("type", "")).rsplit(".", 1)[-1] for m in modules]
+    unknown = sorted(set(types) - {"Transformer", "Pooling", "Normalize"})
+    if unknown:
+        raise ExportError(f"embedder '{source}' has modules {', '.join(unknown)}, which are not supported")
+    pooling = _pooling(source, modules)
+    bert = _read_json(source / "sentence_bert_config.json", optional=True) or {}
+    return EmbedderSpec(
+        graph="encoder.onnx", tokenizer="tokenizer.json", identity=sha256_of(weights), precision=precision,
+        dimension=int(config["hidden_size"]), max_length=int(bert.get("max_seq_length") or config["max_position_embeddings"]),
+        pooling=pooling, normalize="Normalize" in types or not modules, source=source.name,
+    )  # fmt: skip
+
+
+def read_embedder_spec(folder: Path) -> EmbedderSpec:
+    """The description that `export_embedder` wrote."""
+    path = folder / SPEC_FILE
+    if not path.is_file():
+        raise ExportError(f"'{folder}' holds no {SPEC_FILE}; make it with 'edgecompose-export embedder'")
+    return value_from_json(EmbedderSpec, json.loads(path.read_text(encoding="utf-8")), SPEC_FILE)
+
+
+def open_embedder(folder: Path) -> tuple[Embedder, EmbedderSpec]:
+    """An exported embedder, ready to use on the CPU."""
+    spec = read_embedder_spec(folder)
+    return Embedder(folder / spec.graph, folder / spec.tokenizer, spec, choose_device("cpu")), spec
+
+
+def _pooling(source: Path, modules: list[dict[str, Any]]) -> Literal["mean", "cls"]:
+    folder = next((m.get("path", "") for m in modules if str(m.get("type", "")).endswith("Pooling")), None)
+    if folder is None:
+        return "mean"
+    flags = _read_json(source / folder / "config.json")
+    chosen = sorted(k for k, v in flags.items() if k.startswith("pooling_mode_") and v is True)
+    if chosen == ["pooling_mode_mean_tokens"]:
+        return "mean"
+    if chosen == ["pooling_mode_cls_token"]:
+        return "cls"
+    raise ExportError(f"embedder '{source}' pools by {', '.join(chosen) or 'nothing'}; mean or cls is supported")
+
+
+def _read_json(path: Path, *, optional: bool = False) -> Any:
+    if optional and not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ExportError(f"'{path}' cannot be read: {error}; a sentence-transformers folder is wanted") from error
+
+
+def _export_float(source: Path, work: Path) -> None:
+    from optimum.exporters.onnx import main_export
+
+    try:
+        main_export(
+            str(source), output=work, task="feature-extraction", library_name="transformers",
+            local_files_only=True, do_validation=False,
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ExportError(f"embedder '{source}' cannot be exported by optimum: {error}") from error
+
+
+def _quantize(source: Path, target: Path) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantize_dynamic(source, target, weight_type=QuantType.QInt8, per_channel=True)
+
+
+def _mean_cosine(reference: Path, output: Path, spec: EmbedderSpec) -> float:
+    device = choose_device("cpu")
+    exact = Embedder(reference, output / spec.tokenizer, spec, device)
+    near = Embedder(output / spec.graph, output / spec.tokenizer, spec, device)
+    pairs = [(exact.embed(text), near.embed(text)) for text in calibration_prompts()]
+    return float(np.mean([a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) for a, b in pairs]))

@@ -1,0 +1,35 @@
+"""Settings and fixtures that all tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from edgecompose.device import choose_device
+from edgecompose.merging import Merger
+
+settings.register_profile("edgecompose", deadline=None, max_examples=40, database=None, derandomize=True)
+settings.load_profile("edgecompose")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Warnings are errors; a test module may relax this for libraries that we do not own."""
+    config.addinivalue_line("filterwarnings", "error")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A HOME of its own for every test: nothing may depend on, or leave anything in, the real one."""
+    folder = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("HOME", str(folder))
+    for variable in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "HF_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def merger() -> Merger:
+    """A merger on the CPU, whose sessions are opened once for all tests."""
+    return Merger(choose_device("cpu"))
