@@ -78,7 +78,7 @@ def adapter_to_bytes(modules: Mapping[str, AdapterModule], *, bits: Bits, base: 
     metadata = {
         "format": FORMAT, "bits": str(bits), "base": base, "source": json.dumps(source, sort_keys=True),
     }  # fmt: skip
-    return save(tensors, metadata=metadata)
+    return bytes(save(tensors, metadata=metadata))
 
 
 def load_adapter(path: Path, name: str, groups: Iterable[SlotGroup], base: str) -> Adapter:
@@ -161,7 +161,9 @@ def _check_fit(
         elif (found.layers, found.a.width, found.b.width) != (group.layers, group.n_in, group.n_out):
             problems.append(f"'{module}' is {group.layers} layers of {group.n_in}x{group.n_out} here, {have} there")
     if problems:
-        raise SlotMismatch(f"adapter '{name}' does not fit this base: {'; '.join(problems)}; export it against this base")
+        raise SlotMismatch(
+            f"adapter '{name}' does not fit this base: {'; '.join(problems)}; export it against this base"
+        )
     if made_for != base:
         raise SlotMismatch(
             f"adapter '{name}' was exported against base {made_for[:12]}…, this base is {base[:12]}…; "

@@ -146,7 +146,9 @@ def retrieve(bundle: Path, prompt: str, device: str, as_json: bool, **options: A
 @main.command()
 @bundle_argument
 @prompt_argument
-@click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder to write.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder to write."
+)
 @retrieval_options
 @merge_options
 @device_option
@@ -242,7 +244,8 @@ def _request(composer: Composer, options: dict[str, Any]) -> Request:
     return Request(
         weights=_parse_weights(options.get("adapters", ())), exclude=options["exclude"],
         neighbours=options["top_n"], temperature=options["temperature"], nucleus=options["top_p"], merge=merge,
-        max_tokens=options.get("max_tokens"), sampling=sampling, choices=(*_parse_choices(options.get("choices")), *options.get("more_choices", ())),
+        max_tokens=options.get("max_tokens"), sampling=sampling,
+        choices=(*_parse_choices(options.get("choices")), *options.get("more_choices", ())),
         raw=options.get("raw", False),
     )  # fmt: skip
 

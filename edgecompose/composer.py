@@ -284,4 +284,3 @@ def open_bundle(path: str | Path, *, device: DeviceRequest = "auto") -> Composer
         DeviceError: the device cannot be used.
     """
     return Composer(Bundle(Path(path)), choose_device(device))
-

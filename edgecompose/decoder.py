@@ -47,9 +47,7 @@ class Decoding:
     The cache is one buffer that attention reads and extends in place, so nothing is copied from step to step.
     """
 
-    def __init__(
-        self, session: Any, spec: BaseSpec, device: Device, adapter: MergedAdapter, capacity: int
-    ) -> None:
+    def __init__(self, session: Any, spec: BaseSpec, device: Device, adapter: MergedAdapter, capacity: int) -> None:
         self.composition = adapter.digest
         self.length = 0
         self._session, self._spec, self._capacity = session, spec, capacity

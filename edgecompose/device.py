@@ -10,26 +10,27 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import numpy as np  # noqa: E402
+import numpy as np
 
 try:
-    import onnxruntime  # noqa: E402
+    import onnxruntime
 except ImportError as error:  # pragma: no cover - depends on the installation
     raise ImportError(
         "onnxruntime is not installed; install one of the extras: pip install 'edgecompose[cpu]' or 'edgecompose[gpu]'"
     ) from error
 
-from edgecompose.errors import BundleError, DeviceError  # noqa: E402
+from edgecompose.errors import BundleError, DeviceError
 
 DeviceRequest = Literal["auto", "cpu", "cuda"]
-OrtValue = onnxruntime.OrtValue
-Session = onnxruntime.InferenceSession
-IOBinding = onnxruntime.IOBinding
+#: ONNX Runtime has no type information; these names say which of its objects is meant.
+OrtValue: TypeAlias = Any
+Session: TypeAlias = Any
+IOBinding: TypeAlias = Any
 
 _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu")
@@ -48,11 +49,11 @@ class Device:
 
     def empty(self, shape: Sequence[int], dtype: type[np.generic] = np.float32) -> OrtValue:
         """An uninitialised tensor on this device."""
-        return OrtValue.ortvalue_from_shape_and_type(list(shape), dtype, self.kind, 0)
+        return onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), dtype, self.kind, 0)
 
     def place(self, array: np.ndarray[Any, Any]) -> OrtValue:
         """A copy of `array` on this device."""
-        return OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.kind, 0)
+        return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.kind, 0)
 
 
 def choose_device(request: DeviceRequest = "auto") -> Device:
@@ -98,7 +99,7 @@ def open_session(graph: Path | bytes, device: Device, *, name: str, threads: int
         options.intra_op_num_threads = threads
     source = graph if isinstance(graph, bytes) else str(graph)
     try:
-        session = Session(source, options, providers=list(device.providers))
+        session = onnxruntime.InferenceSession(source, options, providers=list(device.providers))
     except Exception as error:  # ONNX Runtime raises its own classes, all derived from Exception
         raise BundleError(f"ONNX Runtime refuses the {name} graph: {error}") from error
     landed = session.get_providers()[0]
@@ -147,7 +148,7 @@ def _cuda_obstacle() -> str | None:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     try:
-        session = Session(probe.read_bytes(), options, providers=[_CUDA, _CPU])
+        session = onnxruntime.InferenceSession(probe.read_bytes(), options, providers=[_CUDA, _CPU])
     except Exception as error:  # any failure here means that the device is not usable
         return f"opening a session failed ({error})"
     if session.get_providers()[0] != _CUDA:

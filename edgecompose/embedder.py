@@ -49,7 +49,9 @@ class Embedder:
         if self._spec.normalize:
             vector = normalize(vector)
         if vector.shape != (self._spec.dimension,) or not np.isfinite(vector).all():
-            raise RetrievalError(f"the encoder gave an unusable vector of shape {vector.shape}; export the bundle again")
+            raise RetrievalError(
+                f"the encoder gave an unusable vector of shape {vector.shape}; export the bundle again"
+            )
         return vector
 
 

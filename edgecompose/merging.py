@@ -54,7 +54,9 @@ _PEFT = "PEFT add_weighted_adapter"
 METHODS: Mapping[str, MergeMethod] = {
     row.name: row
     for row in (
-        MergeMethod("product", "exact", "product", True, "sum of w s A B by rank stacking, PEFT 'cat' (arXiv 2410.13025)"),
+        MergeMethod(
+            "product", "exact", "product", True, "sum of w s A B by rank stacking, PEFT 'cat' (arXiv 2410.13025)"
+        ),
         MergeMethod("cat", "paper", "product", True, f"{_PEFT} 'cat' (arXiv 2602.21222)"),
         MergeMethod("linear", "paper", "linear", False, f"{_PEFT} 'linear' (arXiv 2212.04089 on factors)"),
         MergeMethod("ties", "paper", "ties", False, f"{_PEFT} 'ties' (arXiv 2306.01708 on factors)", True, True),

@@ -72,7 +72,7 @@ def quantize(factor: Float, bits: Bits) -> QuantizedFactor:
     signed = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)
     steps = np.abs(signed) / 127 if bits == 8 else signed / -8
     gain = float(np.abs(steps).max()) or 1.0
-    codes, scales = _best_codes(blocks, steps / np.float32(gain), gain, bits)
+    codes, scales = _best_codes(blocks, np.asarray(steps / gain, np.float32), gain, bits)
     if bits == 8:
         return QuantizedFactor(codes.reshape(rank, layers, width).astype(np.int8), scales, gain, 8)
     half = codes.shape[-1] // 2

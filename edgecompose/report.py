@@ -166,7 +166,8 @@ def describe_manifest(manifest: Manifest) -> list[str]:
     lines = [
         f"bundle        {shown['name']} (schema {shown['schema_version']}), {shown['files']} files, "
         f"{shown['bytes'] / 1e6:.1f} MB",
-        f"base          {base['source']}, {base['precision']}, {base['layers']} layers, context {base['context']}{quality}",
+        f"base          {base['source']}, {base['precision']}, {base['layers']} layers, context {base['context']}"
+        + quality,
         f"embedder      {embedder['source']}, {embedder['precision']}, {embedder['dimension']} dimensions",
         f"slots         {', '.join(base['slots'])}",
         "task                  examples  adapter               rank  bits     KB  error",

@@ -24,9 +24,7 @@ class Tokenizer:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception on any malformed file
-            raise BundleError(
-                f"tokenizer '{path.name}' cannot be read: {error}; export the bundle again"
-            ) from error
+            raise BundleError(f"tokenizer '{path.name}' cannot be read: {error}; export the bundle again") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._template = None if chat_template is None else _compile(chat_template)
@@ -34,7 +32,7 @@ class Tokenizer:
     @property
     def vocabulary_size(self) -> int:
         """Number of token ids, added tokens included."""
-        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     @property
     def has_chat_template(self) -> bool:

@@ -93,7 +93,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise AdapterError(f"adapter '{folder}' has no readable {CONFIG_FILE} ({error}); give a PEFT LoRA folder") from error
+        raise AdapterError(
+            f"adapter '{folder}' has no readable {CONFIG_FILE} ({error}); give a PEFT LoRA folder"
+        ) from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise UnsupportedAdapter(f"adapter '{folder.name}' is of type {kind!r}; only LORA is supported")
@@ -104,7 +106,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if init.startswith(_MUTATING):
         found.append(f"init_lora_weights={init} (convert it to plain LoRA when saving)")
     if found:
-        raise UnsupportedAdapter(f"adapter '{folder.name}' uses {', '.join(found)}, which cannot be composed; not exported")
+        raise UnsupportedAdapter(
+            f"adapter '{folder.name}' uses {', '.join(found)}, which cannot be composed; not exported"
+        )
     if not isinstance(config.get("r"), int) or config["r"] < 1:
         raise AdapterError(f"adapter '{folder.name}' has rank {config.get('r')!r}; a positive whole number is wanted")
     return config
@@ -201,7 +205,9 @@ def _check_slots(adapter: str, pairs: Mapping[str, Mapping[int, _Pair]], groups:
             if layer >= group.layers:
                 problems.append(f"'layers.{layer}.{module}': this base has {group.layers} layers")
             elif have != (group.n_in, group.n_out):
-                problems.append(f"'layers.{layer}.{module}' is {group.n_in}x{group.n_out} here, {have[0]}x{have[1]} there")
+                problems.append(
+                    f"'layers.{layer}.{module}' is {group.n_in}x{group.n_out} here, {have[0]}x{have[1]} there"
+                )
     if problems:
         raise SlotMismatch(
             f"adapter '{adapter}' does not fit this base: {'; '.join(problems)}; export it against its own base"

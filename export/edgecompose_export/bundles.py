@@ -7,7 +7,7 @@ killed at any moment leaves the old bundle or the new one, and at worst files th
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import os
 import shutil
 import tomllib
@@ -44,10 +44,8 @@ from edgecompose_export.base import read_base_spec
 from edgecompose_export.datasets import read_examples
 from edgecompose_export.embedder import open_embedder, read_embedder_spec
 from edgecompose_export.examples import (
-    INDEX_DTYPE,
     INDEX_FILE,
     ExampleTable,
-    KeySpan,
     add_prompts,
     embedder_identity,
     prompt_lines,
@@ -101,7 +99,9 @@ def read_recipe(path: Path) -> Recipe:
     return recipe
 
 
-def build_bundle(recipe_path: Path, output: Path, *, force: bool = False, advance: Advance = lambda step: None) -> Manifest:
+def build_bundle(
+    recipe_path: Path, output: Path, *, force: bool = False, advance: Advance = lambda step: None
+) -> Manifest:
     """Make the bundle that a recipe describes.
 
     Args:
@@ -124,7 +124,9 @@ def build_bundle(recipe_path: Path, output: Path, *, force: bool = False, advanc
         base = _copy_base(root / recipe.base, work)
         embedder = _copy_embedder(root / recipe.embedder, work)
         advance("adapters")
-        adapters = {name: _place_adapter(root / t.adapter, name, base, work, recipe.bits) for name, t in recipe.tasks.items()}
+        adapters = {
+            name: _place_adapter(root / t.adapter, name, base, work, recipe.bits) for name, t in recipe.tasks.items()
+        }
         advance("examples")
         table = _place_examples(recipe, root, work)
         index, tasks = _take_index(work, table, recipe, embedder)
@@ -143,7 +145,13 @@ def build_bundle(recipe_path: Path, output: Path, *, force: bool = False, advanc
 
 
 def add_task(
-    root: Path, name: str, adapter: Path, examples: Path, *, bits: int = 4, advance: Callable[[int, int], None] = lambda done, of: None
+    root: Path,
+    name: str,
+    adapter: Path,
+    examples: Path,
+    *,
+    bits: int = 4,
+    advance: Callable[[int, int], None] = lambda done, of: None,
 ) -> Manifest:
     """Add a task with its adapter and examples to an existing bundle.
 
@@ -253,8 +261,6 @@ def _place_adapter(source: Path, name: str, base: BaseSpec, root: Path, bits: in
 
 
 def _source_of(path: Path) -> dict[str, Any]:
-    import json
-
     found = json.loads(adapter_metadata(path).get("source", "{}"))
     return found if isinstance(found, dict) else {}
 
@@ -265,7 +271,9 @@ def _place_examples(recipe: Recipe, root: Path, work: Path) -> ExampleTable:
     if recipe.examples is None:
         without = sorted(set(recipe.tasks) - set(fresh))
         if without:
-            raise ExportError(f"tasks without examples: {', '.join(without)}; give `examples` for each or for the recipe")
+            raise ExportError(
+                f"tasks without examples: {', '.join(without)}; give `examples` for each or for the recipe"
+            )
         embedder, spec = open_embedder(root / recipe.embedder)
         return write_examples(fresh, embedder, spec, work, keep_text=recipe.keep_text)
     if fresh:
@@ -298,12 +306,8 @@ def _take_index(
     (work / "examples.json").unlink(missing_ok=True)
     name = _index_name(work / INDEX_FILE)
     (work / INDEX_FILE).rename(work / name)
-    tasks = {name: TaskSpec(name, span.first_key, span.examples) for name, span in _spans(table).items()}
+    tasks = {name: TaskSpec(name, span.first_key, span.examples) for name, span in table.tasks.items()}
     return replace(table.index, file=name), tasks
-
-
-def _spans(table: ExampleTable) -> Mapping[str, KeySpan]:
-    return table.tasks
 
 
 def _index_name(path: Path) -> str:
@@ -322,7 +326,7 @@ def _store_index(
     temporary = root / f".{INDEX_FILE}.tmp"
     index.save(str(temporary))
     name = _index_name(temporary)
-    os.replace(temporary, root / name)
+    temporary.replace(root / name)
     entries = {k: v for k, v in manifest.files.items() if k not in (manifest.index.file, manifest.index.texts)}
     entries |= {**files, name: describe_file(root / name)}
     texts_name = None
@@ -335,8 +339,6 @@ def _store_index(
 
 
 def _key_in(line: str, task: TaskSpec) -> bool:
-    import json
-
     return task.first_key <= int(json.loads(line)["key"]) < task.first_key + task.examples
 
 
@@ -347,7 +349,7 @@ def _write_manifest(root: Path, manifest: Manifest) -> None:
     temporary = root / f".{MANIFEST_FILE}.tmp"
     temporary.write_text(manifest_to_json(manifest), encoding="utf-8")
     _sync(temporary)
-    os.replace(temporary, root / MANIFEST_FILE)
+    temporary.replace(root / MANIFEST_FILE)
     _sync(root)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from edgecompose.errors import ExportError  # noqa: E402
+from edgecompose.errors import ExportError
 
 #: Pre-tokenizers that GGUF names and transformers' conversion leaves out (llama.cpp, llama-vocab.cpp).
 _DIGITS_APART = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"})
@@ -82,7 +82,7 @@ def find_checkpoint(path: Path) -> Checkpoint:
     found = sorted(p.name for p in path.glob("*.gguf")) if path.is_dir() else []
     if len(found) != 1:
         raise ExportError(
-            f"base '{path}' has no config.json and {len(found)} .gguf files; give a Hugging Face folder or one GGUF file"
+            f"base '{path}' has no config.json but {len(found)} .gguf files; give a Hugging Face folder or a GGUF file"
         )
     return Checkpoint(path, found[0])
 

@@ -27,11 +27,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-from edgecompose.errors import EdgeComposeError  # noqa: E402
+from edgecompose.errors import EdgeComposeError
 
 PathArgument = click.Path(path_type=Path)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
-bits_option = click.option("--bits", type=click.Choice(["4", "8"]), default="4", show_default=True, help="Bits a weight.")
+bits_option = click.option(
+    "--bits", type=click.Choice(["4", "8"]), default="4", show_default=True, help="Bits a weight."
+)
 
 
 class _Group(click.Group):
@@ -70,9 +72,7 @@ def base(source: Path, output: Path, precision: Any, accept_distance: bool, as_j
     from edgecompose_export.checkpoint import find_checkpoint
 
     with _steps() as advance:
-        spec = export_base(
-            find_checkpoint(source), output, precision, accept_distance=accept_distance, advance=advance
-        )
+        spec = export_base(find_checkpoint(source), output, precision, accept_distance=accept_distance, advance=advance)
     distance = spec.distance
     quality = "" if distance is None else f"; KL {distance.kl:.5f}, top-1 {distance.top1:.1%} against float32"
     _print(f"{output}: {precision}, {spec.layers} layers, {len(spec.slots)} slots a layer{quality}", spec, as_json)
@@ -93,7 +93,7 @@ def embedder(source: Path, output: Path, precision: Any, as_json: bool) -> None:
 
     with _steps() as advance:
         spec = export_embedder(source, output, precision, advance=advance)
-    text = f"{output}: {precision}, {spec.dimension} dimensions, {spec.pooling} pooling, mean cosine to f32 {spec.cosine:.4f}"
+    text = f"{output}: {precision}, {spec.dimension} dimensions, {spec.pooling} pooling, cosine to f32 {spec.cosine:.4f}"
     _print(text, spec, as_json)
 
 
@@ -116,7 +116,9 @@ def adapter(source: Path, base_folder: Path, output: Path, bits: str, as_json: b
         advance("quantising")
         made = export_adapter(source, read_base_spec(base_folder), output, 8 if bits == "8" else 4)
     errors = ", ".join(f"{name} {error:.3f}" for name, error in made.errors.items())
-    text = f"{output}: rank {made.spec.rank}, {bits} bits, {output.stat().st_size / 1e3:.0f} KB; relative error {errors}"
+    text = (
+        f"{output}: rank {made.spec.rank}, {bits} bits, {output.stat().st_size / 1e3:.0f} KB; relative error {errors}"
+    )
     _print(text, made.spec, as_json)
 
 
@@ -153,7 +155,9 @@ def examples(tasks: tuple[str, ...], embedder_folder: Path, output: Path, keep_t
 @click.option("--epochs", type=click.IntRange(min=1), default=2, show_default=True)
 @click.option("--learning-rate", type=click.FloatRange(0, min_open=True), default=5e-4, show_default=True)
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Examples a step.")
-@click.option("--max-length", type=click.IntRange(min=8), default=512, show_default=True, help="Longer examples are left out.")
+@click.option(
+    "--max-length", type=click.IntRange(min=8), default=512, show_default=True, help="Longer examples are left out."
+)
 @click.option("--limit", type=click.IntRange(min=1), help="Use the first so many examples.")
 @click.option(
     "--prompt-form", type=click.Choice(["chat", "raw", "both"]), default="both", show_default=True,
@@ -328,4 +332,3 @@ def _print_bundle(path: Path, manifest: Any, as_json: bool) -> None:
     size = sum(entry.bytes for entry in manifest.files.values())
     text = f"{path}: {len(manifest.tasks)} tasks, {manifest.index.vectors} examples, {size / 1e6:.0f} MB"
     _print(text, manifest, as_json)
-

@@ -25,7 +25,11 @@ SPEC_FILE = "embedder.json"
 
 
 def export_embedder(
-    source: Path, output: Path, precision: EmbedderPrecision = "int8", *, advance: Callable[[str], None] = lambda step: None
+    source: Path,
+    output: Path,
+    precision: EmbedderPrecision = "int8",
+    *,
+    advance: Callable[[str], None] = lambda step: None,
 ) -> EmbedderSpec:
     """Write `encoder.onnx`, `tokenizer.json` and `embedder.json` to `output`.
 
@@ -72,7 +76,8 @@ def describe_encoder(source: Path, precision: EmbedderPrecision) -> EmbedderSpec
     bert = _read_json(source / "sentence_bert_config.json", optional=True) or {}
     return EmbedderSpec(
         graph="encoder.onnx", tokenizer="tokenizer.json", identity=sha256_of(weights), precision=precision,
-        dimension=int(config["hidden_size"]), max_length=int(bert.get("max_seq_length") or config["max_position_embeddings"]),
+        dimension=int(config["hidden_size"]),
+        max_length=int(bert.get("max_seq_length") or config["max_position_embeddings"]),
         pooling=pooling, normalize="Normalize" in types or not modules, source=source.name,
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from usearch.index import Index
@@ -19,11 +19,11 @@ from usearch.index import Index
 from edgecompose.embedder import Embedder
 from edgecompose.errors import ExportError
 from edgecompose.manifest import EmbedderSpec, IndexSpec, check_name, value_from_json
-from edgecompose.retrieval import new_index, open_index
+from edgecompose.retrieval import new_index
 from edgecompose_export.datasets import Example
 
 INDEX_FILE, TABLE_FILE, TEXTS_FILE = "examples.usearch", "examples.json", "examples.jsonl"
-INDEX_DTYPE = "f16"
+INDEX_DTYPE: Literal["f16"] = "f16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +110,7 @@ def read_example_table(folder: Path) -> ExampleTable:
     try:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ExportError(f"'{folder}' has no readable {TABLE_FILE} ({error}); make it with 'edgecompose-export examples'") from error
+        raise ExportError(
+            f"'{folder}' has no readable {TABLE_FILE} ({error}); make it with 'edgecompose-export examples'"
+        ) from error
     return value_from_json(ExampleTable, found, TABLE_FILE)
-
-
-def load_vectors(path: Path, spec: IndexSpec) -> Index:
-    """The index of a folder or bundle, checked against its description."""
-    return open_index(path, spec)

@@ -156,10 +156,11 @@ def build_probe() -> onnx.ModelProto:
 def all_graphs() -> dict[str, bytes]:
     """File name and bytes of every graph that the runtime ships."""
     graphs = {
-        f"{method}.{factor}.int{bits}.onnx": build_merge_graph(method, factor, bits).SerializeToString(deterministic=True)
+        f"{method}.{factor}.int{bits}.onnx": build_merge_graph(method, factor, bits)
         for method in METHODS for factor in "AB" for bits in (4, 8)
     }  # fmt: skip
-    return {**graphs, "probe.onnx": build_probe().SerializeToString(deterministic=True)}
+    graphs["probe.onnx"] = build_probe()
+    return {name: bytes(graph.SerializeToString(deterministic=True)) for name, graph in graphs.items()}
 
 
 def write_graphs(folder: Path) -> list[Path]:

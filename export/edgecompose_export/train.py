@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -200,9 +199,7 @@ def _step(model: Any, batch: Sequence[Encoded], pad: int, device: str) -> Any:
     keep = max(s.answer for s in batch) + 1
     ids = torch.tensor([[pad] * (width - len(s.ids)) + list(s.ids) for s in batch], device=device)
     mask = torch.tensor([[0] * (width - len(s.ids)) + [1] * len(s.ids) for s in batch], device=device)
-    wanted = torch.tensor(
-        [[-100] * (keep - 1 - s.answer) + list(s.ids[-s.answer :]) for s in batch], device=device
-    )
+    wanted = torch.tensor([[-100] * (keep - 1 - s.answer) + list(s.ids[-s.answer :]) for s in batch], device=device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     name, dtype = _precision(device)
     with torch.autocast(device, dtype=dtype, enabled=name == "bf16"):
@@ -221,7 +218,7 @@ def _save_state(path: Path, report: dict[str, Any], losses: list[float], trained
     }  # fmt: skip
     temporary = path.with_suffix(".tmp")
     torch.save(state, temporary)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def _resume(path: Path, report: dict[str, Any], trained: list[Any], optimizer: Any) -> list[float]:
@@ -241,5 +238,3 @@ def _resume(path: Path, report: dict[str, Any], trained: list[Any], optimizer: A
             parameter.copy_(saved)
     optimizer.load_state_dict(state["optimizer"])
     return list(state["losses"])
-
-
