@@ -22,7 +22,7 @@ from safetensors.numpy import save
 
 from edgecompose.errors import AdapterError, SlotMismatch
 from edgecompose.manifest import SlotGroup
-from edgecompose.quantization import Bits, QuantizedFactor
+from edgecompose.quantization import Bits, QuantizedFactor, block_for
 
 FORMAT = "edgecompose-adapter/1"
 _PARTS = ("A.codes", "A.scales", "B.codes", "B.scales", "gains", "scaling", "ranks")
@@ -78,7 +78,15 @@ def adapter_to_bytes(modules: Mapping[str, AdapterModule], *, bits: Bits, base: 
     metadata = {
         "format": FORMAT, "bits": str(bits), "base": base, "source": json.dumps(source, sort_keys=True),
     }  # fmt: skip
-    return bytes(save(tensors, metadata=metadata))
+    return _canonical(bytes(save(tensors, metadata=metadata)))
+
+
+def _canonical(content: bytes) -> bytes:
+    """The same file with its header's keys sorted (safetensors writes the metadata in random order)."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[end:]
 
 
 def load_adapter(path: Path, name: str, groups: Iterable[SlotGroup], base: str) -> Adapter:
@@ -97,7 +105,7 @@ def load_adapter(path: Path, name: str, groups: Iterable[SlotGroup], base: str) 
         with safetensors.safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, TypeError, AttributeError, safetensors.SafetensorError) as error:  # types that numpy lacks
         raise AdapterError(f"adapter '{name}' cannot be read: {error}; export it again") from error
     if metadata.get("format") != FORMAT or metadata.get("bits") not in ("4", "8"):
         raise AdapterError(
@@ -106,6 +114,9 @@ def load_adapter(path: Path, name: str, groups: Iterable[SlotGroup], base: str) 
         )
     bits = cast(Bits, int(metadata["bits"]))
     names = sorted({key.split(".", 1)[0] for key in tensors})
+    stray = sorted(set(tensors) - {f"{module}.{part}" for module in names for part in _PARTS})
+    if stray or not names:
+        raise AdapterError(f"adapter '{name}' holds {', '.join(stray) or 'no module'}; export it again")
     modules = {module: _module(name, module, tensors, bits) for module in names}
     _check_fit(name, modules, {g.name: g for g in groups}, metadata.get("base", ""), base)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -139,8 +150,9 @@ def _module(adapter: str, module: str, tensors: Mapping[str, npt.NDArray[Any]], 
     if outer != {(a_codes.shape[0], layers)} or ranks.shape != (layers,) or 0 in a_codes.shape:
         raise AdapterError(f"{place}: tensors disagree on rank or layers: {sorted(outer)}")
     for codes, scales in ((a_codes, a_scales), (b_codes, b_scales)):
-        if scales.shape[2] == 0 or (codes.shape[2] * (2 if bits == 4 else 1)) % scales.shape[2]:
-            raise AdapterError(f"{place}: {scales.shape[2]} scales do not divide the width")
+        width = codes.shape[2] * (2 if bits == 4 else 1)
+        if width == 0 or scales.shape[2] * block_for(width) != width:
+            raise AdapterError(f"{place}: {scales.shape[2]} scales do not fit a width of {width}")
     for values in (a_scales, b_scales, gains, scaling):
         if not np.isfinite(values).all():
             raise AdapterError(f"{place}: a scale is not finite; export it again")

@@ -56,7 +56,12 @@ class Bundle:
 
     def text(self, relative: str) -> str:
         """Content of one checked UTF-8 file."""
-        return self.path(relative).read_text(encoding="utf-8")
+        try:
+            return self.path(relative).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise FileDamaged(
+                f"bundle '{self.root}': file '{relative}' is not UTF-8; export the bundle again"
+            ) from error
 
 
 def read_manifest(root: Path) -> Manifest:
@@ -131,11 +136,14 @@ def sha256_of(path: Path, *, advance: Callable[[int], None] = lambda count: None
 
 def _size_problem(root: Path, relative: str, entry: FileEntry) -> str | None:
     path = root / check_path(relative)
-    if not path.resolve().is_relative_to(root.resolve()):
-        return f"file '{relative}' is a link that leaves the bundle"
-    if not path.is_file():
-        return f"file '{relative}' is missing"
-    size = path.stat().st_size
+    try:
+        if not path.resolve().is_relative_to(root.resolve()):
+            return f"file '{relative}' is a link that leaves the bundle"
+        if not path.is_file():
+            return f"file '{relative}' is missing"
+        size = path.stat().st_size
+    except (OSError, RuntimeError, ValueError) as error:  # no such name can be; links in a circle (RuntimeError)
+        return f"file {relative!r:.200} cannot be read: {error!s:.200}"
     if size != entry.bytes:
         return f"file '{relative}' has {size} bytes, the manifest says {entry.bytes}"
     return None

@@ -41,7 +41,10 @@ class Embedder:
         """
         if not text.strip():
             raise RetrievalError("an empty prompt cannot be embedded; give some text")
-        ids = head_and_tail(self._tokenizer.encode(text).ids, self._spec.max_length)
+        try:
+            ids = head_and_tail(self._tokenizer.encode(text).ids, self._spec.max_length)
+        except TypeError as error:  # a lone surrogate, as bytes that are not UTF-8 give on the command line
+            raise RetrievalError("the prompt is not valid Unicode; give UTF-8 text") from error
         row = np.array([ids], np.int64)
         feeds = {"input_ids": row, "attention_mask": np.ones_like(row), "token_type_ids": np.zeros_like(row)}
         (hidden, *_) = self._session.run(None, {k: v for k, v in feeds.items() if k in self._inputs})

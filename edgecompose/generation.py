@@ -111,7 +111,10 @@ def _sampler(sampling: Sampling) -> Callable[[Float], int]:
     rng = np.random.default_rng(sampling.seed)
 
     def draw(logits: Float) -> int:
-        probabilities = np.exp(log_softmax(logits / np.float32(sampling.temperature))).astype(np.float64)
+        shifted = (logits - logits.max()).astype(np.float64)
+        with np.errstate(over="ignore"):  # a very low temperature: all but the largest vanish
+            probabilities = np.exp(shifted / sampling.temperature)
+        probabilities /= probabilities.sum()
         order = np.argsort(-probabilities, kind="stable")
         cumulative = np.cumsum(probabilities[order])
         kept = order[: int(np.searchsorted(cumulative, sampling.top_p * cumulative[-1])) + 1]

@@ -16,8 +16,8 @@ from edgecompose.errors import ManifestInvalid, UnsupportedSchema
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
-_SHA256 = re.compile(r"^[0-9a-f]{64}$")
-_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _T = TypeVar("_T")
 
 
@@ -29,7 +29,7 @@ class FileEntry:
     bytes: int
 
     def __post_init__(self) -> None:
-        if not _SHA256.match(self.sha256):
+        if not _SHA256.fullmatch(self.sha256):
             raise ManifestInvalid(f"sha256 '{self.sha256}' is not 64 hexadecimal digits")
         if self.bytes < 0:
             raise ManifestInvalid(f"a file size of {self.bytes} bytes is negative")
@@ -47,6 +47,8 @@ class SlotGroup:
     def __post_init__(self) -> None:
         if min(self.layers, self.n_in, self.n_out) < 1:
             raise ManifestInvalid(f"slot group '{self.name}' has a size below 1")
+        if not self.name.isidentifier():
+            raise ManifestInvalid(f"slot group {self.name!r} is not a plain name")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +84,9 @@ class BaseSpec:
     source: str = ""
 
     def __post_init__(self) -> None:
-        if not self.slots:
-            raise ManifestInvalid("the base has no adapter slots")
+        names = [group.name for group in self.slots]
+        if not names or len(set(names)) != len(names):
+            raise ManifestInvalid(f"the base has no adapter slots, or one twice: {', '.join(names)}")
         if min(self.context, self.kv_heads, self.head_size, self.vocabulary) < 1:
             raise ManifestInvalid("context, kv_heads, head_size and vocabulary of the base must be at least 1")
 
@@ -230,7 +233,7 @@ class Manifest:
 
 def check_name(name: str) -> str:
     """A task or adapter name, which is also a file name: letters, digits, '.', '_', '-', at most 100."""
-    if not _NAME.match(name):
+    if not _NAME.fullmatch(name):
         raise ManifestInvalid(f"name {name!r} is not allowed; use letters, digits, '.', '_' and '-', at most 100")
     return name
 
@@ -257,7 +260,7 @@ def manifest_from_json(text: str) -> Manifest:
     """
     try:
         found = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, or an integer of thousands of digits
         raise ManifestInvalid(f"manifest.json is not JSON ({error}); export the bundle again") from error
     if not isinstance(found, dict):
         raise ManifestInvalid("manifest.json is not a JSON object; export the bundle again")
@@ -283,8 +286,9 @@ def _convert(kind: Any, found: Any, place: str) -> Any:
         (inner,) = [a for a in arguments if a is not type(None)]
         return None if found is None else _convert(inner, found, place)
     if origin is Literal:
-        if found in arguments:
-            return found
+        for choice in arguments:
+            if found == choice and type(found) is type(choice):
+                return choice
         raise ManifestInvalid(f"{place} is {found!r}; one of {', '.join(map(repr, arguments))} is wanted")
     if origin is tuple and isinstance(found, list):
         return tuple(_convert(arguments[0], item, f"{place}[{i}]") for i, item in enumerate(found))
@@ -293,7 +297,10 @@ def _convert(kind: Any, found: Any, place: str) -> Any:
     if kind is Any:
         return found
     if kind is float and isinstance(found, (int, float)) and not isinstance(found, bool):
-        return float(found)
+        try:
+            return float(found)
+        except OverflowError as error:
+            raise ManifestInvalid(f"{place} is an integer beyond float range") from error
     if isinstance(kind, type) and isinstance(found, kind) and not (isinstance(found, bool) and kind is int):
         return found
     wanted = getattr(kind, "__name__", str(kind))

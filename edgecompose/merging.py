@@ -31,6 +31,7 @@ from edgecompose.quantization import QuantizedFactor, unpack_codes
 Float = npt.NDArray[np.float32]
 #: Weights are rounded to this step before they enter the content hash.
 _WEIGHT_STEP = 1e-6
+_LARGEST_WEIGHT = 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +130,8 @@ class Merger:
                 needs one rank, or a density that keeps no entry.
         """
         _check(adapters, weights, settings)
+        if len(adapters) == 1 and settings.row.prunes:
+            settings = MergeSettings("linear")  # PEFT does so: one adapter is neither pruned nor voted on
         digest = composition_digest({a.name: a.digest for a in adapters}, dict(_named(adapters, weights)), settings)
         modules = {}
         for module in sorted({m for a in adapters for m in a.modules}):
@@ -146,7 +149,7 @@ class Merger:
             weights_b = np.ones_like(weights_a)
             rank = sum(ranks)
         else:
-            rank = _common_rank(module, [m for m, _ in parts])
+            rank = parts[0][0].rank if len(parts) == 1 else _common_rank(module, [m for m, _ in parts])
             weights_b = np.sqrt(np.abs(scale))
             weights_a = np.where(scale < 0, -weights_b, weights_b)
         a = self._merge_factor("A", [m.a for m, _ in parts], weights_a, rank, settings)
@@ -211,9 +214,9 @@ def _named(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[tuple[
 def _check(adapters: Sequence[Adapter], weights: Sequence[float], settings: MergeSettings) -> None:
     if len(adapters) != len(weights):
         raise MergeError(f"{len(adapters)} adapters came with {len(weights)} weights; one for each is wanted")
-    bad = [f"{a.name}={w}" for a, w in zip(adapters, weights, strict=True) if not math.isfinite(w)]
+    bad = [f"{a.name}={w}" for a, w in zip(adapters, weights, strict=True) if not abs(w) <= _LARGEST_WEIGHT]
     if bad:
-        raise MergeError(f"weights that are not finite: {', '.join(bad)}")
+        raise MergeError(f"weights that are not finite, or beyond {_LARGEST_WEIGHT:g}: {', '.join(bad)}")
     names = [a.name for a in adapters]
     if len(set(names)) != len(names):
         raise MergeError(f"an adapter is named twice in {', '.join(names)}; add its weights up instead")
@@ -234,5 +237,6 @@ def _kept(density: float, entries: int) -> int:
     """How many entries of a tensor a density keeps: floor(density * entries), as PEFT counts."""
     kept = int(density * entries)
     if kept == 0:
-        raise MergeError(f"density {density} keeps none of {entries} entries; raise it to at least {1 / entries:.2g}")
+        least = math.ceil(1e6 / entries) / 1e6
+        raise MergeError(f"density {density} keeps none of {entries} entries; raise it to at least {least}")
     return kept

@@ -72,7 +72,8 @@ def quantize(factor: Float, bits: Bits) -> QuantizedFactor:
     signed = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)
     steps = np.abs(signed) / 127 if bits == 8 else signed / -8
     gain = float(np.abs(steps).max()) or 1.0
-    codes, scales = _best_codes(blocks, np.asarray(steps / gain, np.float32), gain, bits)
+    unit = np.float32(gain)  # squares of large or tiny values would leave float32
+    codes, scales = _best_codes(blocks / unit, np.asarray(steps / unit, np.float32), bits)
     if bits == 8:
         return QuantizedFactor(codes.reshape(rank, layers, width).astype(np.int8), scales, gain, 8)
     half = codes.shape[-1] // 2
@@ -105,7 +106,7 @@ def relative_error(factor: Float, quantized: QuantizedFactor) -> float:
     return float(np.linalg.norm(factor - dequantize(quantized))) / norm if norm else 0.0
 
 
-def _best_codes(blocks: Float, steps: Float, gain: float, bits: Bits) -> tuple[Float, npt.NDArray[np.float16]]:
+def _best_codes(blocks: Float, steps: Float, bits: Bits) -> tuple[Float, npt.NDArray[np.float16]]:
     """For each block the codes and the scale with the least squared error among a few shrinks."""
     low, high = (-127, 127) if bits == 8 else (-8, 7)
     best_error = np.full(steps.shape, np.inf, np.float32)
@@ -113,7 +114,7 @@ def _best_codes(blocks: Float, steps: Float, gain: float, bits: Bits) -> tuple[F
     best_scales = np.zeros(steps.shape, np.float16)
     for shrink in _SHRINKS if bits == 4 else (1.0,):
         scales = (steps * np.float32(shrink)).astype(np.float16)
-        real = scales.astype(np.float32) * np.float32(gain)
+        real = scales.astype(np.float32)
         codes = np.clip(np.rint(blocks / np.where(real == 0, np.float32(1), real)), low, high)
         error = np.square(codes * real - blocks).sum(-1, keepdims=True)
         better = error < best_error

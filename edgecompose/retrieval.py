@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from usearch.index import Index
+from usearch.index import Index, MetricKind, ScalarKind
 
 from edgecompose.errors import RetrievalError, UnknownAdapter
 from edgecompose.manifest import IndexSpec, TaskSpec
@@ -17,6 +17,7 @@ from edgecompose.manifest import IndexSpec, TaskSpec
 Float = npt.NDArray[np.float32]
 #: Up to so many vectors every one is compared; beyond, USearch's graph is walked.
 EXACT_BELOW = 200_000
+_SCALARS = {"f16": ScalarKind.F16, "f32": ScalarKind.F32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,8 @@ class ExampleIndex:
         wanted = min(len(self._index), count + passed_over)
         if wanted - passed_over < 1:
             raise RetrievalError("no example is left to search; exclude fewer tasks, or add examples to the bundle")
-        matches = self._index.search(query, wanted, exact=len(self._index) <= EXACT_BELOW, threads=1)
+        unit = query / np.linalg.norm(query.astype(np.float64))  # float16 holds no long or short query
+        matches = self._index.search(unit.astype(np.float32), wanted, exact=len(self._index) <= EXACT_BELOW, threads=1)
         found = (
             Neighbour(self._task_of(int(key)), int(key), float(np.clip(1 - distance, -1, 1)))
             for key, distance in zip(matches.keys, matches.distances, strict=True)
@@ -107,6 +109,12 @@ def open_index(path: Path, spec: IndexSpec) -> Index:
             index.load(str(path))
     except (RuntimeError, ValueError, OSError) as error:
         raise RetrievalError(f"index '{path.name}' cannot be loaded: {error}; export the bundle again") from error
+    kinds = (described.get("kind_metric"), described.get("kind_scalar"))
+    if described and kinds != (MetricKind.Cos, _SCALARS[spec.dtype]):
+        raise RetrievalError(
+            f"index '{path.name}' is of {kinds[0]} and {kinds[1]}, cosine in {spec.dtype} is wanted; "
+            "export the bundle again"
+        )
     stored = int(described.get("dimensions", spec.dimension)) if described else -1
     if stored != spec.dimension or len(index) != spec.vectors:
         raise RetrievalError(

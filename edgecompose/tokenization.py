@@ -41,7 +41,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, special tokens written in it being recognised, none added."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        try:
+            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        except TypeError as error:  # a lone surrogate, which is how Python spells bytes that are not UTF-8
+            raise GenerationError(f"the text is not valid Unicode: {text!r:.80}; give UTF-8") from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids` without special tokens."""
@@ -65,7 +68,7 @@ class Tokenizer:
             raise GenerationError("this base has no chat template; use --raw to send the prompt as it is")
         try:
             return self._template.render(messages=list(messages), add_generation_prompt=True)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template is a program and may raise anything
             raise GenerationError(f"the chat template refused the messages: {error}") from error
 
     def stream(self) -> TokenStream:
@@ -114,5 +117,5 @@ def _compile(source: str) -> jinja2.Template:
     environment.globals["raise_exception"] = refuse
     try:
         return environment.from_string(source)
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, RecursionError) as error:
         raise BundleError(f"the chat template of the bundle is not valid Jinja: {error}") from error

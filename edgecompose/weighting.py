@@ -57,7 +57,7 @@ def nucleus(distribution: Mapping[str, float], p: float) -> dict[str, float]:
     kept: dict[str, float] = {}
     reached = 0.0
     for task, share in sorted(distribution.items(), key=_order):
-        if reached >= p - _SLACK:
+        if p < 1 and reached >= p - _SLACK:
             break
         kept[task] = share
         reached += share

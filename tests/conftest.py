@@ -10,13 +10,9 @@ from hypothesis import settings
 from edgecompose.device import choose_device
 from edgecompose.merging import Merger
 
+pytest_plugins = ("tests.fixtures_tiny",)
 settings.register_profile("edgecompose", deadline=None, max_examples=40, database=None, derandomize=True)
 settings.load_profile("edgecompose")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Warnings are errors; a test module may relax this for libraries that we do not own."""
-    config.addinivalue_line("filterwarnings", "error")
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import tokenizers
+from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from edgecompose.adapter import Adapter, AdapterModule, adapter_to_bytes
@@ -35,6 +36,8 @@ BASE = "b" * 64
 GROUPS = (SlotGroup("q_proj", 3, 24, 40), SlotGroup("k_proj", 3, 40, 8), SlotGroup("down_proj", 3, 56, 24))
 #: Widths with full blocks of 32, and with blocks of 16 and 2.
 WIDE = (SlotGroup("o_proj", 2, 64, 96), SlotGroup("up_proj", 2, 48, 6))
+#: Any text, lone surrogates included (`st.text` builds a table of all Unicode first, which takes seconds).
+TEXT = st.lists(st.integers(0, 255).map(chr) | st.integers(0, 0x10FFFF).map(chr), max_size=12).map("".join)
 _PRIMES = [n for n in range(1024, 2048) if all(n % d for d in range(2, 46))]
 
 

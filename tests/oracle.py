@@ -24,7 +24,7 @@ def factors(module: AdapterModule) -> tuple[Double, Double]:
 def delta(parts: Sequence[Part]) -> Double:
     """Sum of w s A B, (L, in, out)."""
     products = [w * module.scaling[:, None, None] * np.matmul(*factors(module)) for module, w in parts]
-    return np.sum(products, axis=0)
+    return np.asarray(np.sum(products, axis=0), np.float64)
 
 
 def merge(parts: Sequence[Part], settings: MergeSettings) -> tuple[Double, Double]:
@@ -53,8 +53,8 @@ def _combine(tensors: Sequence[Double], weights: Sequence[Double], settings: Mer
         tensors = [np.stack([prune(layer, settings.density) for layer in tensor]) for tensor in tensors]
     weighted = np.array([w * tensor for w, tensor in zip(weights, tensors, strict=True)])
     if not settings.row.votes:
-        return weighted.sum(axis=0)
+        return np.asarray(weighted.sum(axis=0), np.float64)
     votes = np.array(tensors) if settings.majority_sign == "total" else np.sign(tensors)
     elected = np.where(votes.sum(axis=0) >= 0, 1, -1)
     agree = np.sign(tensors) == elected
-    return (weighted * agree).sum(axis=0) / np.maximum(agree.sum(axis=0), 1)
+    return np.asarray((weighted * agree).sum(axis=0) / np.maximum(agree.sum(axis=0), 1), np.float64)

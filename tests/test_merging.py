@@ -64,7 +64,8 @@ def _assert_as_oracle(merger: Merger, adapters: Sequence[Adapter], settings: Mer
     assert sorted(arrays) == sorted(adapters[0].modules)
     for name, (a, b) in arrays.items():
         parts = [(adapter.modules[name], w) for adapter, w in zip(adapters, weights, strict=True)]
-        wanted_a, wanted_b = oracle.merge(parts, settings)
+        alone = len(parts) == 1 and settings.row.prunes
+        wanted_a, wanted_b = oracle.merge(parts, MergeSettings("linear") if alone else settings)
         _assert_close(a, wanted_a)
         _assert_close(b, wanted_b)
         assert merged.modules[name].rank == wanted_a.shape[2]
@@ -76,6 +77,16 @@ def _assert_as_oracle(merger: Merger, adapters: Sequence[Adapter], settings: Mer
 @pytest.mark.parametrize("method", SETTINGS)
 def test_every_method_is_as_the_oracle(merger: Merger, method: str, bits: str, count: int) -> None:
     _assert_as_oracle(merger, _adapters(BITS[bits][:count]), SETTINGS[method])
+
+
+@pytest.mark.parametrize("method", ["ties", "magnitude_prune"])
+def test_one_adapter_alone_is_not_pruned_as_in_peft(merger: Merger, method: str) -> None:
+    adapters = _adapters([8])
+    alone, linear = (merger.merge(adapters, [0.7], MergeSettings(m)) for m in (method, "linear"))
+    assert alone.digest == linear.digest
+    for name, factors in _arrays(linear).items():
+        for found, wanted in zip(_arrays(alone)[name], factors, strict=True):
+            np.testing.assert_array_equal(found, wanted)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -169,7 +180,9 @@ def test_density_1_prunes_nothing(merger: Merger) -> None:
 @pytest.mark.parametrize("density", [0.01, 0.3, 0.5, 0.999])
 def test_a_density_keeps_its_share_of_every_layer(merger: Merger, density: float) -> None:
     adapter = make_adapter("one", groups=WIDE[:1], bits=4)  # values tie: whichever is kept, the number is right
-    factors = _arrays(merger.merge([adapter], [1.0], MergeSettings("magnitude_prune", density)))["o_proj"]
+    silent = make_adapter("two", groups=WIDE[:1], bits=4)  # at weight 0 it adds nothing
+    settings = MergeSettings("magnitude_prune", density)
+    factors = _arrays(merger.merge([adapter, silent], [1.0, 0.0], settings))["o_proj"]
     for found, whole in zip(factors, oracle.factors(adapter.modules["o_proj"]), strict=True):
         for layer, values in zip(found, whole, strict=True):
             assert np.count_nonzero(layer) == min(int(density * layer.size), np.count_nonzero(values))
@@ -177,8 +190,11 @@ def test_a_density_keeps_its_share_of_every_layer(merger: Merger, density: float
 
 @pytest.mark.parametrize("method", ["magnitude_prune", "ties"])
 def test_a_density_that_keeps_nothing_is_refused(merger: Merger, method: str) -> None:
-    with pytest.raises(MergeError, match="density 0.001 keeps none of [0-9]+ entries"):
-        merger.merge(_adapters([8, 8]), [0.5, 0.5], MergeSettings(method, 0.001))
+    adapters = _adapters([8, 8], GROUPS[:1])
+    with pytest.raises(MergeError, match="density 0.001 keeps none of 96 entries") as caught:
+        merger.merge(adapters, [0.5, 0.5], MergeSettings(method, 0.001))
+    advice = float(str(caught.value).rsplit(" ", 1)[1])
+    assert merger.merge(adapters, [0.5, 0.5], MergeSettings(method, advice)).modules
 
 
 @pytest.mark.parametrize("weight", [math.nan, math.inf, -math.inf, 1e300])
@@ -278,6 +294,7 @@ def test_the_digest_ignores_what_the_method_does_not_use() -> None:
 
 def test_a_merge_carries_the_digest_of_its_content(merger: Merger) -> None:
     adapters = _adapters([8, 4])
-    wanted = composition_digest({a.name: a.digest for a in adapters}, {"adapter0": 0.3, "adapter1": 0.7}, MergeSettings())
+    digests = {a.name: a.digest for a in adapters}
+    wanted = composition_digest(digests, {"adapter0": 0.3, "adapter1": 0.7}, MergeSettings())
     assert merger.merge(adapters, [0.3, 0.7], MergeSettings()).digest == wanted
     assert merger.merge(adapters[::-1], [0.7, 0.3], MergeSettings()).digest == wanted

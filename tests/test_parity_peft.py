@@ -21,7 +21,6 @@ torch = pytest.importorskip("torch", reason=_REASON)
 peft = pytest.importorskip("peft", reason=_REASON)
 transformers = pytest.importorskip("transformers", reason=_REASON)
 
-pytestmark = pytest.mark.filterwarnings("default")
 LAYERS = 2
 _PLACE = re.compile(r"layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)$")
 #: (hidden, intermediate): with 4 heads and 2 key-value heads.
@@ -80,20 +79,20 @@ def _lora_modules(model: Any, adapter: str) -> Iterator[tuple[int, str, Any]]:
             yield int(place[1]), place[2], module
 
 
-def _assert_parity(merger: Merger, shape: tuple[int, int], adapters: Sequence[Adapter], settings: MergeSettings) -> None:
+def _assert_parity(merger: Merger, model: Any, adapters: Sequence[Adapter], settings: MergeSettings) -> None:
     weights = WEIGHTS[: len(adapters)]
-    model = _peft_model(*shape, adapters)
+    target = f"{settings.method}_{settings.majority_sign}"
     model.add_weighted_adapter(
-        [a.name for a in adapters], list(weights), "merged",
+        [a.name for a in adapters], list(weights), target,
         combination_type=settings.method, density=settings.density, majority_sign_method=settings.majority_sign,
     )  # fmt: skip
     merged = merger.merge(adapters, weights, settings)
     seen = 0
-    for layer, name, module in _lora_modules(model, "merged"):
-        assert module.scaling["merged"] == 1
+    for layer, name, module in _lora_modules(model, target):
+        assert module.scaling[target] == 1
         found = merged.modules[name]
-        wanted_a = module.lora_A["merged"].weight.data.numpy().T
-        wanted_b = module.lora_B["merged"].weight.data.numpy().T
+        wanted_a = module.lora_A[target].weight.data.numpy().T
+        wanted_b = module.lora_B[target].weight.data.numpy().T
         # an adapter without this module leaves zero ranks in PEFT's 'cat'; ours has none
         assert not wanted_a[:, found.rank :].any()
         for ours, theirs in (
@@ -105,29 +104,37 @@ def _assert_parity(merger: Merger, shape: tuple[int, int], adapters: Sequence[Ad
     assert seen == LAYERS * len(merged.modules) > 0
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("method", SETTINGS)
-def test_parity(merger: Merger, shape: tuple[int, int], method: str) -> None:
+@pytest.fixture(scope="module", params=SHAPES, ids=str)
+def trained(request: pytest.FixtureRequest) -> tuple[Any, list[Adapter]]:
+    """Three adapters of one rank on a model, whose layers they scale differently."""
+    hidden, intermediate = request.param
     scalings = ([2.0, 0.5], [1.0, 1.0], [0.25, 3.0])
     adapters = [
-        make_adapter(f"adapter{i}", groups=_groups(*shape), rank=4, scaling=scaling)
+        make_adapter(f"adapter{i}", groups=_groups(hidden, intermediate), rank=4, scaling=scaling)
         for i, scaling in enumerate(scalings)
     ]
+    return _peft_model(hidden, intermediate, adapters), adapters
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+def test_parity(merger: Merger, trained: tuple[Any, list[Adapter]], method: str) -> None:
+    model, adapters = trained
     if SETTINGS[method].row.prunes:  # the oracle refuses values that tie at the threshold
         for name in adapters[0].modules:
             oracle.merge([(a.modules[name], 1.0) for a in adapters], SETTINGS[method])
-    _assert_parity(merger, shape, adapters, SETTINGS[method])
+    _assert_parity(merger, model, adapters, SETTINGS[method])
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("method", ["linear", "cat"])
-def test_parity_where_adapters_target_different_modules(merger: Merger, method: str, bits: Bits) -> None:
+def test_parity_where_adapters_target_different_modules(merger: Merger, bits: Bits) -> None:
     groups = _groups(32, 64)
     adapters = [make_adapter("one", groups=groups[:2], bits=bits), make_adapter("two", groups=groups[1:], bits=bits)]
-    _assert_parity(merger, (32, 64), adapters, SETTINGS[method])
+    model = _peft_model(32, 64, adapters)
+    for method in ("linear", "cat"):
+        _assert_parity(merger, model, adapters, SETTINGS[method])
 
 
 def test_parity_of_cat_with_mixed_ranks(merger: Merger) -> None:
     groups = _groups(32, 64)
     adapters = [make_adapter("one", groups=groups, rank=2), make_adapter("two", groups=groups, rank=5)]
-    _assert_parity(merger, (32, 64), adapters, SETTINGS["cat"])
+    _assert_parity(merger, _peft_model(32, 64, adapters), adapters, SETTINGS["cat"])

@@ -62,6 +62,17 @@ def test_normal_values_lose_little(bits: Bits, bound: float) -> None:
     assert 0 < relative_error(factor, quantize(factor, bits)) < bound
 
 
+def test_4_bits_trade_clipped_peaks_for_finer_steps() -> None:
+    factor = _normal(6, (8, 4, 256))
+    blocks = _blocks(factor)
+    peaks = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)
+    naive = np.clip(np.rint(blocks / (peaks / -8)), -8, 7) * (peaks / -8)
+    error = np.square(blocks - naive).sum(-1)
+    found = np.square(blocks - _blocks(dequantize(quantize(factor, 4)))).sum(-1)
+    assert (found <= error * 1.01).all()
+    assert found.sum() < 0.95 * error.sum()
+
+
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("exponent", [-90, -20, 20, 90])
 def test_the_codes_do_not_depend_on_the_magnitude(bits: Bits, exponent: int) -> None:

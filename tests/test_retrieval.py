@@ -30,7 +30,7 @@ def _vectors(seed: int = 0, count: int = TOTAL) -> Float:
 
 def _cosines(vectors: Float, query: Float) -> npt.NDArray[np.float64]:
     rows = vectors.astype(np.float64)
-    return rows @ query / np.linalg.norm(rows, axis=1) / np.linalg.norm(query)
+    return np.asarray(rows @ query / np.linalg.norm(rows, axis=1) / np.linalg.norm(query), np.float64)
 
 
 @pytest.fixture
@@ -72,7 +72,8 @@ def test_a_neighbour_knows_its_task(index: ExampleIndex) -> None:
         task = TASKS[neighbour.task]
         assert task.first_key <= neighbour.key < task.first_key + task.examples
     nearest = index.search(_vectors()[9], 1)[0]
-    assert (nearest.task, nearest.key, nearest.similarity) == ("beta", 9, pytest.approx(1))
+    assert (nearest.task, nearest.key) == ("beta", 9)
+    assert nearest.similarity == pytest.approx(1)
 
 
 @pytest.mark.parametrize("dtype", ["f16", "f32"])

@@ -64,7 +64,14 @@ class Checkpoint:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.json").write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
         template = loaded.chat_template
-        return template if isinstance(template, str) else None
+        return _self_contained(template, loaded) if isinstance(template, str) else None
+
+
+def _self_contained(template: str, tokenizer: Any) -> str:
+    """The chat template with the special tokens that it names set in its first line."""
+    names = [name for name in ("bos_token", "eos_token") if name in template]
+    values = {name: getattr(tokenizer, name) or "" for name in names}
+    return "".join(f"{{%- set {name} = {json.dumps(value)} -%}}" for name, value in values.items()) + template
 
 
 def find_checkpoint(path: Path) -> Checkpoint:

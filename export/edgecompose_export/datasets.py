@@ -33,9 +33,7 @@ def read_examples(path: Path, *, limit: int | None = None) -> list[Example]:
     except (OSError, UnicodeDecodeError) as error:
         raise ExportError(f"examples '{path}' cannot be read: {error}; give a UTF-8 JSONL file") from error
     examples = [
-        _example(line, f"{path.name}:{number}")
-        for number, line in enumerate(text.splitlines(), start=1)
-        if line.strip()
+        _example(line, f"{path.name}:{number}") for number, line in enumerate(text.split("\n"), start=1) if line.strip()
     ]
     if not examples:
         raise ExportError(f"examples '{path}' holds no example; one JSON object a line is wanted")
@@ -45,7 +43,7 @@ def read_examples(path: Path, *, limit: int | None = None) -> list[Example]:
 def _example(line: str, place: str) -> Example:
     try:
         found = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ExportError(f"{place} is not JSON ({error}); one JSON object a line is wanted") from error
     if not isinstance(found, dict):
         raise ExportError(f"{place} is a {type(found).__name__}; a JSON object is wanted")

@@ -1,0 +1,127 @@
+"""The tokenizer adds nothing of its own, and the chat template cannot do harm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given
+
+from edgecompose.errors import BundleError, GenerationError
+from edgecompose.tokenization import Tokenizer
+from tests.factories import TEXT, write_tokenizer
+
+CHATML = """{% for message in messages %}
+<|{{ message['role'] }}|>
+{{ message.content }}
+{% endfor %}
+{% if add_generation_prompt %}
+<|assistant|>
+{% endif %}
+"""
+HELLO = [{"role": "user", "content": "hello {{ 1 + 1 }}"}]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.json")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(path: Path) -> Tokenizer:
+    return Tokenizer(path)
+
+
+def test_no_special_token_is_added(tokenizer: Tokenizer) -> None:
+    start = tokenizer.token_id("<s>")
+    assert start == 256
+    assert start not in tokenizer.encode("hello")
+    assert tokenizer.encode("") == []
+
+
+def test_special_tokens_written_in_the_text_are_recognised(tokenizer: Tokenizer) -> None:
+    assert tokenizer.encode("<s>") == [tokenizer.token_id("<s>")]
+    assert tokenizer.decode(tokenizer.encode("<s>hi</s>")) == "hi"
+
+
+@given(TEXT.map(lambda text: text.encode(errors="ignore").decode()))
+def test_text_survives(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert all(0 <= token < tokenizer.vocabulary_size for token in ids)
+
+
+def test_text_that_is_not_unicode_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(GenerationError):  # how Python spells a command line that is not UTF-8
+        tokenizer.encode("caf\udce9")
+
+
+def test_vocabulary_counts_added_tokens(tokenizer: Tokenizer) -> None:
+    assert tokenizer.vocabulary_size == 258
+    assert tokenizer.token_id("no such token") is None
+
+
+def test_truncation_and_padding_of_the_file_are_switched_off(path: Path, tmp_path: Path) -> None:
+    original = tokenizers.Tokenizer.from_file(str(path))
+    original.enable_truncation(4)
+    original.enable_padding(length=16)
+    original.save(str(tmp_path / "tokenizer.json"))
+    assert len(Tokenizer(tmp_path / "tokenizer.json").encode("0123456789")) == 10
+
+
+def test_a_conversation_ends_where_the_answer_begins(path: Path) -> None:
+    tokenizer = Tokenizer(path, chat_template=CHATML)
+    assert tokenizer.has_chat_template
+    messages = [{"role": "system", "content": "be brief"}, *HELLO]
+    assert tokenizer.chat(messages) == "<|system|>\nbe brief\n<|user|>\nhello {{ 1 + 1 }}\n<|assistant|>\n"
+
+
+def test_loop_controls_are_known(path: Path) -> None:
+    template = "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.role }}{% endfor %}"
+    assert Tokenizer(path, chat_template=template).chat(HELLO * 3) == "user"
+
+
+def test_without_a_template_there_is_no_chat(tokenizer: Tokenizer) -> None:
+    assert not tokenizer.has_chat_template
+    with pytest.raises(GenerationError, match="--raw"):
+        tokenizer.chat(HELLO)
+
+
+def test_a_template_may_refuse_messages(path: Path) -> None:
+    tokenizer = Tokenizer(path, chat_template="{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(GenerationError, match="roles must alternate"):
+        tokenizer.chat(HELLO)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ messages[0].content.x.y }}",
+        "{{ messages[0].content + 1 }}", "{{ 1 / 0 }}", "{% for i in range(10 ** 9) %}{% endfor %}",
+        "{{ 'x'.join(5) }}",
+    ],
+)  # fmt: skip
+def test_a_template_that_fails_on_the_messages_is_a_generation_error(path: Path, template: str) -> None:
+    tokenizer = Tokenizer(path, chat_template=template)
+    with pytest.raises(GenerationError, match="chat template"):
+        tokenizer.chat(HELLO)
+
+
+@pytest.mark.parametrize("template", ["{% if %}", "{{ messages", "{% for m in messages %}", "{{ " + "(" * 3000 + " }}"])
+def test_a_malformed_template_is_a_bundle_error(path: Path, template: str) -> None:
+    with pytest.raises(BundleError, match="chat template"):
+        Tokenizer(path, chat_template=template)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1, 2", b"\xff\xfe", b'{"model": {"type": "BPE"}}'])
+def test_a_malformed_tokenizer_is_a_bundle_error(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(content)
+    with pytest.raises(BundleError, match="'tokenizer.json' cannot be read"):
+        Tokenizer(path)
+
+
+def test_an_absent_tokenizer_is_a_bundle_error(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="'absent.json'"):
+        Tokenizer(tmp_path / "absent.json")
