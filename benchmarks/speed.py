@@ -4,23 +4,28 @@
 
 llama.cpp is measured when `llama-cpp-python` is installed (`pip install llama-cpp-python` compiles it in some
 minutes). Our decoder and llama.cpp take turns, round by round, in one process with the same number of threads, so
-that both see the same machine. Prints a table, and one JSON line last.
+that both see the same machine. llama.cpp runs alone, and with the very blends that we run, written as its LoRA files:
+the same work, and the ratio to look at. Prints a table, and one JSON line last.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from edgecompose import Composer, Request, open_bundle
 from edgecompose.device import runtime_version
@@ -93,9 +98,7 @@ def measure_decode(composer: Composer, gguf: Path, rounds: int, tokens: int = 32
         "one_adapter": _decoder_steps(composer, ids, one),
         "three_adapters": _decoder_steps(composer, ids, blend),
     }
-    rival = _llama_steps(gguf, ids)
-    if rival is not None:
-        contenders["llama_cpp"] = rival
+    contenders |= _llama_contenders(gguf, ids, {"one_adapter": one, "three_adapters": blend})
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, step in contenders.items():
@@ -107,13 +110,16 @@ def measure_decode(composer: Composer, gguf: Path, rounds: int, tokens: int = 32
     medians = {name: statistics.median(values) for name, values in rates.items()}
     ranks = {"three_adapters": max(m.rank for m in blend.modules.values())}
     result: dict[str, Any] = {"median": medians, "best": {n: max(v) for n, v in rates.items()}, "rank": ranks}
-    if rival is not None:
-        # each round's ratio is taken within the round, where both saw the same machine
-        result["ratio_to_llama_cpp"] = {
-            name: statistics.median(a / b for a, b in zip(rates[name], rates["llama_cpp"], strict=True))
-            for name in contenders
-        }
+    if "llama_cpp_base_alone" in rates:
+        ours = ("base_alone", "one_adapter", "three_adapters")
+        result["ratio_same_work"] = {n: _ratio(rates[n], rates[f"llama_cpp_{n}"]) for n in ours}
+        result["ratio_to_llama_cpp_alone"] = {n: _ratio(rates[n], rates["llama_cpp_base_alone"]) for n in ours}
     return result
+
+
+def _ratio(ours: list[float], theirs: list[float]) -> float:
+    """Median over rounds of the ratio within a round, where both saw the same machine."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 def measure_cold_start(bundle: Path, runs: int = 5) -> float:
@@ -140,13 +146,15 @@ def machine() -> dict[str, Any]:
 def print_table(result: dict[str, Any]) -> None:
     """The result for people."""
     compose, decode = result["compose_ms"], result["decode_tokens_per_s"]
-    ratios = decode.get("ratio_to_llama_cpp", {})
+    same, alone = decode.get("ratio_same_work", {}), decode.get("ratio_to_llama_cpp_alone", {})
     print(f"compose, {compose['prompt_tokens']}-token prompt to bound adapter   {compose['median']:8.1f} ms")
     print(f"  of which merging and binding three adapters     {compose['merge_and_bind_three']:8.1f} ms")
     for name, rate in decode["median"].items():
-        ratio = f"   {ratios[name]:.2f} x llama.cpp" if name in ratios else ""
-        print(f"decode, {name:15}                           {rate:8.1f} tokens/s{ratio}")
-    if not ratios:
+        ratio = (
+            f"   {same[name]:.2f} x llama.cpp at the same work, {alone[name]:.2f} x it alone" if name in same else ""
+        )
+        print(f"decode, {name:24}                  {rate:8.1f} tokens/s{ratio}")
+    if not same:
         print("decode, llama.cpp: not measured (pip install llama-cpp-python, and give --gguf)")
     print(f"cold start, process to answer                     {result['cold_start_s']:8.2f} s")
 
@@ -171,15 +179,49 @@ def _decoder_steps(composer: Composer, ids: list[int], merged: MergedAdapter) ->
     return step
 
 
-def _llama_steps(gguf: Path, ids: list[int]) -> Step | None:
-    try:
-        import llama_cpp
-    except ImportError:
-        return None
-    if not gguf.is_file():
-        return None
+def _llama_contenders(gguf: Path, ids: list[int], blends: dict[str, MergedAdapter]) -> dict[str, Step]:
+    """llama.cpp on the same GGUF, alone and with each blend; none when it cannot be measured."""
+    if importlib.util.find_spec("llama_cpp") is None or not gguf.is_file():
+        return {}
+    contenders = {"llama_cpp_base_alone": _llama_steps(gguf, ids, None)}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, merged in blends.items():
+            lora = Path(folder) / f"{name}.gguf"
+            _write_llama_lora(merged, lora)
+            contenders[f"llama_cpp_{name}"] = _llama_steps(gguf, ids, lora)
+    return contenders
+
+
+def _write_llama_lora(merged: MergedAdapter, path: Path) -> None:
+    """A blend as a LoRA file of llama.cpp (rows of q and k stay as they are: the same work, not the same text)."""
+    from gguf import GGUFWriter
+
+    names = {
+        "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
+        "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down",
+    }  # fmt: skip
+    writer = GGUFWriter(path, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 0.0)  # no further scale: it is in the factors
+    for name, module in merged.modules.items():
+        for layer, (a, b) in enumerate(zip(module.a.numpy(), module.b.numpy(), strict=True)):
+            writer.add_tensor(f"blk.{layer}.{names[name]}.weight.lora_a", np.ascontiguousarray(a.T))
+            writer.add_tensor(f"blk.{layer}.{names[name]}.weight.lora_b", np.ascontiguousarray(b.T))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _llama_steps(gguf: Path, ids: list[int], lora: Path | None) -> Step:
+    import llama_cpp
+
     threads = os.cpu_count()
-    model = llama_cpp.Llama(str(gguf), n_threads=threads, n_threads_batch=threads, n_ctx=512, verbose=False)
+    model = llama_cpp.Llama(
+        str(gguf), n_threads=threads, n_threads_batch=threads, n_ctx=512, verbose=False,
+        lora_path=None if lora is None else str(lora),
+    )  # fmt: skip
     model.eval(ids)
     state = [model.sample(temp=0)]
 
