@@ -140,7 +140,7 @@ def telemetry_disabled() -> bool:
 def _cuda_obstacle() -> str | None:
     """Why CUDA cannot be used, None when it can; opens a one-node session to be sure."""
     if _CUDA not in available_providers():
-        return f"onnxruntime {runtime_version()} was built without it (providers: {', '.join(available_providers())})"
+        return f"the installed onnxruntime {runtime_version()} has no CUDA provider"
     preload = getattr(onnxruntime, "preload_dlls", None)
     if preload is not None:
         preload()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -122,10 +124,12 @@ def _export_float(source: Path, work: Path) -> None:
     from optimum.exporters.onnx import main_export
 
     try:
-        main_export(
-            str(source), output=work, task="feature-extraction", library_name="transformers",
-            local_files_only=True, do_validation=False,
-        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the tracer warns of constants in transformers' own mask code
+            main_export(
+                str(source), output=work, task="feature-extraction", library_name="transformers",
+                local_files_only=True, do_validation=False,
+            )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ExportError(f"embedder '{source}' cannot be exported by optimum: {error}") from error
 
@@ -133,6 +137,7 @@ def _export_float(source: Path, work: Path) -> None:
 def _quantize(source: Path, target: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    logging.getLogger().setLevel(logging.ERROR)  # it advises a pre-processing step that optimum has done
     quantize_dynamic(source, target, weight_type=QuantType.QInt8, per_channel=True)
 
 
