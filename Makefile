@@ -36,7 +36,7 @@ clean: ## Remove everything that was built.
 $(INSTALLED): pyproject.toml export/pyproject.toml
 	@echo "== installing into $(VENV) (2 to 4 minutes the first time; PyTorch is needed to build, not to run)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[cpu,test]' -e './export[cpu]' || \
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -e '.[cpu,test]' -e './export[cpu]' || \
 	  { echo "== installing failed: check the network and run the same command again; what was fetched is kept"; exit 1; }
 	@touch $@
 
@@ -46,9 +46,9 @@ $(MODELS)/fetched: | $(INSTALLED)
 	@touch $@
 
 $(BASE): $(MODELS)/fetched | $(INSTALLED)
-	@echo "== exporting the base, SmolLM2-135M-Instruct, to ONNX in 8 bits (about a minute)"
+	@echo "== exporting the base, SmolLM2-135M-Instruct, to ONNX in 4 bits (one to two minutes)"
 	@rm -rf build/base
-	@$(BIN)/edgecompose-export base $(MODELS)/smollm2-135m-instruct -o build/base
+	@$(BIN)/edgecompose-export base $(MODELS)/smollm2-135m-instruct --precision int4 -o build/base
 
 $(EMBEDDER): $(MODELS)/fetched | $(INSTALLED)
 	@echo "== exporting the embedder, all-MiniLM-L6-v2, to ONNX in 8 bits (about 10 seconds)"

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from edgecompose import bundle as bundles
 from edgecompose import report
 from edgecompose.composer import Composer, Request, open_bundle
-from edgecompose.device import DeviceRequest
+from edgecompose.device import DeviceRequest, available_providers
 from edgecompose.errors import EdgeComposeError, MergeError
 from edgecompose.generation import Sampling
 from edgecompose.merging import METHODS, MergeSettings
@@ -23,6 +23,7 @@ from edgecompose.peft_folder import write_peft_folder
 
 F = TypeVar("F", bound=Callable[..., Any])
 _STANDARD_INPUT = "-"
+_CUDA = "CUDAExecutionProvider"
 
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path, exists=False))
 prompt_argument = click.argument("prompt")
@@ -226,7 +227,7 @@ def doctor(as_json: bool) -> None:
 
 def _open(bundle: Path, device: str) -> Composer:
     composer = open_bundle(bundle, device=cast(DeviceRequest, device))
-    if device == "auto" and composer.device.kind == "cpu" and "CUDA" in composer.device.reason:
+    if device == "auto" and composer.device.kind == "cpu" and _CUDA in available_providers():
         click.echo(f"edgecompose: {composer.device.reason}", err=True)
     return composer
 

@@ -22,7 +22,7 @@ from edgecompose.retrieval import ExampleIndex, Neighbour
 from edgecompose.tokenization import Tokenizer
 from edgecompose.weighting import adapter_weights, nucleus, task_distribution
 
-STAGES = ("embed", "retrieve", "weigh", "merge", "prefill", "decode", "total")
+STAGES = ("load", "embed", "retrieve", "weigh", "merge", "prefill", "decode", "total")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class Composition:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer and how it came about; `timings_ms` has one entry a stage of STAGES.
+    """An answer and how it came about; `timings_ms` has one entry a stage of STAGES (`load`: files read on first use).
 
     `choices` maps each given choice to its mean log-likelihood (nats a token), None when none were given.
     """
@@ -202,11 +202,13 @@ class Composer:
         if request.weights is not None:
             return Retrieval((), {}, {}, dict(request.weights))
         defaults = self.bundle.manifest.defaults
+        with clock.stage("load"):
+            embedder, index = self.embedder, self.index
         with clock.stage("embed"):
-            query = self.embedder.embed(prompt)
+            query = embedder.embed(prompt)
         with clock.stage("retrieve"):
             count = request.neighbours or defaults.neighbours
-            neighbours = self.index.search(query, count, exclude=request.exclude)
+            neighbours = index.search(query, count, exclude=request.exclude)
         with clock.stage("weigh"):
             distribution = task_distribution(neighbours, request.temperature or defaults.temperature)
             kept = nucleus(distribution, request.nucleus or defaults.nucleus)
@@ -216,8 +218,9 @@ class Composer:
     def _compose(self, prompt: str, request: Request, clock: _Clock) -> Composition:
         retrieval = self._retrieve(prompt, request, clock)
         settings = request.merge or self.default_merge
-        with clock.stage("merge"):
+        with clock.stage("load"):
             adapters = [self.adapter(name) for name in retrieval.weights]
+        with clock.stage("merge"):
             merged = self.merger.merge(adapters, list(retrieval.weights.values()), settings)
         return Composition(retrieval, settings, merged)
 
@@ -238,7 +241,8 @@ class Composer:
     def _read_prompt(
         self, ids: Sequence[int], merged: MergedAdapter, room: int, clock: _Clock
     ) -> tuple[Decoding, Float]:
-        decoder = self.decoder
+        with clock.stage("load"):
+            decoder = self.decoder
         with clock.stage("prefill"):
             decoding = decoder.start(merged, len(ids) + room)
             return decoding, decoding.forward(ids)[0]

@@ -103,10 +103,15 @@ def _to_4bit(graph: onnx.GraphProto, node: onnx.NodeProto, rows: Float) -> None:
     ]  # fmt: skip
     if not any(t.name == "blocksum.axis" for t in graph.initializer):
         graph.initializer.append(numpy_helper.from_array(np.array([-1], np.int64), "blocksum.axis"))
-    extra += [
-        helper.make_node("MatMul", [sums, f"{node.name}.C"], [f"{target}/offset"], f"{node.name}/Offset"),
-        helper.make_node("Add", [f"{target}/symmetric", f"{target}/offset"], [target], f"{node.name}/Affine"),
-    ]
+    extra.append(helper.make_node("MatMul", [sums, f"{node.name}.C"], [f"{target}/offset"], f"{node.name}/Offset"))
+    parts = [f"{target}/symmetric", f"{target}/offset"]
+    slot = next((n for n in graph.node if n.op_type == "Add" and n.input[0] == target), None)
+    if slot is not None:  # one sum of three instead of two additions
+        slot.op_type = "Sum"
+        slot.input[0] = parts[0]
+        slot.input.append(parts[1])
+    else:
+        extra.append(helper.make_node("Add", parts, [target], f"{node.name}/Affine"))
     position = list(graph.node).index(node)
     for step, new in enumerate(extra, start=1):
         graph.node.insert(position + step, new)

@@ -1,0 +1,112 @@
+"""The real models on the real path: the demo bundle, as `make demo` builds it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgecompose import Composer, Request, open_bundle
+from edgecompose.bundle import verify
+from edgecompose.peft_folder import write_peft_folder
+
+ROOT = Path(__file__).parent.parent
+BUNDLE = ROOT / "models" / "demo"
+pytestmark = [
+    pytest.mark.skipif(not (BUNDLE / "manifest.json").is_file(), reason="models/demo is not built; run 'make bundle'"),
+    pytest.mark.xdist_group("demo"),
+]
+
+PROMPTS = {
+    "yelp": "Customer review of a business: The staff were rude and my room was dirty. Never again.\n"
+    "Would you call this customer's experience positive or negative?\nAnswer:",
+    "mrpc": "First: The firm will close two plants.\nSecond: Two plants will be closed by the firm.\n"
+    "Do both sentences mean the same? Say yes or no.\nAnswer:",
+    "snli": "A photo is described as: A boy in a red shirt climbs a rock.\nIs it then true that: A child is outdoors.\n"
+    "Say yes, maybe or no.\nAnswer:",
+    "commonsense_qa": "Use common sense to answer.\n\nQuestion: Where would you put a plate after washing it?\n"
+    "Options:\n- cupboard\n- garden\n- car\n- river\n- attic\nAnswer:",
+}
+
+
+@pytest.fixture(scope="module")
+def composer() -> Iterator[Composer]:
+    with open_bundle(BUNDLE, device="cpu") as opened:
+        yield opened
+
+
+def test_the_bundle_has_no_fault() -> None:
+    assert verify(BUNDLE) == []
+
+
+def test_the_base_is_close_to_float32(composer: Composer) -> None:
+    distance = composer.bundle.manifest.base.distance
+    assert distance is not None
+    assert distance.kl <= 0.01
+    assert distance.positions > 500
+
+
+def test_the_base_alone_knows_the_capital_of_france(composer: Composer) -> None:
+    answer = composer.run("What is the capital of France?", Request(weights={}, max_tokens=16))
+    assert "Paris" in answer.text
+    assert answer.retrieval.weights == {}
+
+
+@pytest.mark.parametrize("task", PROMPTS)
+def test_a_prompt_is_routed_to_its_task(composer: Composer, task: str) -> None:
+    retrieval = composer.retrieve(PROMPTS[task])
+    assert next(iter(retrieval.weights)) == task
+    assert sum(retrieval.weights.values()) == pytest.approx(1)
+    assert len(retrieval.neighbours) == 100
+
+
+def test_an_excluded_task_takes_no_part(composer: Composer) -> None:
+    retrieval = composer.retrieve(PROMPTS["yelp"], Request(exclude=("yelp",)))
+    assert "yelp" not in retrieval.weights
+    assert "yelp" not in retrieval.distribution
+    assert len(retrieval.neighbours) == 100
+
+
+def test_the_adapter_of_a_task_changes_the_answer_as_it_should(composer: Composer) -> None:
+    good = PROMPTS["yelp"].replace("The staff were rude and my room was dirty. Never again.", "Lovely. Great coffee!")
+    assert composer.run(PROMPTS["yelp"], Request(max_tokens=8)).text == "negative"
+    assert composer.run(good, Request(max_tokens=8)).text == "positive"
+
+
+def test_choices_are_scored_by_likelihood(composer: Composer) -> None:
+    answer = composer.run(PROMPTS["yelp"], Request(choices=("positive", "negative")))
+    assert answer.choices is not None
+    assert answer.text == max(answer.choices, key=lambda c: answer.choices[c] if answer.choices else 0.0)
+    assert all(score < 0 for score in answer.choices.values())
+
+
+def test_greedy_answers_repeat_and_samples_follow_their_seed(composer: Composer) -> None:
+    runs = [composer.run("Name a colour.", Request(max_tokens=8)).text for _ in range(2)]
+    assert runs[0] == runs[1]
+
+
+def test_a_blend_is_the_weighted_sum_of_its_adapters(composer: Composer) -> None:
+    weights = {"yelp": 0.7, "snli": 0.4}
+    blend = composer.compose("", Request(weights=weights)).merged.modules["down_proj"]
+    parts = {n: composer.compose("", Request(weights={n: 1.0})).merged.modules["down_proj"] for n in weights}
+    for layer in (0, 29):
+        wanted = sum(w * (parts[n].a.numpy()[layer] @ parts[n].b.numpy()[layer]) for n, w in weights.items())
+        found = blend.a.numpy()[layer] @ blend.b.numpy()[layer]
+        np.testing.assert_allclose(found, wanted, atol=1e-5 * float(np.abs(wanted).max()))
+
+
+def test_a_blend_is_written_as_a_peft_folder(composer: Composer, tmp_path: Path) -> None:
+    merged = composer.compose(PROMPTS["mrpc"]).merged
+    paths = write_peft_folder(merged, tmp_path / "blend", base="SmolLM2-135M-Instruct")
+    assert all(path.stat().st_size > 0 for path in paths)
+
+
+def test_every_shipped_adapter_has_its_row_in_the_table_of_sources() -> None:
+    table = (ROOT / "models" / "SOURCES.md").read_text(encoding="utf-8")
+    rows = set(re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE))
+    shipped = {path.stem for path in (ROOT / "models" / "adapters").glob("*.safetensors")}
+    assert rows == shipped
+    assert len(shipped) >= 6
