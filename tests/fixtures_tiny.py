@@ -1,0 +1,200 @@
+"""Session-wide tiny models, exports and a bundle, each made once, when a test first asks for it.
+
+Nothing of torch is imported before that, so tests that want none of it run where it is not installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgecompose.bundle import sha256_of
+from edgecompose.manifest import BaseSpec, EmbedderSpec
+
+_REASON = "exports want the packages of edgecompose-export"
+#: Prompts of the tiny bundle's tasks. A prompt is its own nearest neighbour, whatever the encoder's weights.
+TASKS = {
+    "animals": ("the cat sat on a mat", "a dog barks at night", "seven horses in the rain", "bees make honey"),
+    "numbers": ("two and two is four", "what is 12 times 9?", "count from one to ten", "the root of 81 is 9"),
+    "colours": ("the sky is blue at noon", "mix red with yellow", "grass grows green", "a white page", "pitch black"),
+}
+#: LoRA settings of the adapter of each task: different ranks, scales and modules.
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "animals": {"r": 4, "lora_alpha": 8},
+    "numbers": {"r": 2, "lora_alpha": 3, "use_rslora": True, "target_modules": ["q_proj", "v_proj", "down_proj"]},
+    "colours": {"r": 4, "lora_alpha": 4, "layers_to_transform": [1], "target_modules": ["k_proj", "up_proj"]},
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported base."""
+
+    folder: Path
+    spec: BaseSpec
+
+
+class TinyZoo:
+    """Makes tiny models and what is exported from them; the same request twice gives the same files."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.builder: CachedBuilder | None = None
+
+    def build_graphs(self, architectures: Iterable[str]) -> None:
+        """Run the builder for several architectures, two at a time."""
+        if self.builder is not None:
+            folders = [self.model(name) for name in architectures]
+            with ThreadPoolExecutor(2) as pool:
+                list(pool.map(self.builder.build, folders))
+
+    def model(self, architecture: str) -> Path:
+        """A Hugging Face folder; see `tiny.ARCHITECTURES`."""
+        from tests import tiny
+
+        return self._once(self.root / "models" / architecture, lambda path: tiny.write_model(path, architecture))
+
+    def base(self, architecture: str, precision: Any = "fp32") -> Exported:
+        """The exported base, however far a precision is from float32."""
+        from edgecompose_export.base import export_base, read_base_spec
+        from edgecompose_export.checkpoint import find_checkpoint
+
+        source = find_checkpoint(self.model(architecture))
+        folder = self._once(
+            self.root / f"{architecture}-{precision}",
+            lambda path: export_base(source, path, precision, accept_distance=True),
+        )
+        return Exported(folder, read_base_spec(folder))
+
+    def lora(self, name: str, architecture: str = "llama", **settings: Any) -> Path:
+        """A PEFT folder; its name is its seed."""
+        from tests import tiny
+
+        seed = sum(map(ord, name))
+        return self._once(
+            self.root / "lora" / architecture / name,
+            lambda path: tiny.write_lora(path, self.model(architecture), seed=seed, **settings),
+        )
+
+    def encoder(self, **settings: Any) -> Path:
+        """A sentence-transformers folder."""
+        from tests import tiny
+
+        name = "-".join(["bert", *map(str, settings.values())])
+        return self._once(self.root / "encoders" / name, lambda path: tiny.write_encoder(path, **settings))
+
+    def embedder(self, precision: Any = "f32", **settings: Any) -> tuple[Path, EmbedderSpec]:
+        """An exported embedder."""
+        from edgecompose_export.embedder import export_embedder, read_embedder_spec
+
+        source = self.encoder(**settings)
+        folder = self.root / "embedders" / f"{source.name}-{precision}"
+        with warnings.catch_warnings():
+            ignore_tracer_warnings()
+            self._once(folder, lambda path: export_embedder(source, path, precision))
+        return folder, read_embedder_spec(folder)
+
+    def task(self, name: str) -> Path:
+        """The examples of one of TASKS as JSONL."""
+        from tests import tiny
+
+        (self.root / "tasks").mkdir(exist_ok=True)
+        return self._once(self.root / "tasks" / f"{name}.jsonl", lambda path: tiny.write_task(path, TASKS[name]))
+
+    def recipe(self) -> Path:
+        """The recipe of a bundle of all TASKS."""
+        return self._once(self.root / "tiny.toml", self._write_recipe)
+
+    def bundle(self) -> Path:
+        """The bundle of `recipe`. Do not change it: take the fixture `bundle_copy` for that."""
+        from edgecompose_export.bundles import build_bundle
+
+        recipe = self.recipe()
+        return self._once(self.root / "bundle", lambda path: build_bundle(recipe, path))
+
+    def _write_recipe(self, path: Path) -> None:
+        base, (embedder, _) = self.base("llama").folder, self.embedder()
+        lines = [
+            'name = "tiny"', f'base = "{base.name}"', f'embedder = "embedders/{embedder.name}"', "bits = 8",
+            "keep_text = true", "[defaults]", "neighbours = 4", "max_tokens = 6",
+        ]  # fmt: skip
+        for name in TASKS:
+            adapter, examples = self.lora(name, **ADAPTERS[name]), self.task(name)
+            places = f'adapter = "{adapter.relative_to(self.root)}"\nexamples = "{examples.relative_to(self.root)}"'
+            lines.append(f"[tasks.{name}]\n{places}")
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def _once(path: Path, make: Callable[[Path], object]) -> Path:
+        if not path.exists():
+            make(path)
+        return path
+
+
+class CachedBuilder:
+    """Runs onnxruntime-genai's builder once for each checkpoint: it takes seconds, mostly to import its packages."""
+
+    def __init__(self, root: Path, run: Callable[[Path, Path, Path], None]) -> None:
+        self._root, self._run = root, run
+
+    def __call__(self, source: Path, output: Path, cache: Path) -> None:
+        shutil.copytree(self.build(source), output)
+
+    def build(self, source: Path) -> Path:
+        """The folder that the builder makes of a checkpoint."""
+        content = "".join(sha256_of(path) for path in sorted(source.glob("*")) if path.suffix != ".md")
+        kept = self._root / hashlib.sha256(content.encode()).hexdigest()[:16]
+        if not kept.exists():
+            scratch = kept.with_suffix(".new")
+            self._run(source, scratch, kept.with_suffix(".cache"))
+            scratch.rename(kept)
+        return kept
+
+
+def ignore_tracer_warnings() -> None:
+    """Torch's tracer warns of constants while optimum exports; not ours to mend."""
+    from torch.jit import TracerWarning
+
+    warnings.simplefilter("ignore", TracerWarning)
+    warnings.simplefilter("ignore", DeprecationWarning)
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyZoo]:
+    """Tiny models on demand."""
+    for package in ("torch", "transformers", "peft", "optimum", "onnxruntime_genai"):
+        pytest.importorskip(package, reason=_REASON)
+    import torch
+
+    from edgecompose_export import base
+
+    root = tmp_path_factory.mktemp("zoo")
+    (root / "built").mkdir()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    made = TinyZoo(root)
+    made.builder = CachedBuilder(root / "built", base._run_builder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base, "_run_builder", made.builder)
+        yield made
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def bundle(zoo: TinyZoo) -> Path:
+    """The tiny bundle, not to be changed."""
+    return zoo.bundle()
+
+
+@pytest.fixture
+def bundle_copy(bundle: Path, tmp_path: Path) -> Path:
+    """The tiny bundle, to be changed."""
+    return shutil.copytree(bundle, tmp_path / "copy")
