@@ -12,8 +12,8 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from edgecompose import __version__, report
 from edgecompose import bundle as bundles
-from edgecompose import report
 from edgecompose.composer import Composer, Request, open_bundle
 from edgecompose.device import DeviceRequest, available_providers
 from edgecompose.errors import EdgeComposeError, MergeError
@@ -73,15 +73,18 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except EdgeComposeError as error:
-            click.echo(f"edgecompose: {error}", err=True)
+            click.echo(f"edgecompose: {' '.join(str(error).split())}", err=True)
             ctx.exit(error.exit_code)
         except BrokenPipeError:
             sys.stderr.close()
-            ctx.exit(1)
+            ctx.exit(EdgeComposeError.exit_code)
+        except OSError as error:
+            click.echo(f"edgecompose: {error}", err=True)
+            ctx.exit(EdgeComposeError.exit_code)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="edgecompose")
+@click.version_option(__version__, prog_name="edgecompose")
 def main() -> None:
     """Answer a prompt with a base model and a blend of LoRA adapters chosen by retrieval, offline."""
 
@@ -289,7 +292,8 @@ def _read_prompt(prompt: str) -> str:
 
 def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _print_piece(text: str) -> None:

@@ -9,19 +9,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 from edgecompose.adapter import Adapter, load_adapter
 from edgecompose.bundle import Bundle
 from edgecompose.decoder import Decoder, Decoding, Float
 from edgecompose.device import Device, DeviceRequest, choose_device
 from edgecompose.embedder import Embedder
-from edgecompose.errors import GenerationError
+from edgecompose.errors import GenerationError, RetrievalError
 from edgecompose.generation import Sampling, generate, score_choices, stream_text
 from edgecompose.merging import MergedAdapter, Merger, MergeSettings
 from edgecompose.retrieval import ExampleIndex, Neighbour
 from edgecompose.tokenization import Tokenizer
 from edgecompose.weighting import adapter_weights, nucleus, task_distribution
 
+N = TypeVar("N", int, float)
 STAGES = ("load", "embed", "retrieve", "weigh", "merge", "prefill", "decode", "total")
 
 
@@ -44,6 +46,12 @@ class Request:
     sampling: Sampling | None = None
     choices: tuple[str, ...] = ()
     raw: bool = False
+
+    def __post_init__(self) -> None:
+        if self.neighbours is not None and self.neighbours < 1:
+            raise RetrievalError(f"{self.neighbours} neighbours were asked for; 1 or more is wanted")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise GenerationError(f"max_tokens is {self.max_tokens}; 1 or more is wanted")
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,11 +215,11 @@ class Composer:
         with clock.stage("embed"):
             query = embedder.embed(prompt)
         with clock.stage("retrieve"):
-            count = request.neighbours or defaults.neighbours
+            count = _given(request.neighbours, defaults.neighbours)
             neighbours = index.search(query, count, exclude=request.exclude)
         with clock.stage("weigh"):
-            distribution = task_distribution(neighbours, request.temperature or defaults.temperature)
-            kept = nucleus(distribution, request.nucleus or defaults.nucleus)
+            distribution = task_distribution(neighbours, _given(request.temperature, defaults.temperature))
+            kept = nucleus(distribution, _given(request.nucleus, defaults.nucleus))
             weights = adapter_weights(kept, {name: t.adapter for name, t in self.bundle.manifest.tasks.items()})
         return Retrieval(tuple(neighbours), distribution, kept, weights)
 
@@ -250,7 +258,7 @@ class Composer:
     def _generate(
         self, ids: list[int], merged: MergedAdapter, request: Request, clock: _Clock, on_text: Callable[[str], None]
     ) -> tuple[str, int]:
-        limit = request.max_tokens or self.bundle.manifest.defaults.max_tokens
+        limit = _given(request.max_tokens, self.bundle.manifest.defaults.max_tokens)
         decoding, logits = self._read_prompt(ids, merged, limit, clock)
         end = self.bundle.manifest.base.end_tokens
         tokens = generate(decoding, logits, max_tokens=limit, end_tokens=end, sampling=request.sampling)
@@ -274,6 +282,10 @@ class Composer:
             scores = score_choices(decoding, logits, choices)
         ranked = dict(zip(request.choices, scores, strict=True))
         return max(ranked, key=ranked.__getitem__), sum(map(len, choices)), ranked
+
+
+def _given(wanted: N | None, default: N) -> N:
+    return default if wanted is None else wanted
 
 
 def open_bundle(path: str | Path, *, device: DeviceRequest = "auto") -> Composer:

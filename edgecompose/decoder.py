@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgecompose.device import Device, IOBinding, OrtValue, open_session
-from edgecompose.errors import GenerationError, PromptTooLong
+from edgecompose.errors import BundleError, GenerationError, PromptTooLong
 from edgecompose.manifest import BaseSpec
 from edgecompose.merging import MergedAdapter, MergedModule
 
@@ -26,6 +26,7 @@ class Decoder:
         self.spec = spec
         self.device = device
         self._session = open_session(graph, device, name="decoder")
+        _check_graph(self._session, spec)
 
     def start(self, adapter: MergedAdapter, capacity: int) -> Decoding:
         """Begin a sequence of at most `capacity` tokens under one blend.
@@ -109,6 +110,28 @@ class Decoding:
         self._binding.bind_ortvalue_input("logits_kept", _HOST.place(np.array([kept], np.int64)))
         self._binding.bind_ortvalue_output("logits", self._logits)
         self._shape = (count, kept)
+
+
+def _check_graph(session: Any, spec: BaseSpec) -> None:
+    """Compare the graph with its description: ONNX Runtime would fail in its own words, at the first prompt."""
+    found = {v.name: v.shape for v in (*session.get_inputs(), *session.get_overridable_initializers())}
+    wanted: dict[str, dict[int, int]] = {}
+    for layer in range(spec.layers):
+        for part in ("key", "value"):
+            wanted[f"past_key_values.{layer}.{part}"] = {1: spec.kv_heads, 3: spec.head_size}
+    for group in spec.slots:
+        for layer in range(group.layers):
+            wanted[f"layers.{layer}.{group.name}.A"] = {0: group.n_in}
+            wanted[f"layers.{layer}.{group.name}.B"] = {1: group.n_out}
+    wanted |= {name: {} for name in ("input_ids", "seqlens_k", "total_sequence_length", "logits_kept")}
+    outputs = {v.name: v.shape for v in session.get_outputs()}
+    wrong = sorted(set(found) ^ set(wanted))
+    wrong += [n for n, dims in wanted.items() if n in found and any(found[n][i] != size for i, size in dims.items())]
+    if outputs.get("logits", [0])[-1] != spec.vocabulary:
+        wrong.append("logits")
+    if wrong:
+        shown = ", ".join(wrong[:4]) + (" ..." if len(wrong) > 4 else "")
+        raise BundleError(f"the decoder graph is not the one that the manifest describes: {shown}; export it again")
 
 
 def _bind_cache(binding: IOBinding, spec: BaseSpec, device: Device, capacity: int) -> list[OrtValue]:

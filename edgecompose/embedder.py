@@ -47,8 +47,11 @@ class Embedder:
             raise RetrievalError("the prompt is not valid Unicode; give UTF-8 text") from error
         row = np.array([ids], np.int64)
         feeds = {"input_ids": row, "attention_mask": np.ones_like(row), "token_type_ids": np.zeros_like(row)}
-        (hidden, *_) = self._session.run(None, {k: v for k, v in feeds.items() if k in self._inputs})
-        vector = pool(np.asarray(hidden[0], np.float32), self._spec.pooling)
+        try:
+            (hidden, *_) = self._session.run(None, {k: v for k, v in feeds.items() if k in self._inputs})
+            vector = pool(np.asarray(hidden[0], np.float32), self._spec.pooling)
+        except Exception as error:  # a graph that is no encoder, or one of a shorter window
+            raise BundleError(f"the embedder's graph does not do what the manifest says: {error}") from error
         if self._spec.normalize:
             vector = normalize(vector)
         if vector.shape != (self._spec.dimension,) or not np.isfinite(vector).all():

@@ -31,7 +31,7 @@ from edgecompose.quantization import dequantize
 from edgecompose.tokenization import Tokenizer
 from edgecompose_export import base as base_export
 from edgecompose_export.adapters import export_adapter
-from edgecompose_export.base import calibration_prompts, export_base, identity_of, read_base_spec
+from edgecompose_export.base import calibration_prompts, export_base, read_base_spec
 from edgecompose_export.checkpoint import Checkpoint, find_checkpoint
 from tests import tiny
 from tests.fixtures_tiny import Exported, TinyZoo
@@ -41,10 +41,6 @@ TOLERANCE = 1e-3
 NO_ADAPTER = MergedAdapter({}, "none")
 IDS = np.random.default_rng(5).integers(0, tiny.VOCABULARY, 40).tolist()
 _PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-
-
-def _leaks(error: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=True, reason=f"checkpoint.py lets transformers' {error} through as a traceback")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -276,8 +272,8 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     "content",
     [
         pytest.param(b"", id="empty"), pytest.param(b"not a GGUF file" * 100, id="other"),
-        pytest.param(b"GGUF", id="cut", marks=_leaks("IndexError")),
-        pytest.param(b"GGUF\x03\0\0\0" + b"\xff" * 64, id="nonsense", marks=_leaks("IndexError")),
+        pytest.param(b"GGUF", id="cut"),
+        pytest.param(b"GGUF\x03\0\0\0" + b"\xff" * 64, id="nonsense"),
     ],
 )  # fmt: skip
 def test_a_damaged_gguf_file_is_refused(tmp_path: Path, content: bytes) -> None:
@@ -309,8 +305,8 @@ def _unknown_model(folder: Path) -> None:
     "harm",
     [
         _remove_weights, _unknown_model,
-        pytest.param(_truncate_weights, marks=_leaks("SafetensorError")),
-        pytest.param(_remove_tokenizer, marks=_leaks("AttributeError")),
+        pytest.param(_truncate_weights),
+        pytest.param(_remove_tokenizer),
     ],
 )  # fmt: skip
 def test_a_damaged_folder_is_refused(zoo: TinyZoo, tmp_path: Path, harm: Any) -> None:
@@ -322,23 +318,23 @@ def test_a_damaged_folder_is_refused(zoo: TinyZoo, tmp_path: Path, harm: Any) ->
 
 def test_a_base_is_named_by_its_weights(zoo: TinyZoo, tmp_path: Path) -> None:
     source = find_checkpoint(zoo.model("llama"))
-    identity = identity_of(source)
+    identity = source.identity()
     assert zoo.base("llama").spec.identity == zoo.base("llama", "int4").spec.identity == identity
     copy = shutil.copytree(source.folder, tmp_path / "elsewhere")
     (copy / "README.md").write_text("?", encoding="utf-8")
-    assert identity_of(find_checkpoint(copy)) == identity
+    assert find_checkpoint(copy).identity() == identity
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
-    assert identity_of(find_checkpoint(copy)) != identity
+    assert find_checkpoint(copy).identity() != identity
     weights.unlink()
     with pytest.raises(ExportError, match="holds no weights"):
-        identity_of(find_checkpoint(copy))
+        find_checkpoint(copy).identity()
 
 
 def test_a_gguf_file_is_named_by_its_bytes(tmp_path: Path) -> None:
     (tmp_path / "one.gguf").write_bytes(b"GGUF 1")
     (tmp_path / "two.gguf").write_bytes(b"GGUF 2")
-    one, two = (identity_of(find_checkpoint(tmp_path / f"{name}.gguf")) for name in ("one", "two"))
+    one, two = (find_checkpoint(tmp_path / f"{name}.gguf").identity() for name in ("one", "two"))
     assert one != two
     assert len(one) == 64
 
@@ -369,7 +365,6 @@ def test_a_gguf_file_is_exported_as_the_folder_that_it_was_made_of(
     assert ours.encode(text) == theirs.encode(text)
 
 
-@pytest.mark.xfail(strict=True, reason="transformers' GGUFLlamaConverter names the first token as the last one")
 def test_the_end_of_a_gguf_tokenizer_is_that_of_the_file(zoo: TinyZoo, tmp_path: Path) -> None:
     """Training closes each answer with it, and generation stops there."""
     found = find_checkpoint(tiny.write_gguf(tmp_path / "tiny.gguf", zoo.model("llama"))).tokenizer()

@@ -250,7 +250,6 @@ def test_a_damaged_bundle_is_one_line_and_exit_code_1(bundle_copy: Path) -> None
         assert "is not JSON" in fault_of(*command)
 
 
-@pytest.mark.xfail(strict=True, reason="an OSError comes through as a traceback")
 def test_a_folder_that_cannot_be_made_is_a_fault(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     assert str(tmp_path / "file") in fault_of("compose", bundle, PROMPT, "-o", tmp_path / "file" / "blend")
@@ -309,7 +308,6 @@ def _is_installed() -> bool:
     return any(d.name == "edgecompose" for d in importlib.metadata.distributions())
 
 
-@pytest.mark.xfail(not _is_installed(), strict=True, reason="--version asks the metadata of an installed package")
 def test_the_version_is_that_of_the_package() -> None:
     done = call("--version")
     assert done.exit_code == 0

@@ -217,7 +217,6 @@ def test_a_wrong_call_is_exit_code_2(arguments: tuple[str, ...]) -> None:
     assert "Error: " in done.stderr
 
 
-@pytest.mark.xfail(strict=True, reason="an OSError comes through as a traceback")
 def test_an_output_that_cannot_be_written_is_a_fault(zoo: TinyZoo, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     output = tmp_path / "file" / "adapter.safetensors"
@@ -225,13 +224,11 @@ def test_an_output_that_cannot_be_written_is_a_fault(zoo: TinyZoo, tmp_path: Pat
     assert str(tmp_path / "file") in message
 
 
-@pytest.mark.xfail(strict=True, reason="rich's progress writes a blank line where stderr is no terminal")
 def test_a_fault_is_one_line(tmp_path: Path) -> None:
     done = call("bundle", tmp_path / "absent.toml", "-o", tmp_path / "x")
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="messages of transformers are passed on with their line feeds")
 def test_a_fault_of_transformers_is_one_line(tmp_path: Path) -> None:
     tiny.write_json(tmp_path / "base/config.json", {"model_type": "mystery", "architectures": ["MysteryForCausalLM"]})
     done = call("base", tmp_path / "base", "-o", tmp_path / "x")

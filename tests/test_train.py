@@ -206,7 +206,6 @@ def test_other_settings_do_not_go_on(
         train(zoo, folder, dataclasses.replace(LONG, **changes))
 
 
-@pytest.mark.xfail(strict=True, reason="the saved state knows how many examples there were, not which")
 def test_other_examples_do_not_go_on(zoo: TinyZoo, unfinished: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(unfinished, tmp_path / "run")
     others = [Example(example.prompt, "maybe") for example in EXAMPLES]
@@ -215,7 +214,6 @@ def test_other_examples_do_not_go_on(zoo: TinyZoo, unfinished: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("content", [b"", b"PK nonsense", b"\x80\x02"])
-@pytest.mark.xfail(strict=True, reason="torch.load's errors come through as tracebacks")
 def test_a_damaged_state_is_refused(zoo: TinyZoo, tmp_path: Path, content: bytes) -> None:
     (tmp_path / STATE_FILE).write_bytes(content)
     with pytest.raises(ExportError, match=STATE_FILE):

@@ -19,6 +19,7 @@ from edgecompose.bundle import sha256_of
 from edgecompose.errors import AdapterError, ExportError, SlotMismatch, UnsupportedAdapter
 from edgecompose.manifest import AdapterSpec, BaseSpec, SlotGroup
 from edgecompose.quantization import Bits, quantize, relative_error
+from edgecompose_export.datasets import read_json
 
 Float = npt.NDArray[np.float32]
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -26,11 +27,13 @@ _KEY = re.compile(r"^(?:base_model\.model\.)?(.*?\.(\d+)\..*?(\w+))\.lora_(A|B)(
 #: Settings of PEFT that change what an adapter means in a way that low-rank slots cannot carry.
 _REFUSED = (
     "use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters", "use_qalora",
-    "alora_invocation_tokens", "arrow_config", "fan_in_fan_out", "layer_replication", "megatron_config", "kasa_config",
-    "velora_config", "monteclora_config",
+    "alora_invocation_tokens", "arrow_config", "fan_in_fan_out", "layer_replication", "megatron_config", "use_bdlora",
+    "kasa_config", "velora_config", "monteclora_config",
 )  # fmt: skip
 #: Initialisations that change the base's own weights, so that the factors mean nothing without them.
 _MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+#: What PEFT takes where a config names no lora_alpha.
+_PEFT_ALPHA = 8
 _PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
@@ -111,14 +114,35 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     if not isinstance(config.get("r"), int) or config["r"] < 1:
         raise AdapterError(f"adapter '{folder.name}' has rank {config.get('r')!r}; a positive whole number is wanted")
+    _check_scales(folder.name, config)
     return config
 
 
 def scale_of(module_path: str, config: Mapping[str, Any]) -> float:
     """PEFT's scale of one module: alpha / r, or alpha / sqrt(r) for rsLoRA, with the patterns applied."""
     rank = _pattern(module_path, config.get("rank_pattern") or {}, config["r"])
-    alpha = _pattern(module_path, config.get("alpha_pattern") or {}, config.get("lora_alpha", config["r"]))
+    alpha = _pattern(module_path, config.get("alpha_pattern") or {}, config.get("lora_alpha", _PEFT_ALPHA))
     return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+
+def _check_scales(adapter: str, config: Mapping[str, Any]) -> None:
+    """Refuse ranks and alphas that give no scale."""
+    for name in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(name) or {}
+        if not isinstance(pattern, dict):
+            raise AdapterError(f"adapter '{adapter}': {name} is {pattern!r:.60}; an object is wanted")
+        for key in pattern:
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise AdapterError(f"adapter '{adapter}': {name} has the unusable key {key!r}: {error}") from error
+    alphas = [config.get("lora_alpha", _PEFT_ALPHA), *(config.get("alpha_pattern") or {}).values()]
+    ranks = list((config.get("rank_pattern") or {}).values())
+    for value in (*alphas, *ranks):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise AdapterError(f"adapter '{adapter}': {value!r:.60} is no usable rank or alpha; a number is wanted")
+    if any(rank < 1 for rank in ranks):
+        raise AdapterError(f"adapter '{adapter}': rank_pattern has a rank below 1")
 
 
 def _pattern(module_path: str, patterns: Mapping[str, Any], default: Any) -> Any:
@@ -149,9 +173,17 @@ def _read_pairs(folder: Path, config: Mapping[str, Any]) -> dict[str, dict[int, 
     for key, tensor in tensors.items():
         found = _KEY.match(key)
         assert found is not None  # unknown keys were refused above
-        halves.setdefault((found[3], int(found[2]), found[1]), {})[found[4]] = tensor
+        sides = halves.setdefault((found[3], int(found[2]), found[1]), {})
+        if found[4] in sides:
+            raise UnsupportedAdapter(f"adapter '{folder.name}' has two factors for '{found[1]}'; one adapter is wanted")
+        sides[found[4]] = tensor
     pairs: dict[str, dict[int, _Pair]] = {}
     for (module, layer, module_path), sides in halves.items():
+        if layer in pairs.get(module, {}):
+            raise UnsupportedAdapter(
+                f"adapter '{folder.name}' has two modules '{module}' in layer {layer} ('{module_path}' is one); "
+                "only one decoder can be adapted"
+            )
         pairs.setdefault(module, {})[layer] = _pair(folder.name, module_path, sides, config)
     if not pairs:
         raise AdapterError(f"adapter '{folder.name}' holds no LoRA factor")
@@ -185,6 +217,11 @@ def _split_packed(pairs: dict[str, dict[int, _Pair]], groups: Mapping[str, SlotG
         if packed not in pairs or any(part not in groups for part in parts):
             continue
         layers = result.pop(packed)
+        width = sum(groups[part].n_out for part in parts)
+        wrong = [f"'layers.{i}.{packed}' is {width} wide here, {p.b.shape[0]} there" for i, p in sorted(layers.items())
+                 if p.b.shape[0] != width]  # fmt: skip
+        if wrong:
+            raise SlotMismatch(f"adapter does not fit this base: {'; '.join(wrong)}; export it against its own base")
         start = 0
         for part in parts:
             end = start + groups[part].n_out
@@ -230,4 +267,4 @@ def _quantize_group(layers: Mapping[int, _Pair], group: SlotGroup, bits: Bits) -
 
 def _training_report(folder: Path) -> dict[str, Any]:
     path = folder / "training.json"
-    return {"training": json.loads(path.read_text(encoding="utf-8"))} if path.is_file() else {}
+    return {"training": read_json(path)} if path.is_file() else {}

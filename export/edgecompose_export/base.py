@@ -18,7 +18,6 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from edgecompose.bundle import sha256_of
 from edgecompose.decoder import Decoder
 from edgecompose.device import choose_device
 from edgecompose.errors import ExportError
@@ -27,6 +26,7 @@ from edgecompose.manifest import BaseSpec, Distance
 from edgecompose.merging import MergedAdapter
 from edgecompose.tokenization import Tokenizer
 from edgecompose_export.checkpoint import Checkpoint
+from edgecompose_export.datasets import read_json
 from edgecompose_export.quantize import quantize_decoder
 from edgecompose_export.slots import add_slots, feed_lengths, keep_last_logits
 
@@ -149,7 +149,7 @@ def read_base_spec(folder: Path) -> BaseSpec:
     path = folder / SPEC_FILE
     if not path.is_file():
         raise ExportError(f"'{folder}' holds no {SPEC_FILE}; make it with 'edgecompose-export base'")
-    return value_from_json(BaseSpec, json.loads(path.read_text(encoding="utf-8")), SPEC_FILE)
+    return value_from_json(BaseSpec, read_json(path), SPEC_FILE)
 
 
 def _run_builder(source: Path, output: Path, cache: Path) -> None:
@@ -162,7 +162,8 @@ def _run_builder(source: Path, output: Path, cache: Path) -> None:
     finished = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if finished.returncode or not (output / "model.onnx").is_file():
         reason = finished.stderr.strip().splitlines()[-1:] or ["no reason given"]
-        raise ExportError(f"onnxruntime-genai's builder cannot export '{source.name}': {reason[0]}")
+        kind = ", ".join(read_json(source / "config.json").get("architectures") or ["unnamed"])
+        raise ExportError(f"onnxruntime-genai's builder cannot export '{source.name}' ({kind}): {reason[0]}")
 
 
 def _describe(
@@ -170,29 +171,20 @@ def _describe(
 ) -> BaseSpec:
     config = model.config
     head, query, key = _head_widths(config)
-    tokenizer_end = checkpoint.tokenizer().eos_token_id
+    tokenizer = checkpoint.tokenizer()
     configured = getattr(model.generation_config, "eos_token_id", None)
-    ends = {tokenizer_end, *(configured if isinstance(configured, list) else [configured])} - {None}
+    # a model that begins another text or turn has ended its answer, so the first token ends one too
+    ends = {tokenizer.eos_token_id, tokenizer.bos_token_id} | set(
+        configured if isinstance(configured, list) else [configured]
+    )
     slots = _slot_groups(graph)
     source = checkpoint.gguf or checkpoint.folder.name
     return BaseSpec(
-        graph="decoder.onnx", tokenizer="tokenizer.json", identity=identity_of(checkpoint), precision=precision,
+        graph="decoder.onnx", tokenizer="tokenizer.json", identity=checkpoint.identity(), precision=precision,
         context=int(config.max_position_embeddings), kv_heads=key // head, head_size=head,
-        vocabulary=int(config.vocab_size), end_tokens=tuple(sorted(int(e) for e in ends)), slots=slots,
+        vocabulary=int(config.vocab_size), end_tokens=tuple(sorted(int(e) for e in ends if e is not None)), slots=slots,
         chat_template=None if template is None else "chat_template.jinja", source=source,
     )  # fmt: skip
-
-
-def identity_of(checkpoint: Checkpoint) -> str:
-    """sha256 that names a base: that of its GGUF file, or of its weight files in name order."""
-    import hashlib
-
-    if checkpoint.gguf is not None:
-        return sha256_of(checkpoint.folder / checkpoint.gguf)
-    weights = sorted([*checkpoint.folder.glob("*.safetensors"), *checkpoint.folder.glob("*.bin")])
-    if not weights:
-        raise ExportError(f"'{checkpoint.folder}' holds no weights; .safetensors files are wanted")
-    return hashlib.sha256("".join(sha256_of(path) for path in weights).encode()).hexdigest()
 
 
 def _head_widths(config: Any) -> tuple[int, int, int]:

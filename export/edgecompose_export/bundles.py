@@ -1,8 +1,9 @@
 """Writes bundles: from a recipe, and task by task on an existing one.
 
-A bundle appears, or changes, in one rename. Files whose content changes get a new name (the index carries a
-piece of its hash), the manifest is replaced last, and only then are unnamed files removed: a run that is
-killed at any moment leaves the old bundle or the new one, and at worst files that nothing names.
+A bundle appears, or a task comes and goes, in one rename. Files whose content changes get a new name (the index
+carries a piece of its hash), the manifest is replaced last, and only then are the files removed that only the old one
+named: a run that is killed at any moment leaves the old bundle or the new one, and at worst files that nothing names.
+Replacing a whole bundle (--force) takes two renames; killed between them, it leaves the old one as `.<name>.<pid>.old`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from edgecompose.manifest import (
     manifest_to_json,
     value_from_json,
 )
+from edgecompose.merging import MergeSettings
 from edgecompose.retrieval import new_index, open_index
 from edgecompose_export import __version__
 from edgecompose_export.adapters import CONFIG_FILE, export_adapter
@@ -90,6 +92,7 @@ def read_recipe(path: Path) -> Recipe:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ExportError(f"recipe '{path}' cannot be read: {error}") from error
     recipe = value_from_json(Recipe, found, path.name)
+    MergeSettings(recipe.defaults.method, recipe.defaults.density, recipe.defaults.majority_sign)
     if recipe.bits not in (4, 8):
         raise ExportError(f"recipe '{path.name}': bits is {recipe.bits}; 4 or 8 is wanted")
     if not recipe.tasks:
@@ -114,6 +117,8 @@ def build_bundle(
     recipe, root = read_recipe(recipe_path), recipe_path.parent
     if output.exists() and not force:
         raise ExportError(f"'{output}' exists; give --force to replace it, or another directory")
+    if output.exists() and not output.is_dir():
+        raise ExportError(f"'{output}' is a file; give a directory")
     if output.exists() and any(output.iterdir()) and not (output / MANIFEST_FILE).is_file():
         raise ExportError(f"'{output}' is not a bundle and is not empty, so it is not replaced")
     work = output.with_name(f".{output.name}.{os.getpid()}.tmp")
@@ -183,7 +188,7 @@ def add_task(
         adapters={**manifest.adapters, name: spec},
         **_store_index(root, index, manifest, texts, {spec.file: describe_file(root / spec.file)}),
     )  # fmt: skip
-    _commit(root, changed)
+    _commit(root, manifest, changed)
     return changed
 
 
@@ -211,7 +216,7 @@ def remove_task(root: Path, name: str) -> Manifest:
     changed = replace(manifest, tasks=tasks, adapters=adapters, **_store_index(root, index, manifest, texts, {}))
     named = set(changed.named_files()) | {f"{changed.base.graph}.data"}
     changed = replace(changed, files={path: entry for path, entry in changed.files.items() if path in named})
-    _commit(root, changed)
+    _commit(root, manifest, changed)
     return changed
 
 
@@ -353,21 +358,23 @@ def _write_manifest(root: Path, manifest: Manifest) -> None:
     _sync(root)
 
 
-def _commit(root: Path, manifest: Manifest) -> None:
-    """Make a changed manifest the bundle's, then remove the files that nothing names any more."""
-    _write_manifest(root, manifest)
-    for path in root.rglob("*"):
-        relative = path.relative_to(root).as_posix()
-        if path.is_file() and relative not in manifest.files and relative != MANIFEST_FILE:
-            path.unlink()
+def _commit(root: Path, old: Manifest, new: Manifest) -> None:
+    """Make a changed manifest the bundle's, then remove the files that only the old one named."""
+    _write_manifest(root, new)
+    for relative in set(old.files) - set(new.files):
+        (root / relative).unlink(missing_ok=True)
 
 
 def _replace_directory(work: Path, output: Path) -> None:
-    """Put `work` in the place of `output`."""
+    """Put `work` in the place of `output`, which is brought back when that fails."""
     if output.exists():
         old = output.with_name(f".{output.name}.{os.getpid()}.old")
         output.rename(old)
-        work.rename(output)
+        try:
+            work.rename(output)
+        except BaseException:
+            old.rename(output)
+            raise
         shutil.rmtree(old)
     else:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from edgecompose.bundle import sha256_of
 from edgecompose.errors import ExportError
 
 #: Pre-tokenizers that GGUF names and transformers' conversion leaves out (llama.cpp, llama-vocab.cpp).
@@ -36,8 +38,8 @@ class Checkpoint:
             loaded = AutoModelForCausalLM.from_pretrained(
                 self.folder, dtype=dtype or torch.float32, local_files_only=True, **self._options
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise ExportError(f"base '{self.folder}' cannot be loaded as a causal model: {error}") from error
+        except Exception as error:  # transformers, safetensors and gguf raise classes of all kinds on damaged files
+            raise ExportError(f"base '{self.folder}' cannot be loaded as a causal model: {_one_line(error)}") from error
         return loaded.eval()
 
     def tokenizer(self) -> Any:
@@ -46,11 +48,22 @@ class Checkpoint:
 
         try:
             loaded = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, **self._options)
-        except (OSError, ValueError, KeyError) as error:
-            raise ExportError(f"tokenizer of '{self.folder}' cannot be loaded: {error}") from error
-        if not loaded.is_fast:
+        except Exception as error:  # as above
+            raise ExportError(f"tokenizer of '{self.folder}' cannot be loaded: {_one_line(error)}") from error
+        if self.gguf is not None:
+            _set_special_tokens(loaded, self.folder / self.gguf)
+        if not getattr(loaded, "is_fast", False):
             raise ExportError(f"tokenizer of '{self.folder}' has no fast form; add a tokenizer.json to the folder")
         return loaded
+
+    def identity(self) -> str:
+        """sha256 that names the base: that of its GGUF file, or of its weight files in name order."""
+        if self.gguf is not None:
+            return sha256_of(self.folder / self.gguf)
+        weights = sorted([*self.folder.glob("*.safetensors"), *self.folder.glob("*.bin")])
+        if not weights:
+            raise ExportError(f"'{self.folder}' holds no weights; .safetensors files are wanted")
+        return hashlib.sha256("".join(sha256_of(path) for path in weights).encode()).hexdigest()
 
     def write_tokenizer(self, folder: Path) -> str | None:
         """Write `tokenizer.json` into `folder`; return the chat template, None when there is none."""
@@ -65,6 +78,21 @@ class Checkpoint:
         (folder / "tokenizer.json").write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
         template = loaded.chat_template
         return _self_contained(template, loaded) if isinstance(template, str) else None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _set_special_tokens(tokenizer: Any, path: Path) -> None:
+    """First and last token as the GGUF names them (transformers' conversion gives both the first one's name)."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(path).fields
+    for name in ("bos_token", "eos_token"):
+        field = fields.get(f"tokenizer.ggml.{name}_id")
+        if field is not None:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(field.contents())))
 
 
 def _self_contained(template: str, tokenizer: Any) -> str:

@@ -28,6 +28,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 from edgecompose.errors import EdgeComposeError
+from edgecompose_export import __version__
 
 PathArgument = click.Path(path_type=Path)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
@@ -43,12 +44,15 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except EdgeComposeError as error:
-            click.echo(f"edgecompose-export: {error}", err=True)
+            click.echo(f"edgecompose-export: {' '.join(str(error).split())}", err=True)
             ctx.exit(error.exit_code)
+        except OSError as error:
+            click.echo(f"edgecompose-export: {error}", err=True)
+            ctx.exit(EdgeComposeError.exit_code)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="edgecompose-export")
+@click.version_option(__version__, prog_name="edgecompose-export")
 def main() -> None:
     """Make what `edgecompose` runs: bases, embedders, adapters, example indexes, bundles."""
 
@@ -300,7 +304,7 @@ def _steps() -> Iterator[Callable[[str], None]]:
     """A spinner that names the step in hand, and leaves a line with its time when it is done."""
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("starting", total=None)
         current: list[tuple[str, float]] = []
 
@@ -321,7 +325,8 @@ def _steps() -> Iterator[Callable[[str], None]]:
 @contextmanager
 def _bar(name: str, total: int | None) -> Iterator[Callable[[float], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(name, total=total)
         yield lambda count: progress.advance(task, count)
 
@@ -332,7 +337,8 @@ def _training_bar() -> Iterator[Callable[[int, int, float], None]]:
         TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"),
         TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("training", total=None, loss=0.0)
         yield lambda step, steps, loss: progress.update(task, completed=step, total=steps, loss=loss)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from edgecompose.errors import ExportError
 
@@ -38,6 +39,18 @@ def read_examples(path: Path, *, limit: int | None = None) -> list[Example]:
     if not examples:
         raise ExportError(f"examples '{path}' holds no example; one JSON object a line is wanted")
     return examples[:limit]
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        ExportError: unreadable or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ExportError(f"'{path}' cannot be read as JSON: {error}; make it again") from error
 
 
 def _example(line: str, place: str) -> Example:

@@ -20,6 +20,7 @@ from edgecompose.embedder import Embedder
 from edgecompose.errors import ExportError
 from edgecompose.manifest import EmbedderSpec, value_from_json
 from edgecompose_export.base import calibration_prompts
+from edgecompose_export.datasets import read_json
 
 EmbedderPrecision = Literal["f32", "int8"]
 EMBEDDER_PRECISIONS: tuple[EmbedderPrecision, ...] = get_args(EmbedderPrecision)
@@ -75,11 +76,16 @@ def describe_encoder(source: Path, precision: EmbedderPrecision) -> EmbedderSpec
     if unknown:
         raise ExportError(f"embedder '{source}' has modules {', '.join(unknown)}, which are not supported")
     pooling = _pooling(source, modules)
+    sizes = {key: config.get(key) for key in ("hidden_size", "max_position_embeddings")}
+    wrong = sorted(key for key, value in sizes.items() if not isinstance(value, int) or value < 1)
+    if wrong:
+        raise ExportError(f"embedder '{source}': config.json has no usable {', '.join(wrong)}")
+    positions = int(sizes["max_position_embeddings"] or 0)
     bert = _read_json(source / "sentence_bert_config.json", optional=True) or {}
     return EmbedderSpec(
         graph="encoder.onnx", tokenizer="tokenizer.json", identity=sha256_of(weights), precision=precision,
-        dimension=int(config["hidden_size"]),
-        max_length=int(bert.get("max_seq_length") or config["max_position_embeddings"]),
+        dimension=int(sizes["hidden_size"] or 0),
+        max_length=min(int(bert.get("max_seq_length") or positions), positions),
         pooling=pooling, normalize="Normalize" in types or not modules, source=source.name,
     )  # fmt: skip
 
@@ -89,7 +95,7 @@ def read_embedder_spec(folder: Path) -> EmbedderSpec:
     path = folder / SPEC_FILE
     if not path.is_file():
         raise ExportError(f"'{folder}' holds no {SPEC_FILE}; make it with 'edgecompose-export embedder'")
-    return value_from_json(EmbedderSpec, json.loads(path.read_text(encoding="utf-8")), SPEC_FILE)
+    return value_from_json(EmbedderSpec, read_json(path), SPEC_FILE)
 
 
 def open_embedder(folder: Path) -> tuple[Embedder, EmbedderSpec]:
@@ -130,7 +136,7 @@ def _export_float(source: Path, work: Path) -> None:
                 str(source), output=work, task="feature-extraction", library_name="transformers",
                 local_files_only=True, do_validation=False,
             )  # fmt: skip
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # optimum, transformers and torch raise classes of all kinds on damaged files
         raise ExportError(f"embedder '{source}' cannot be exported by optimum: {error}") from error
 
 

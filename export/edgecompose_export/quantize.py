@@ -17,7 +17,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from edgecompose.errors import ExportError
-from edgecompose_export.slots import find_linears
+from edgecompose_export.slots import find_linears, output_layer
 
 BLOCK = 32
 Float = npt.NDArray[np.float32]
@@ -66,7 +66,9 @@ def quantize_decoder(model: onnx.ModelProto, bits: int) -> None:
     """
     graph = model.graph
     weights = {t.name: t for t in graph.initializer}
-    head = next(n for n in graph.node if n.op_type == "MatMul" and n.output[0] == "logits")
+    head = output_layer(graph)
+    if head.op_type != "MatMul" or head.input[1] not in weights:
+        raise ExportError(f"the output layer is a {head.op_type} of no constant weight; use --precision fp32 or fp16")
     for linear in find_linears(graph):
         rows = _rows(weights[linear.node.input[1]], linear.node.name)
         (_to_8bit if bits == 8 else _to_4bit)(graph, linear.node, rows)

@@ -92,12 +92,20 @@ def feed_lengths(graph: onnx.GraphProto) -> None:
     _drop_unused(graph)
 
 
-def keep_last_logits(graph: onnx.GraphProto) -> None:
-    """Let the output layer see the last `logits_kept` positions only (default 1), in place."""
+def output_layer(graph: onnx.GraphProto) -> onnx.NodeProto:
+    """The linear node that the logits come from, behind any scaling of them."""
     producer = {o: n for n in graph.node for o in n.output}
     head = producer["logits"]
     while head.op_type not in ("MatMul", "MatMulNBits"):
+        if head.input[0] not in producer:
+            raise ExportError("the decoder graph has no linear output layer; this architecture is not supported")
         head = producer[head.input[0]]
+    return head
+
+
+def keep_last_logits(graph: onnx.GraphProto) -> None:
+    """Let the output layer see the last `logits_kept` positions only (default 1), in place."""
+    head = output_layer(graph)
     for name, value in (("num_logits.axis", [1]), ("num_logits.end", [np.iinfo(np.int64).max])):
         graph.initializer.append(numpy_helper.from_array(np.array(value, np.int64), name))
     graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), "logits_kept"))

@@ -7,6 +7,7 @@ much as all its blocks. Every example is seen in the form that `edgecompose run`
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -129,7 +130,14 @@ def train_adapter(
     model = _with_lora(checkpoint.model(), settings).to(device).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.0)
-    report = {"examples": len(kept), "left_out": len(forms) - len(kept), "steps": len(plan), **asdict(settings)}
+    report = {
+        "base": checkpoint.identity(),
+        "data": _digest(examples),
+        "examples": len(kept),
+        "left_out": len(forms) - len(kept),
+        "steps": len(plan),
+        **asdict(settings),
+    }
     losses = _resume(output / STATE_FILE, report, trained, optimizer)
     for step in range(len(losses), len(plan)):
         for group in optimizer.param_groups:
@@ -151,6 +159,11 @@ def train_adapter(
     (output / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (output / STATE_FILE).unlink(missing_ok=True)
     return report
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    """sha256 of all prompts and answers, so that a run is resumed on its own data only."""
+    return hashlib.sha256(repr([(e.prompt, e.answer) for e in examples]).encode()).hexdigest()
 
 
 def _tokenizer(checkpoint: Checkpoint, folder: Path) -> tuple[Tokenizer, int]:
@@ -226,9 +239,13 @@ def _resume(path: Path, report: dict[str, Any], trained: list[Any], optimizer: A
 
     if not path.is_file():
         return []
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if state["report"] != report:
-        different = sorted(k for k in report if report[k] != state["report"].get(k))
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        known = state["report"]
+    except Exception as error:  # torch raises classes of all kinds on damaged files
+        raise ExportError(f"'{path}' cannot be read ({error}); delete it to begin again") from error
+    if known != report:
+        different = sorted(k for k in report if report[k] != known.get(k))
         raise ExportError(
             f"'{path.parent}' holds an unfinished run with other {', '.join(different)}; "
             "use the same settings to go on, or another folder"
