@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--gguf", type=Path, default=GGUF, help="the base as GGUF, for llama.cpp")
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--save", type=Path, help="folder for a dated JSON file")
     options = parser.parse_args()
     with open_bundle(options.bundle, device="cpu") as composer:
