@@ -47,6 +47,7 @@ COVERED = {
     "edgecompose/report": "test_cli", "edgecompose_export/__init__": "test_architecture",
     "edgecompose_export/__main__": "test_architecture", "edgecompose_export/adapters": "test_adapters_export",
     "edgecompose_export/base": "test_base_export", "edgecompose_export/bundles": "test_bundles_export",
+    "edgecompose_export/recipe": "test_bundles_export",
     "edgecompose_export/checkpoint": "test_base_export", "edgecompose_export/cli": "test_export_cli",
     "edgecompose_export/embedder": "test_embedder_export", "edgecompose_export/examples": "test_bundles_export",
     "edgecompose_export/quantize": "test_quantize_base", "edgecompose_export/slots": "test_base_export",

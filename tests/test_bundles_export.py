@@ -21,10 +21,11 @@ from edgecompose.bundle import Bundle, read_manifest, verify
 from edgecompose.errors import ExportError, FileDamaged, ManifestInvalid, RetrievalError, UnknownAdapter
 from edgecompose.manifest import MANIFEST_FILE
 from edgecompose_export import bundles
-from edgecompose_export.bundles import add_task, build_bundle, read_recipe, remove_task
+from edgecompose_export.bundles import add_task, build_bundle, remove_task
 from edgecompose_export.datasets import read_examples
 from edgecompose_export.embedder import open_embedder
 from edgecompose_export.examples import write_examples
+from edgecompose_export.recipe import read_recipe
 from tests import tiny
 from tests.fixtures_tiny import ADAPTERS, TASKS, TinyZoo
 

@@ -11,9 +11,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from edgecompose.manifest import (
     MANIFEST_FILE,
     AdapterSpec,
     BaseSpec,
-    Defaults,
     EmbedderSpec,
     FileEntry,
     IndexSpec,
@@ -36,9 +34,7 @@ from edgecompose.manifest import (
     TaskSpec,
     check_name,
     manifest_to_json,
-    value_from_json,
 )
-from edgecompose.merging import MergeSettings
 from edgecompose.retrieval import new_index, open_index
 from edgecompose_export import __version__
 from edgecompose_export.adapters import CONFIG_FILE, export_adapter
@@ -54,52 +50,10 @@ from edgecompose_export.examples import (
     read_example_table,
     write_examples,
 )
+from edgecompose_export.recipe import Recipe, read_recipe
 
 Advance = Callable[[str], None]
 _CREATED_BY = f"edgecompose-export {__version__}"
-
-
-@dataclass(frozen=True, slots=True)
-class RecipeTask:
-    """One task of a recipe: an adapter (quantised file or PEFT folder) and, unless indexed already, its examples."""
-
-    adapter: str
-    examples: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """A recipe file; paths are relative to it. `examples` is a folder made by `edgecompose-export examples`."""
-
-    name: str
-    base: str
-    embedder: str
-    tasks: dict[str, RecipeTask]
-    examples: str | None = None
-    bits: int = 4
-    keep_text: bool = False
-    defaults: Defaults = Defaults()
-
-
-def read_recipe(path: Path) -> Recipe:
-    """The recipe in a TOML file.
-
-    Raises:
-        ExportError: unreadable, not TOML, or a field missing, unknown or wrong.
-    """
-    try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ExportError(f"recipe '{path}' cannot be read: {error}") from error
-    recipe = value_from_json(Recipe, found, path.name)
-    MergeSettings(recipe.defaults.method, recipe.defaults.density, recipe.defaults.majority_sign)
-    if recipe.bits not in (4, 8):
-        raise ExportError(f"recipe '{path.name}': bits is {recipe.bits}; 4 or 8 is wanted")
-    if not recipe.tasks:
-        raise ExportError(f"recipe '{path.name}' names no task")
-    for name in recipe.tasks:
-        check_name(name)
-    return recipe
 
 
 def build_bundle(

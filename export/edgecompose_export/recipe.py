@@ -1,0 +1,54 @@
+"""The recipe of a bundle, a TOML file, as frozen values; knows nothing of what it names."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgecompose.errors import ExportError
+from edgecompose.manifest import Defaults, check_name, value_from_json
+from edgecompose.merging import MergeSettings
+
+
+@dataclass(frozen=True, slots=True)
+class RecipeTask:
+    """One task of a recipe: an adapter (quantised file or PEFT folder) and, unless indexed already, its examples."""
+
+    adapter: str
+    examples: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A recipe file; paths are relative to it. `examples` is a folder made by `edgecompose-export examples`."""
+
+    name: str
+    base: str
+    embedder: str
+    tasks: dict[str, RecipeTask]
+    examples: str | None = None
+    bits: int = 4
+    keep_text: bool = False
+    defaults: Defaults = Defaults()
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a TOML file.
+
+    Raises:
+        ExportError: unreadable, not TOML, or a field missing, unknown or wrong.
+    """
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ExportError(f"recipe '{path}' cannot be read: {error}") from error
+    recipe = value_from_json(Recipe, found, path.name)
+    MergeSettings(recipe.defaults.method, recipe.defaults.density, recipe.defaults.majority_sign)
+    if recipe.bits not in (4, 8):
+        raise ExportError(f"recipe '{path.name}': bits is {recipe.bits}; 4 or 8 is wanted")
+    if not recipe.tasks:
+        raise ExportError(f"recipe '{path.name}' names no task")
+    for name in recipe.tasks:
+        check_name(name)
+    return recipe
