@@ -404,6 +404,17 @@ def test_texts_grow_and_shrink_with_the_tasks(bundle_copy: Path, new_task: tuple
     assert verify(bundle_copy) == []
 
 
+def test_texts_with_other_line_separators_survive_a_removal(bundle_copy: Path, new_task: tuple[Path, Path]) -> None:
+    prompt = "one\u2028two\u0085three"
+    new_task[1].write_text(json.dumps({"prompt": prompt, "answer": "x"}) + "\n", encoding="utf-8")
+    add_task(bundle_copy, "travel", *new_task)
+    texts = remove_task(bundle_copy, "animals").index.texts
+    assert texts is not None
+    lines = (bundle_copy / texts).read_text(encoding="utf-8").split("\n")[:-1]
+    assert json.loads(lines[-1])["prompt"] == prompt
+    assert verify(bundle_copy) == []
+
+
 def test_texts_are_not_kept_unless_wanted(zoo: TinyZoo, tmp_path: Path, new_task: tuple[Path, Path]) -> None:
     recipe = write_recipe(zoo, tmp_path)
     recipe.write_text(recipe.read_text(encoding="utf-8").replace("keep_text = true", ""), encoding="utf-8")
@@ -526,17 +537,22 @@ STEPS: dict[str, tuple[Any, str, Any]] = {
 }
 
 
+def _break(patch: pytest.MonkeyPatch, step: str) -> None:
+    """Let one step of a change fail."""
+    place, name, replacement = STEPS[step]
+    if isinstance(place, str):
+        patch.setattr(f"{place}.{name}", replacement)
+    else:
+        patch.setattr(place, name, replacement)
+
+
 @pytest.mark.parametrize("step", STEPS)
 def test_a_change_that_fails_leaves_the_old_bundle(
     bundle_copy: Path, new_task: tuple[Path, Path], step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old, manifest = run(bundle_copy), (bundle_copy / MANIFEST_FILE).read_bytes()
-    place, name, replacement = STEPS[step]
     with monkeypatch.context() as patch:
-        if isinstance(place, str):
-            patch.setattr(f"{place}.{name}", replacement)
-        else:
-            patch.setattr(place, name, replacement)
+        _break(patch, step)
         with pytest.raises(OSError, match="disk full"):
             add_task(bundle_copy, "travel", *new_task)
     assert (bundle_copy / MANIFEST_FILE).read_bytes() == manifest
@@ -552,12 +568,8 @@ def test_a_removal_that_fails_leaves_the_old_bundle(
     bundle_copy: Path, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = run(bundle_copy)
-    place, name, replacement = STEPS[step]
     with monkeypatch.context() as patch:
-        if isinstance(place, str):
-            patch.setattr(f"{place}.{name}", replacement)
-        else:
-            patch.setattr(place, name, replacement)
+        _break(patch, step)
         with pytest.raises(OSError, match="disk full"):
             remove_task(bundle_copy, "animals")
     after = run(bundle_copy)

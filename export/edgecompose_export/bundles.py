@@ -43,6 +43,7 @@ from edgecompose_export.datasets import read_examples
 from edgecompose_export.embedder import open_embedder, read_embedder_spec
 from edgecompose_export.examples import (
     INDEX_FILE,
+    TABLE_FILE,
     ExampleTable,
     add_prompts,
     embedder_identity,
@@ -163,8 +164,8 @@ def remove_task(root: Path, name: str) -> Manifest:
     gone = manifest.tasks[name]
     texts = None
     if manifest.index.texts is not None:
-        lines = bundle.text(manifest.index.texts).splitlines(keepends=True)
-        texts = "".join(line for line in lines if not _key_in(line, gone))
+        lines = bundle.text(manifest.index.texts).split("\n")[:-1]  # JSON may hold other line separators
+        texts = "".join(f"{line}\n" for line in lines if not _key_in(line, gone))
     used = {task.adapter for task in tasks.values()}
     adapters = {key: spec for key, spec in manifest.adapters.items() if key in used}
     changed = replace(manifest, tasks=tasks, adapters=adapters, **_store_index(root, index, manifest, texts, {}))
@@ -225,7 +226,7 @@ def _source_of(path: Path) -> dict[str, Any]:
 
 
 def _place_examples(recipe: Recipe, root: Path, work: Path) -> ExampleTable:
-    """The index of the recipe's tasks: prebuilt, or embedded now, or the first extended by the second."""
+    """The index of the recipe's tasks: prebuilt, or embedded now."""
     fresh = {n: read_examples(root / t.examples) for n, t in recipe.tasks.items() if t.examples is not None}
     if recipe.examples is None:
         without = sorted(set(recipe.tasks) - set(fresh))
@@ -252,7 +253,7 @@ def _place_examples(recipe: Recipe, root: Path, work: Path) -> ExampleTable:
 def _take_index(
     work: Path, table: ExampleTable, recipe: Recipe, embedder: EmbedderSpec
 ) -> tuple[IndexSpec, dict[str, TaskSpec]]:
-    """Keep the recipe's tasks only, and name the index after its content."""
+    """Check that the index is of this embedder and these tasks, and name it after its content."""
     wanted = embedder_identity(embedder)
     if table.index.embedder != wanted:
         raise ExportError(
@@ -262,11 +263,11 @@ def _take_index(
     extra = sorted(set(table.tasks) - set(recipe.tasks))
     if extra:
         raise ExportError(f"the examples hold tasks that the recipe lacks: {', '.join(extra)}; index without them")
-    (work / "examples.json").unlink(missing_ok=True)
-    name = _index_name(work / INDEX_FILE)
-    (work / INDEX_FILE).rename(work / name)
+    (work / TABLE_FILE).unlink(missing_ok=True)
+    file = _index_name(work / INDEX_FILE)
+    (work / INDEX_FILE).rename(work / file)
     tasks = {name: TaskSpec(name, span.first_key, span.examples) for name, span in table.tasks.items()}
-    return replace(table.index, file=name), tasks
+    return replace(table.index, file=file), tasks
 
 
 def _index_name(path: Path) -> str:
@@ -290,7 +291,7 @@ def _store_index(
     entries |= {**files, name: describe_file(root / name)}
     texts_name = None
     if texts is not None:
-        texts_name = f"examples-{name[9:21]}.jsonl"
+        texts_name = f"{Path(name).stem}.jsonl"
         (root / texts_name).write_text(texts, encoding="utf-8")
         entries[texts_name] = describe_file(root / texts_name)
     spec = replace(manifest.index, file=name, vectors=len(index), texts=texts_name)
