@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 
 from edgecompose import __version__, report
 from edgecompose import bundle as bundles
 from edgecompose.composer import Composer, Request, open_bundle
-from edgecompose.device import DeviceRequest, available_providers
+from edgecompose.console import ErrorGroup, progress
+from edgecompose.device import DeviceRequest, has_cuda_provider
 from edgecompose.errors import EdgeComposeError, MergeError
 from edgecompose.generation import Sampling
 from edgecompose.merging import METHODS, MergeSettings
@@ -23,7 +23,6 @@ from edgecompose.peft_folder import write_peft_folder
 
 F = TypeVar("F", bound=Callable[..., Any])
 _STANDARD_INPUT = "-"
-_CUDA = "CUDAExecutionProvider"
 
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path, exists=False))
 prompt_argument = click.argument("prompt")
@@ -66,24 +65,7 @@ def merge_options(command: F) -> F:
     return command
 
 
-class _Group(click.Group):
-    """Prints our errors as one line and exits with their code."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except EdgeComposeError as error:
-            click.echo(f"edgecompose: {' '.join(str(error).split())}", err=True)
-            ctx.exit(error.exit_code)
-        except BrokenPipeError:
-            sys.stderr.close()
-            ctx.exit(EdgeComposeError.exit_code)
-        except OSError as error:
-            click.echo(f"edgecompose: {error}", err=True)
-            ctx.exit(EdgeComposeError.exit_code)
-
-
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=ErrorGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="edgecompose")
 def main() -> None:
     """Answer a prompt with a base model and a blend of LoRA adapters chosen by retrieval, offline."""
@@ -200,7 +182,8 @@ def verify(bundle: Path, as_json: bool) -> None:
     """
     manifest = bundles.read_manifest(bundle)
     total = sum(entry.bytes for entry in manifest.files.values())
-    with _progress() as bar:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with progress(*columns) as bar:
         task = bar.add_task("hashing", total=total)
         problems = bundles.verify(bundle, advance=lambda count: bar.advance(task, count))
     if as_json:
@@ -230,7 +213,7 @@ def doctor(as_json: bool) -> None:
 
 def _open(bundle: Path, device: str) -> Composer:
     composer = open_bundle(bundle, device=cast(DeviceRequest, device))
-    if device == "auto" and composer.device.kind == "cpu" and _CUDA in available_providers():
+    if device == "auto" and composer.device.kind == "cpu" and has_cuda_provider():
         click.echo(f"edgecompose: {composer.device.reason}", err=True)
     return composer
 
@@ -288,12 +271,6 @@ def _read_prompt(prompt: str) -> str:
         return sys.stdin.buffer.read().decode("utf-8").rstrip("\n")
     except UnicodeDecodeError as error:
         raise EdgeComposeError(f"standard input is not UTF-8 ({error}); give UTF-8 text") from error
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _print_piece(text: str) -> None:

@@ -127,6 +127,11 @@ def available_providers() -> tuple[str, ...]:
     return tuple(onnxruntime.get_available_providers())
 
 
+def has_cuda_provider() -> bool:
+    """Whether this build of ONNX Runtime has the CUDA provider; loading it may still fail."""
+    return _CUDA in available_providers()
+
+
 def runtime_version() -> str:
     """Version of ONNX Runtime."""
     return str(onnxruntime.__version__)
@@ -139,7 +144,7 @@ def telemetry_disabled() -> bool:
 
 def _cuda_obstacle() -> str | None:
     """Why CUDA cannot be used, None when it can; opens a one-node session to be sure."""
-    if _CUDA not in available_providers():
+    if not has_cuda_provider():
         return f"the installed onnxruntime {runtime_version()} has no CUDA provider"
     preload = getattr(onnxruntime, "preload_dlls", None)
     if preload is not None:

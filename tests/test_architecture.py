@@ -26,6 +26,7 @@ BUILD_TIME = {"torch", "transformers", "peft", "optimum", "onnx", "onnx_ir", "gg
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "device": {"errors"},
+    "console": {"errors"},
     "manifest": {"errors"},
     "quantization": {"errors"},
     "tokenization": {"errors"},
@@ -43,6 +44,7 @@ ARROWS: dict[str, set[str]] = {
 COVERED = {
     "edgecompose/__init__": "test_architecture", "edgecompose/__main__": "test_architecture",
     "edgecompose/composer": "test_bundles_export", "edgecompose/decoder": "test_base_export",
+    "edgecompose/console": "test_cli",
     "edgecompose/device": "test_cli", "edgecompose/errors": "test_architecture", "edgecompose/peft_folder": "test_cli",
     "edgecompose/report": "test_cli", "edgecompose_export/__init__": "test_architecture",
     "edgecompose_export/__main__": "test_architecture", "edgecompose_export/adapters": "test_adapters_export",

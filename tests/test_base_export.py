@@ -33,6 +33,7 @@ from edgecompose_export import base as base_export
 from edgecompose_export.adapters import export_adapter
 from edgecompose_export.base import calibration_prompts, export_base, read_base_spec
 from edgecompose_export.checkpoint import Checkpoint, find_checkpoint
+from edgecompose_export.slots import PACKED
 from tests import tiny
 from tests.fixtures_tiny import Exported, TinyZoo
 
@@ -40,7 +41,6 @@ Float = npt.NDArray[np.float32]
 TOLERANCE = 1e-3
 NO_ADAPTER = MergedAdapter({}, "none")
 IDS = np.random.default_rng(5).integers(0, tiny.VOCABULARY, 40).tolist()
-_PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -87,7 +87,7 @@ def put_factors(model: Any, name: str, adapter: Adapter) -> None:
         if name not in getattr(module, "lora_A", {}):
             continue
         layer, kind = int(path.split(".layers.")[1].split(".")[0]), path.rsplit(".", 1)[1]
-        parts = [adapter.modules[part] for part in _PACKED.get(kind, (kind,))]
+        parts = [adapter.modules[part] for part in PACKED.get(kind, (kind,))]
         a, b = dequantize(parts[0].a)[:, layer], np.concatenate([dequantize(p.b)[:, layer] for p in parts], axis=1)
         module.lora_A[name].weight.data = torch.tensor(a)
         module.lora_B[name].weight.data = torch.tensor(np.ascontiguousarray(b.T))

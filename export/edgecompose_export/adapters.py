@@ -20,6 +20,7 @@ from edgecompose.errors import AdapterError, ExportError, SlotMismatch, Unsuppor
 from edgecompose.manifest import AdapterSpec, BaseSpec, SlotGroup
 from edgecompose.quantization import Bits, quantize, relative_error
 from edgecompose_export.datasets import read_json
+from edgecompose_export.slots import PACKED
 
 Float = npt.NDArray[np.float32]
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -34,7 +35,6 @@ _REFUSED = (
 _MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 #: What PEFT takes where a config names no lora_alpha.
 _PEFT_ALPHA = 8
-_PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -213,7 +213,7 @@ def _pair(adapter: str, module_path: str, sides: Mapping[str, Float], config: Ma
 def _split_packed(pairs: dict[str, dict[int, _Pair]], groups: Mapping[str, SlotGroup]) -> dict[str, dict[int, _Pair]]:
     """A packed projection (qkv_proj, gate_up_proj) becomes one pair a part: the same A, its rows of B."""
     result = dict(pairs)
-    for packed, parts in _PACKED.items():
+    for packed, parts in PACKED.items():
         if packed not in pairs or any(part not in groups for part in parts):
             continue
         layers = result.pop(packed)

@@ -22,7 +22,7 @@ from edgecompose.decoder import Decoder
 from edgecompose.device import choose_device
 from edgecompose.errors import ExportError
 from edgecompose.generation import log_softmax
-from edgecompose.manifest import BaseSpec, Distance
+from edgecompose.manifest import BaseSpec, Distance, SlotGroup, value_from_json
 from edgecompose.merging import MergedAdapter
 from edgecompose.tokenization import Tokenizer
 from edgecompose_export.checkpoint import Checkpoint
@@ -69,8 +69,8 @@ def export_base(
         template = checkpoint.write_tokenizer(output)
         _write_template(output, template)
         advance("building the float graph")
-        graph = build_decoder(model, checkpoint, work)
-        spec = _describe(model, graph, checkpoint, precision, template)
+        graph, slots = build_decoder(model, checkpoint, work)
+        spec = _describe(model, slots, checkpoint, precision, template)
         _save(graph, work / "float.onnx")
         tokenizer = Tokenizer(output / spec.tokenizer, chat_template=template)
         prompts = [_render(tokenizer, prompt) for prompt in calibration_prompts()]
@@ -93,8 +93,8 @@ def export_base(
     return spec
 
 
-def build_decoder(model: Any, checkpoint: Checkpoint, work: Path) -> onnx.ModelProto:
-    """The float graph of a model, with adapter slots and the inputs that our decoding loop feeds.
+def build_decoder(model: Any, checkpoint: Checkpoint, work: Path) -> tuple[onnx.ModelProto, tuple[SlotGroup, ...]]:
+    """The float graph of a model, with the inputs that our decoding loop feeds, and its adapter slots.
 
     Args:
         model: the transformers model of `checkpoint`.
@@ -109,9 +109,9 @@ def build_decoder(model: Any, checkpoint: Checkpoint, work: Path) -> onnx.ModelP
     graph = onnx.load(work / "builder" / "model.onnx")
     _, query, key = _head_widths(model.config)
     feed_lengths(graph.graph)
-    add_slots(graph, (query, key))
+    slots = add_slots(graph, (query, key))
     keep_last_logits(graph.graph)
-    return graph
+    return graph, slots
 
 
 def convert(graph: onnx.ModelProto, precision: Precision) -> None:
@@ -144,8 +144,6 @@ def calibration_prompts() -> list[str]:
 
 def read_base_spec(folder: Path) -> BaseSpec:
     """The description that `export_base` wrote."""
-    from edgecompose.manifest import value_from_json
-
     path = folder / SPEC_FILE
     if not path.is_file():
         raise ExportError(f"'{folder}' holds no {SPEC_FILE}; make it with 'edgecompose-export base'")
@@ -167,7 +165,7 @@ def _run_builder(source: Path, output: Path, cache: Path) -> None:
 
 
 def _describe(
-    model: Any, graph: onnx.ModelProto, checkpoint: Checkpoint, precision: str, template: str | None
+    model: Any, slots: tuple[SlotGroup, ...], checkpoint: Checkpoint, precision: str, template: str | None
 ) -> BaseSpec:
     config = model.config
     head, query, key = _head_widths(config)
@@ -177,7 +175,6 @@ def _describe(
     ends = {tokenizer.eos_token_id, tokenizer.bos_token_id} | set(
         configured if isinstance(configured, list) else [configured]
     )
-    slots = _slot_groups(graph)
     source = checkpoint.gguf or checkpoint.folder.name
     return BaseSpec(
         graph="decoder.onnx", tokenizer="tokenizer.json", identity=checkpoint.identity(), precision=precision,
@@ -192,21 +189,6 @@ def _head_widths(config: Any) -> tuple[int, int, int]:
     heads = int(config.num_attention_heads)
     head = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     return head, heads * head, int(getattr(config, "num_key_value_heads", None) or heads) * head
-
-
-def _slot_groups(graph: onnx.ModelProto) -> Any:
-    """Slot groups read back from the graph's optional inputs."""
-    from edgecompose.manifest import SlotGroup
-
-    sizes: dict[str, dict[str, int]] = {}
-    layers: dict[str, int] = {}
-    for value in graph.graph.input:
-        if value.name.startswith("layers."):
-            _, layer, module, side = value.name.split(".")
-            dims = [d.dim_value for d in value.type.tensor_type.shape.dim]
-            sizes.setdefault(module, {})[side] = dims[0] if side == "A" else dims[1]
-            layers[module] = max(layers.get(module, 0), int(layer) + 1)
-    return tuple(SlotGroup(m, layers[m], side["A"], side["B"]) for m, side in sizes.items())
 
 
 def _store_half(graph: onnx.GraphProto) -> None:

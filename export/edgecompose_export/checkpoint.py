@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ from edgecompose.errors import ExportError
 _DIGITS_APART = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Checkpoint:
     """Where a base model lies: a folder, and the GGUF file in it when it is one."""
 
@@ -42,8 +43,9 @@ class Checkpoint:
             raise ExportError(f"base '{self.folder}' cannot be loaded as a causal model: {_one_line(error)}") from error
         return loaded.eval()
 
-    def tokenizer(self) -> Any:
-        """The fast tokenizer (transformers); it must be used with `add_special_tokens=False`."""
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        """Loaded once: reading it out of a GGUF takes half a minute."""
         from transformers import AutoTokenizer
 
         try:
@@ -55,6 +57,10 @@ class Checkpoint:
         if not getattr(loaded, "is_fast", False):
             raise ExportError(f"tokenizer of '{self.folder}' has no fast form; add a tokenizer.json to the folder")
         return loaded
+
+    def tokenizer(self) -> Any:
+        """The fast tokenizer (transformers); it must be used with `add_special_tokens=False`."""
+        return self._tokenizer
 
     def identity(self) -> str:
         """sha256 that names the base: that of its GGUF file, or of its weight files in name order."""

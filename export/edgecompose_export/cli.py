@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
@@ -27,7 +25,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-from edgecompose.errors import EdgeComposeError
+from edgecompose.console import ErrorGroup, progress
 from edgecompose_export import __version__
 
 PathArgument = click.Path(path_type=Path)
@@ -37,18 +35,8 @@ bits_option = click.option(
 )
 
 
-class _Group(click.Group):
-    """Prints our errors as one line and exits with their code."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except EdgeComposeError as error:
-            click.echo(f"edgecompose-export: {' '.join(str(error).split())}", err=True)
-            ctx.exit(error.exit_code)
-        except OSError as error:
-            click.echo(f"edgecompose-export: {error}", err=True)
-            ctx.exit(EdgeComposeError.exit_code)
+class _Group(ErrorGroup):
+    program = "edgecompose-export"
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -302,21 +290,20 @@ def _named_path(pair: str) -> tuple[str, Path]:
 @contextmanager
 def _steps() -> Iterator[Callable[[str], None]]:
     """A spinner that names the step in hand, and leaves a line with its time when it is done."""
-    console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("starting", total=None)
+    with progress(*columns) as bar:
+        task = bar.add_task("starting", total=None)
         current: list[tuple[str, float]] = []
 
         def finish() -> None:
             if current:
                 name, start = current.pop()
-                console.print(f"  {name}: {time.monotonic() - start:.1f} s", highlight=False)
+                bar.console.print(f"  {name}: {time.monotonic() - start:.1f} s", highlight=False)
 
         def advance(step: str) -> None:
             finish()
             current.append((step, time.monotonic()))
-            progress.update(task, description=step)
+            bar.update(task, description=step)
 
         yield advance
         finish()
@@ -325,10 +312,9 @@ def _steps() -> Iterator[Callable[[str], None]]:
 @contextmanager
 def _bar(name: str, total: int | None) -> Iterator[Callable[[float], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(name, total=total)
-        yield lambda count: progress.advance(task, count)
+    with progress(*columns) as bar:
+        task = bar.add_task(name, total=total)
+        yield lambda count: bar.advance(task, count)
 
 
 @contextmanager
@@ -337,10 +323,9 @@ def _training_bar() -> Iterator[Callable[[int, int, float], None]]:
         TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"),
         TimeRemainingColumn(),
     )  # fmt: skip
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("training", total=None, loss=0.0)
-        yield lambda step, steps, loss: progress.update(task, completed=step, total=steps, loss=loss)
+    with progress(*columns) as bar:
+        task = bar.add_task("training", total=None, loss=0.0)
+        yield lambda step, steps, loss: bar.update(task, completed=step, total=steps, loss=loss)
 
 
 def _print(text: str, value: Any, as_json: bool) -> None:

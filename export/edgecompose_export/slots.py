@@ -19,7 +19,7 @@ from edgecompose.manifest import SlotGroup
 
 _LINEAR = re.compile(r"^/model/layers\.(\d+)/(?:attn|mlp)/(\w+_proj)/MatMul(?:_\w+)?$")
 #: Projections that the builder packs into one MatMul, and the modules that they are made of.
-_PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -124,8 +124,8 @@ def keep_last_logits(graph: onnx.GraphProto) -> None:
 def _parts(linear: Linear, head_sizes: tuple[int, int]) -> list[tuple[str, int]]:
     query, key = head_sizes
     widths = {"qkv_proj": (query, key, key), "gate_up_proj": (linear.n_out // 2,) * 2}
-    if linear.module in _PACKED:
-        parts = list(zip(_PACKED[linear.module], widths[linear.module], strict=True))
+    if linear.module in PACKED:
+        parts = list(zip(PACKED[linear.module], widths[linear.module], strict=True))
     else:
         parts = [(linear.module, linear.n_out)]
     if sum(width for _, width in parts) != linear.n_out:

@@ -1,0 +1,35 @@
+"""What both commands share at the terminal: errors as one line and an exit code, progress on stderr."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import Progress, ProgressColumn
+
+from edgecompose.errors import EdgeComposeError
+
+
+class ErrorGroup(click.Group):
+    """A command group that prints our errors, and those of the file system, as one line after the program's name."""
+
+    program = "edgecompose"
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            sys.stderr.close()
+            ctx.exit(EdgeComposeError.exit_code)
+        except (EdgeComposeError, OSError) as error:
+            click.echo(f"{self.program}: {' '.join(str(error).split())}", err=True)
+            ctx.exit(getattr(error, "exit_code", EdgeComposeError.exit_code))
+
+
+def progress(*columns: ProgressColumn) -> Progress:
+    """A progress display on stderr that vanishes when it is done, and is silent where nobody looks."""
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
