@@ -204,9 +204,9 @@ def _write_llama_lora(merged: MergedAdapter, path: Path) -> None:
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", 0.0)  # no further scale: it is in the factors
-    for name, module in merged.modules.items():
-        for layer, (a, b) in enumerate(zip(module.a.numpy(), module.b.numpy(), strict=True)):
-            writer.add_tensor(f"blk.{layer}.{names[name]}.weight.lora_a", np.ascontiguousarray(a.T))
+    for name, factors in merged.factors().items():
+        for layer, (a, b) in enumerate(zip(*factors, strict=True)):
+            writer.add_tensor(f"blk.{layer}.{names[name]}.weight.lora_a", np.ascontiguousarray(a))
             writer.add_tensor(f"blk.{layer}.{names[name]}.weight.lora_b", np.ascontiguousarray(b.T))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

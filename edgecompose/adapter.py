@@ -2,7 +2,8 @@
 
 File: safetensors. For each module `m` (q_proj, ...), the tensors `m.A.codes`, `m.A.scales`, `m.B.codes`,
 `m.B.scales` (see `quantization`), `m.gains` (2,) float32, `m.scaling` (L,) float32, which is alpha/r or
-alpha/sqrt(r) and 0 in layers that the adapter leaves alone, and `m.ranks` (L,) int32.
+alpha/sqrt(r) and 0 in layers that the adapter leaves alone, `m.ranks` (L,) int32, and `m.thresholds`
+(2, 9, L) float32 (see `trimming`), which prunes would otherwise have to find by sorting.
 The metadata names the format, the bits, and the base.
 """
 
@@ -23,33 +24,36 @@ from safetensors.numpy import save
 from edgecompose.errors import AdapterError, SlotMismatch
 from edgecompose.manifest import SlotGroup
 from edgecompose.quantization import Bits, QuantizedFactor, block_for
+from edgecompose.trimming import DENSITIES
 
-FORMAT = "edgecompose-adapter/1"
-_PARTS = ("A.codes", "A.scales", "B.codes", "B.scales", "gains", "scaling", "ranks")
+Float = npt.NDArray[np.float32]
+FORMAT = "edgecompose-adapter/2"
+_PARTS = ("A.codes", "A.scales", "B.codes", "B.scales", "gains", "scaling", "ranks", "thresholds")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AdapterModule:
     """Both factors of one module in all layers.
 
-    `a` is (r, L, in), `b` is (r, L, out); `scaling` (L,) float32; `ranks` (L,) int32, rows beyond a
-    layer's rank being zero.
+    `a` is (L, r, in), `b` is (L, r, out); `scaling` (L,) float32; `ranks` (L,) int32, rows beyond a
+    layer's rank being zero; `thresholds` (2, 9, L) float32, of A and of B, as `trimming.thresholds` gives them.
     """
 
     a: QuantizedFactor
     b: QuantizedFactor
-    scaling: npt.NDArray[np.float32]
+    scaling: Float
     ranks: npt.NDArray[np.int32]
+    thresholds: Float
 
     @property
     def rank(self) -> int:
         """Rows kept, the largest rank of any layer."""
-        return int(self.a.codes.shape[0])
+        return self.a.rank
 
     @property
     def layers(self) -> int:
         """Number of layers."""
-        return int(self.a.codes.shape[1])
+        return int(self.a.codes.shape[0])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,7 +77,10 @@ def adapter_to_bytes(modules: Mapping[str, AdapterModule], *, bits: Bits, base: 
     tensors: dict[str, npt.NDArray[Any]] = {}
     for name, module in modules.items():
         gains = np.array([module.a.gain, module.b.gain], np.float32)
-        parts = (module.a.codes, module.a.scales, module.b.codes, module.b.scales, gains, module.scaling, module.ranks)
+        parts = (
+            module.a.codes, module.a.scales, module.b.codes, module.b.scales, gains, module.scaling, module.ranks,
+            module.thresholds,
+        )  # fmt: skip
         tensors |= {f"{name}.{part}": np.ascontiguousarray(v) for part, v in zip(_PARTS, parts, strict=True)}
     metadata = {
         "format": FORMAT, "bits": str(bits), "base": base, "source": json.dumps(source, sort_keys=True),
@@ -137,28 +144,29 @@ def _module(adapter: str, module: str, tensors: Mapping[str, npt.NDArray[Any]], 
     missing = [part for part in _PARTS if f"{module}.{part}" not in tensors]
     if missing:
         raise AdapterError(f"{place}: tensors missing: {', '.join(missing)}; export it again")
-    a_codes, a_scales, b_codes, b_scales, gains, scaling, ranks = (tensors[f"{module}.{p}"] for p in _PARTS)
-    code_type = np.int8 if bits == 8 else np.uint8
+    a_codes, a_scales, b_codes, b_scales, gains, scaling, ranks, limits = (tensors[f"{module}.{p}"] for p in _PARTS)
     wanted = [
-        (a_codes, code_type, 3), (b_codes, code_type, 3), (a_scales, np.float16, 3), (b_scales, np.float16, 3),
-        (gains, np.float32, 1), (scaling, np.float32, 1), (ranks, np.int32, 1),
+        (a_codes, np.uint8, 3), (b_codes, np.uint8, 3), (a_scales, np.float16, 3), (b_scales, np.float16, 3),
+        (gains, np.float32, 1), (scaling, np.float32, 1), (ranks, np.int32, 1), (limits, np.float32, 3),
     ]  # fmt: skip
     if any(t.dtype != dtype or t.ndim != dims for t, dtype, dims in wanted) or gains.shape != (2,):
         raise AdapterError(f"{place}: a tensor has another type or number of dimensions than the format says")
     layers = scaling.shape[0]
     outer = {t.shape[:2] for t in (a_codes, b_codes, a_scales, b_scales)}
-    if outer != {(a_codes.shape[0], layers)} or ranks.shape != (layers,) or 0 in a_codes.shape:
+    if outer != {(layers, a_codes.shape[1])} or ranks.shape != (layers,) or 0 in a_codes.shape:
         raise AdapterError(f"{place}: tensors disagree on rank or layers: {sorted(outer)}")
     for codes, scales in ((a_codes, a_scales), (b_codes, b_scales)):
         width = codes.shape[2] * (2 if bits == 4 else 1)
         if width == 0 or scales.shape[2] * block_for(width) != width:
             raise AdapterError(f"{place}: {scales.shape[2]} scales do not fit a width of {width}")
-    for values in (a_scales, b_scales, gains, scaling):
+    if limits.shape != (2, len(DENSITIES), layers):
+        raise AdapterError(f"{place}: thresholds have shape {limits.shape}; export it again")
+    for values in (a_scales, b_scales, gains, scaling, limits):
         if not np.isfinite(values).all():
             raise AdapterError(f"{place}: a scale is not finite; export it again")
     a = QuantizedFactor(a_codes, a_scales, float(gains[0]), bits)
     b = QuantizedFactor(b_codes, b_scales, float(gains[1]), bits)
-    return AdapterModule(a, b, scaling, ranks)
+    return AdapterModule(a, b, scaling, ranks, limits)
 
 
 def _check_fit(

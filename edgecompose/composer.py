@@ -12,18 +12,21 @@ from types import TracebackType
 from typing import TypeVar
 
 from edgecompose.adapter import Adapter, load_adapter
+from edgecompose.buffers import LruCache
 from edgecompose.bundle import Bundle
 from edgecompose.decoder import Decoder, Decoding, Float
 from edgecompose.device import Device, DeviceRequest, choose_device
 from edgecompose.embedder import Embedder
 from edgecompose.errors import GenerationError, RetrievalError
 from edgecompose.generation import Sampling, generate, score_choices, stream_text
-from edgecompose.merging import MergedAdapter, Merger, MergeSettings
+from edgecompose.merging import MergedAdapter, Merger, MergeSettings, composition_digest
 from edgecompose.retrieval import ExampleIndex, Neighbour
 from edgecompose.tokenization import Tokenizer
 from edgecompose.weighting import adapter_weights, nucleus, task_distribution
 
 N = TypeVar("N", int, float)
+#: Blends that are kept for the next request that wants the same one.
+CACHE_BYTES = 256 << 20
 STAGES = ("load", "embed", "retrieve", "weigh", "merge", "prefill", "decode", "total")
 
 
@@ -110,10 +113,11 @@ class _Clock:
 class Composer:
     """An opened bundle on a device. Parts are loaded when first needed; `close` lets go of them."""
 
-    def __init__(self, bundle: Bundle, device: Device) -> None:
+    def __init__(self, bundle: Bundle, device: Device, *, cache_bytes: int = CACHE_BYTES) -> None:
         self.bundle = bundle
         self.device = device
         self._adapters: dict[str, Adapter] = {}
+        self._blends: LruCache[MergedAdapter] = LruCache(cache_bytes, lambda merged: merged.bytes)
 
     def __enter__(self) -> Composer:
         return self
@@ -126,6 +130,7 @@ class Composer:
     def close(self) -> None:
         """Drop the sessions, the index and the adapters; they are loaded again if asked for."""
         self._adapters.clear()
+        self._blends.clear()
         for part in ("embedder", "index", "decoder", "tokenizer", "merger"):
             self.__dict__.pop(part, None)
 
@@ -229,8 +234,19 @@ class Composer:
         with clock.stage("load"):
             adapters = [self.adapter(name) for name in retrieval.weights]
         with clock.stage("merge"):
-            merged = self.merger.merge(adapters, list(retrieval.weights.values()), settings)
+            merged = self._merge(adapters, retrieval.weights, settings)
         return Composition(retrieval, settings, merged)
+
+    def _merge(
+        self, adapters: Sequence[Adapter], weights: Mapping[str, float], settings: MergeSettings
+    ) -> MergedAdapter:
+        """A blend, from the cache where it is there."""
+        digest = composition_digest({a.name: a.digest for a in adapters}, weights, settings)
+        merged = self._blends.get(digest)
+        if merged is None:
+            merged = self.merger.merge(adapters, list(weights.values()), settings)
+            self._blends.put(digest, merged)
+        return merged
 
     @property
     def default_merge(self) -> MergeSettings:

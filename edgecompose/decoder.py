@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy.typing as npt
 from edgecompose.device import Device, IOBinding, OrtValue, open_session
 from edgecompose.errors import BundleError, GenerationError, PromptTooLong
 from edgecompose.manifest import BaseSpec
-from edgecompose.merging import MergedAdapter, MergedModule
+from edgecompose.merging import SIDES, MergedAdapter
 
 Float = npt.NDArray[np.float32]
 _HOST = Device("cpu", ("CPUExecutionProvider",), "inputs and logits live on the host")
@@ -55,8 +54,7 @@ class Decoding:
         self._binding: IOBinding = session.io_binding()
         self._adapter = adapter  # keeps the bound buffers alive
         self._cache = _bind_cache(self._binding, spec, device, capacity)
-        for name, module in adapter.modules.items():
-            _bind_slots(self._binding, name, module, device)
+        _bind_slots(self._binding, adapter, device)
         self._past = _HOST.empty((1,), np.int32)
         self._total = _HOST.empty((), np.int32)
         self._binding.bind_ortvalue_input("seqlens_k", self._past)
@@ -121,7 +119,7 @@ def _check_graph(session: Any, spec: BaseSpec) -> None:
             wanted[f"past_key_values.{layer}.{part}"] = {1: spec.kv_heads, 3: spec.head_size}
     for group in spec.slots:
         for layer in range(group.layers):
-            wanted[f"layers.{layer}.{group.name}.A"] = {0: group.n_in}
+            wanted[f"layers.{layer}.{group.name}.A"] = {1: group.n_in}
             wanted[f"layers.{layer}.{group.name}.B"] = {1: group.n_out}
     wanted |= {name: {} for name in ("input_ids", "seqlens_k", "total_sequence_length", "logits_kept")}
     outputs = {v.name: v.shape for v in session.get_outputs()}
@@ -146,11 +144,10 @@ def _bind_cache(binding: IOBinding, spec: BaseSpec, device: Device, capacity: in
     return buffers
 
 
-def _bind_slots(binding: IOBinding, name: str, module: MergedModule, device: Device) -> None:
-    """Bind each layer's slots to its part of the stacked factors, without a copy."""
-    for side, value in (("A", module.a), ("B", module.b)):
-        layers, *shape = value.shape()
-        start, step = value.data_ptr(), 4 * math.prod(shape)
-        for layer in range(layers):
-            slot = f"layers.{layer}.{name}.{side}"
-            binding.bind_input(slot, device.kind, 0, np.float32, shape, start + layer * step)
+def _bind_slots(binding: IOBinding, adapter: MergedAdapter, device: Device) -> None:
+    """Bind each layer's slots to their places in the blend's buffer, without a copy."""
+    for name, module in adapter.modules.items():
+        for layer in range(module.layers):
+            for side in SIDES:
+                address, shape = adapter.address(name, side, layer)
+                binding.bind_input(f"layers.{layer}.{name}.{side}", device.kind, 0, np.float32, shape, address)

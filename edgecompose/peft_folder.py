@@ -44,13 +44,12 @@ def write_peft_folder(merged: MergedAdapter, folder: Path, *, base: str) -> list
         raise MergeError(f"'{folder}' already holds {', '.join(taken)}; give another folder")
     tensors: dict[str, npt.NDArray[np.float32]] = {}
     ranks: dict[str, int] = {}
-    for name, module in merged.modules.items():
-        a, b = module.a.numpy(), module.b.numpy()
+    for name, (a, b) in merged.factors().items():
         for layer in range(a.shape[0]):
             path = f"base_model.model.{module_path(layer, name)}"
-            tensors[f"{path}.lora_A.weight"] = np.ascontiguousarray(a[layer].T)
+            tensors[f"{path}.lora_A.weight"] = a[layer]
             tensors[f"{path}.lora_B.weight"] = np.ascontiguousarray(b[layer].T)
-        ranks[name] = module.rank
+        ranks[name] = a.shape[1]
     folder.mkdir(parents=True, exist_ok=True)
     paths[1].write_bytes(save(tensors, metadata={"format": "pt"}))
     paths[0].write_text(json.dumps(_config(ranks, base), indent=1) + "\n", encoding="utf-8")

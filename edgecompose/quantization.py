@@ -1,18 +1,18 @@
 """Block quantisation of adapter factors (int8 and int4); knows nothing of files or merging.
 
-A factor is kept rank-major, (r, L, n): r components, L layers, n inputs or outputs. Blocks run along n.
+A factor is kept layer-major, (L, r, n): L layers, r components, n inputs or outputs. Blocks run along n.
 Value = gain * scale * code, with one float32 gain a factor and one float16 scale a block, so that the
-scales use float16's normal range however small the factor is.
+scales use float16's normal range however small the factor is. Codes are kept as code + 2^(bits-1), unsigned.
 
 * int8: code in -127 .. 127, one byte.
-* int4: code in -8 .. 7, kept as code + 8; byte j of a block holds element j in its low nibble and
-  element j + block/2 in its high nibble.
+* int4: code in -8 .. 7; byte j of a row holds element j in its low nibble and element j + n/2 in its high
+  nibble, so that a whole half of a row is unpacked in one operation.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ import numpy.typing as npt
 from edgecompose.errors import AdapterError
 
 Bits = Literal[4, 8]
+Bytes = npt.NDArray[np.uint8]
 Float = npt.NDArray[np.float32]
 #: Shrinking a block's scale a little can lower its squared error: clipped peaks against finer steps.
 _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)
@@ -30,13 +31,23 @@ _LARGEST_BLOCK = 32
 class QuantizedFactor:
     """One factor of a module in all layers.
 
-    `codes` is int8 (r, L, n) for 8 bits, uint8 (r, L, n/2) for 4; `scales` is float16 (r, L, n/block).
+    `codes` is uint8, (L, r, n) for 8 bits, (L, r, n/2) for 4; `scales` is float16 (L, r, n/block).
     """
 
-    codes: npt.NDArray[Any]
+    codes: Bytes
     scales: npt.NDArray[np.float16]
     gain: float
     bits: Bits
+
+    @property
+    def rank(self) -> int:
+        """r, the number of components."""
+        return int(self.codes.shape[1])
+
+    @property
+    def zero_point(self) -> int:
+        """What a code of 0 is kept as."""
+        return 1 << (self.bits - 1)
 
     @property
     def width(self) -> int:
@@ -58,46 +69,54 @@ def quantize(factor: Float, bits: Bits) -> QuantizedFactor:
     """Quantise a factor.
 
     Args:
-        factor: (r, L, n) float32, finite; n even for 4 bits.
+        factor: (L, r, n) float32, finite; n even for 4 bits.
 
     Raises:
         AdapterError: a value that is not finite, or an odd n with 4 bits.
     """
     if not np.isfinite(factor).all():
         raise AdapterError("a factor holds values that are not finite (NaN or infinity); repair or retrain the adapter")
-    rank, layers, width = factor.shape
+    width = factor.shape[2]
     if bits == 4 and width % 2:
         raise AdapterError(f"a factor of odd width {width} cannot be kept in 4 bits; use 8")
-    blocks = factor.reshape(rank, layers, -1, block_for(width)).astype(np.float32)
+    blocks = factor.reshape(*factor.shape[:2], -1, block_for(width)).astype(np.float32)
     signed = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)
     steps = np.abs(signed) / 127 if bits == 8 else signed / -8
     gain = float(np.abs(steps).max()) or 1.0
     unit = np.float32(gain)  # squares of large or tiny values would leave float32
     codes, scales = _best_codes(blocks / unit, np.asarray(steps / unit, np.float32), bits)
-    if bits == 8:
-        return QuantizedFactor(codes.reshape(rank, layers, width).astype(np.int8), scales, gain, 8)
-    half = codes.shape[-1] // 2
-    raised = (codes + 8).astype(np.uint8)
-    packed = raised[..., :half] | (raised[..., half:] << 4)
-    return QuantizedFactor(packed.reshape(rank, layers, width // 2), scales, gain, 4)
+    raised = (codes.reshape(factor.shape) + (1 << (bits - 1))).astype(np.uint8)
+    return QuantizedFactor(pack(raised, bits), scales, gain, bits)
 
 
 def dequantize(factor: QuantizedFactor) -> Float:
-    """The values (r, L, n) that a quantised factor stands for, float32."""
-    rank, layers, _ = factor.codes.shape
-    codes = unpack_codes(factor).reshape(rank, layers, -1, factor.block).astype(np.float32)
-    values = codes * (factor.scales.astype(np.float32) * np.float32(factor.gain))[..., None]
-    return np.asarray(values.reshape(rank, layers, factor.width), np.float32)
+    """The values (L, r, n) that a quantised factor stands for, float32."""
+    codes = unpack(factor)
+    blocks = codes.reshape(*codes.shape[:2], -1, factor.block).astype(np.float32) - np.float32(factor.zero_point)
+    values = blocks * (factor.scales.astype(np.float32) * np.float32(factor.gain))[..., None]
+    return np.asarray(values.reshape(codes.shape), np.float32)
 
 
-def unpack_codes(factor: QuantizedFactor) -> npt.NDArray[np.int8]:
-    """Codes as int8 (r, L, n), whatever the bits."""
+def pack(raised: Bytes, bits: Bits) -> Bytes:
+    """Unsigned codes (..., n) as they are kept."""
+    if bits == 8:
+        return raised
+    half = raised.shape[-1] // 2
+    return np.asarray(raised[..., :half] | (raised[..., half:] << 4), np.uint8)
+
+
+def unpack(factor: QuantizedFactor, layers: slice = slice(None), out: Bytes | None = None) -> Bytes:
+    """Unsigned codes (L, r, n) of some layers, whatever the bits; written to `out` where given."""
+    kept = factor.codes[layers]
+    if out is None:
+        out = np.empty((*kept.shape[:2], factor.width), np.uint8)
     if factor.bits == 8:
-        return factor.codes
-    rank, layers, _ = factor.codes.shape
-    packed = factor.codes.reshape(rank, layers, -1, factor.block // 2)
-    codes = np.concatenate([packed & 15, packed >> 4], axis=-1).astype(np.int8) - np.int8(8)
-    return codes.reshape(rank, layers, factor.width)
+        np.copyto(out, kept)
+    else:
+        half = factor.width // 2
+        np.bitwise_and(kept, np.uint8(15), out=out[..., :half])
+        np.right_shift(kept, np.uint8(4), out=out[..., half:])
+    return out
 
 
 def relative_error(factor: Float, quantized: QuantizedFactor) -> float:

@@ -27,8 +27,9 @@ from edgecompose.manifest import (
     TaskSpec,
     manifest_to_json,
 )
-from edgecompose.quantization import Bits, QuantizedFactor, block_for, quantize
+from edgecompose.quantization import Bits, QuantizedFactor, block_for, pack, quantize
 from edgecompose.retrieval import new_index
+from edgecompose.trimming import thresholds
 
 Float = npt.NDArray[np.float32]
 BASE = "b" * 64
@@ -47,16 +48,13 @@ def make_factor(rng: np.random.Generator, rank: int, layers: int, width: int, bi
     """
     block, top = block_for(width), 127 if bits == 8 else 8
     pool = np.resize(np.arange(top + 1), max(block, top + 1))
-    codes = rng.permuted(np.broadcast_to(pool, (rank, layers, width // block, pool.size)), axis=-1)[..., :block]
+    codes = rng.permuted(np.broadcast_to(pool, (layers, rank, width // block, pool.size)), axis=-1)[..., :block]
     signs = rng.choice([-1, 1], codes.shape)
     codes = np.where(codes == 8, -8, codes * signs) if bits == 4 else codes * signs
     primes = np.stack([np.resize(rng.permutation(_PRIMES), rank * width // block) for _ in range(layers)])
-    scales = (primes.reshape(layers, rank, width // block).transpose(1, 0, 2) / 2048).astype(np.float16)
-    if bits == 4:
-        half, raised = block // 2, (codes + 8).astype(np.uint8)
-        packed = (raised[..., :half] | raised[..., half:] << 4).reshape(rank, layers, width // 2)
-        return QuantizedFactor(packed, scales, 0.03, 4)
-    return QuantizedFactor(codes.reshape(rank, layers, width).astype(np.int8), scales, 0.002, 8)
+    scales = (primes.reshape(layers, rank, width // block) / 2048).astype(np.float16)
+    raised = (codes.reshape(layers, rank, width) + (1 << (bits - 1))).astype(np.uint8)
+    return QuantizedFactor(pack(raised, bits), scales, 0.03 if bits == 4 else 0.002, bits)
 
 
 def make_adapter(
@@ -81,7 +79,7 @@ def make_adapter(
 def adapter_of(name: str, factors: Mapping[str, tuple[Float, Float]], *, scaling: float = 1.0) -> Adapter:
     """An 8-bit adapter from float factors A (L, in, r) and B (L, r, out) by module."""
     modules = {
-        module: _module(quantize(a.transpose(2, 0, 1), 8), quantize(b.transpose(1, 0, 2), 8), scaling)
+        module: _module(quantize(a.transpose(0, 2, 1), 8), quantize(b, 8), scaling)
         for module, (a, b) in factors.items()
     }
     return in_memory(name, modules, 8, BASE)
@@ -153,6 +151,6 @@ def write_tokenizer(path: Path) -> Path:
 
 
 def _module(a: QuantizedFactor, b: QuantizedFactor, scaling: Sequence[float] | float) -> AdapterModule:
-    rank, layers, _ = a.codes.shape
+    layers, rank, _ = a.codes.shape
     scales = np.broadcast_to(np.asarray(scaling, np.float32), layers).copy()
-    return AdapterModule(a, b, scales, np.full(layers, rank, np.int32))
+    return AdapterModule(a, b, scales, np.full(layers, rank, np.int32), np.stack([thresholds(a), thresholds(b)]))

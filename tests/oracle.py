@@ -17,8 +17,7 @@ Part = tuple[AdapterModule, float]
 
 def factors(module: AdapterModule) -> tuple[Double, Double]:
     """A (L, in, r) and B (L, r, out)."""
-    a = dequantize(module.a).transpose(1, 2, 0).astype(np.float64)
-    return a, dequantize(module.b).transpose(1, 0, 2).astype(np.float64)
+    return dequantize(module.a).transpose(0, 2, 1).astype(np.float64), dequantize(module.b).astype(np.float64)
 
 
 def delta(parts: Sequence[Part]) -> Double:
@@ -31,7 +30,7 @@ def merge(parts: Sequence[Part], settings: MergeSettings) -> tuple[Double, Doubl
     """Merged A (L, in, R) and B (L, R, out)."""
     weights = [w * module.scaling.astype(np.float64)[:, None, None] for module, w in parts]
     both = [factors(module) for module, _ in parts]
-    if settings.row.stacks:
+    if settings.row.ranks == "sum":
         a = np.concatenate([w * a for w, (a, _) in zip(weights, both, strict=True)], axis=2)
         return a, np.concatenate([b for _, b in both], axis=1)
     roots = [np.sqrt(np.abs(w)) for w in weights]
@@ -49,10 +48,10 @@ def prune(values: Double, density: float) -> Double:
 
 
 def _combine(tensors: Sequence[Double], weights: Sequence[Double], settings: MergeSettings) -> Double:
-    if settings.row.prunes:
+    if settings.row.trims:
         tensors = [np.stack([prune(layer, settings.density) for layer in tensor]) for tensor in tensors]
     weighted = np.array([w * tensor for w, tensor in zip(weights, tensors, strict=True)])
-    if not settings.row.votes:
+    if "majority_sign" not in settings.row.parameters:
         return np.asarray(weighted.sum(axis=0), np.float64)
     votes = np.array(tensors) if settings.majority_sign == "total" else np.sign(tensors)
     elected = np.where(votes.sum(axis=0) >= 0, 1, -1)

@@ -88,7 +88,7 @@ def put_factors(model: Any, name: str, adapter: Adapter) -> None:
             continue
         layer, kind = int(path.split(".layers.")[1].split(".")[0]), path.rsplit(".", 1)[1]
         parts = [adapter.modules[part] for part in PACKED.get(kind, (kind,))]
-        a, b = dequantize(parts[0].a)[:, layer], np.concatenate([dequantize(p.b)[:, layer] for p in parts], axis=1)
+        a, b = dequantize(parts[0].a)[layer], np.concatenate([dequantize(p.b)[layer] for p in parts], axis=1)
         module.lora_A[name].weight.data = torch.tensor(a)
         module.lora_B[name].weight.data = torch.tensor(np.ascontiguousarray(b.T))
 

@@ -90,11 +90,11 @@ def test_greedy_answers_repeat_and_samples_follow_their_seed(composer: Composer)
 
 def test_a_blend_is_the_weighted_sum_of_its_adapters(composer: Composer) -> None:
     weights = {"yelp": 0.7, "snli": 0.4}
-    blend = composer.compose("", Request(weights=weights)).merged.modules["down_proj"]
-    parts = {n: composer.compose("", Request(weights={n: 1.0})).merged.modules["down_proj"] for n in weights}
+    blend = composer.compose("", Request(weights=weights)).merged.factors()["down_proj"]
+    parts = {n: composer.compose("", Request(weights={n: 1.0})).merged.factors()["down_proj"] for n in weights}
     for layer in (0, 29):
-        wanted = sum(w * (parts[n].a.numpy()[layer] @ parts[n].b.numpy()[layer]) for n, w in weights.items())
-        found = blend.a.numpy()[layer] @ blend.b.numpy()[layer]
+        wanted = sum(w * (parts[n][0][layer].T @ parts[n][1][layer]) for n, w in weights.items())
+        found = blend[0][layer].T @ blend[1][layer]
         np.testing.assert_allclose(found, wanted, atol=1e-5 * float(np.abs(wanted).max()))
 
 

@@ -17,7 +17,7 @@ from edgecompose.quantization import (
     dequantize,
     quantize,
     relative_error,
-    unpack_codes,
+    unpack,
 )
 
 Float = npt.NDArray[np.float32]
@@ -120,8 +120,9 @@ def test_an_odd_width_takes_8_bits_only() -> None:
 @pytest.mark.parametrize("width", [6, 48, 64])
 def test_unpacked_codes_times_scales_are_the_values(bits: Bits, width: int) -> None:
     quantized = quantize(_normal(4, (3, 2, width)), bits)
-    codes = unpack_codes(quantized)
-    assert codes.dtype == np.int8
+    raised = unpack(quantized)
+    assert raised.dtype == np.uint8
+    codes = raised.astype(np.int16) - quantized.zero_point
     assert codes.shape == (3, 2, width)
     assert codes.min() >= (-127 if bits == 8 else -8)
     assert codes.max() <= (127 if bits == 8 else 7)
@@ -129,10 +130,10 @@ def test_unpacked_codes_times_scales_are_the_values(bits: Bits, width: int) -> N
     assert np.array_equal(dequantize(quantized), codes * scales)
 
 
-def test_byte_j_of_a_4_bit_block_holds_elements_j_and_j_plus_half() -> None:
-    packed = np.array([[[0x80, 0xF1, 0x23, 0x45]]], np.uint8)  # one block of 8
+def test_byte_j_of_a_4_bit_row_holds_elements_j_and_j_plus_half() -> None:
+    packed = np.array([[[0x80, 0xF1, 0x23, 0x45]]], np.uint8)  # one row of 8
     factor = QuantizedFactor(packed, np.ones((1, 1, 1), np.float16), 1.0, 4)
-    assert unpack_codes(factor).ravel().tolist() == [-8, -7, -5, -3, 0, 7, -6, -4]
+    assert unpack(factor).ravel().tolist() == [0, 1, 3, 5, 8, 15, 2, 4]
     assert dequantize(factor).ravel().tolist() == [-8, -7, -5, -3, 0, 7, -6, -4]
 
 
@@ -140,7 +141,7 @@ def test_byte_j_of_a_4_bit_block_holds_elements_j_and_j_plus_half() -> None:
 def test_shapes_follow_the_format(bits: Bits) -> None:
     quantized = quantize(_normal(5, (3, 2, 48)), bits)
     assert quantized.codes.shape == (3, 2, 48 if bits == 8 else 24)
-    assert quantized.codes.dtype == (np.int8 if bits == 8 else np.uint8)
+    assert quantized.codes.dtype == np.uint8
     assert quantized.scales.shape == (3, 2, 3)
     assert quantized.scales.dtype == np.float16
     assert (quantized.width, quantized.block) == (48, 16)

@@ -19,6 +19,7 @@ from edgecompose.bundle import sha256_of
 from edgecompose.errors import AdapterError, ExportError, SlotMismatch, UnsupportedAdapter
 from edgecompose.manifest import AdapterSpec, BaseSpec, SlotGroup
 from edgecompose.quantization import Bits, quantize, relative_error
+from edgecompose.trimming import thresholds
 from edgecompose_export.datasets import read_json
 from edgecompose_export.slots import PACKED
 
@@ -253,16 +254,17 @@ def _check_slots(adapter: str, pairs: Mapping[str, Mapping[int, _Pair]], groups:
 
 def _quantize_group(layers: Mapping[int, _Pair], group: SlotGroup, bits: Bits) -> tuple[AdapterModule, float]:
     rank = max(pair.a.shape[0] for pair in layers.values())
-    a = np.zeros((rank, group.layers, group.n_in), np.float32)
-    b = np.zeros((rank, group.layers, group.n_out), np.float32)
+    a = np.zeros((group.layers, rank, group.n_in), np.float32)
+    b = np.zeros((group.layers, rank, group.n_out), np.float32)
     scaling, ranks = np.zeros(group.layers, np.float32), np.zeros(group.layers, np.int32)
     for layer, pair in layers.items():
         own = pair.a.shape[0]
-        a[:own, layer], b[:own, layer] = pair.a, pair.b.T
+        a[layer, :own], b[layer, :own] = pair.a, pair.b.T
         scaling[layer], ranks[layer] = pair.scale, own
     quantized = quantize(a, bits), quantize(b, bits)
     error = max(relative_error(a, quantized[0]), relative_error(b, quantized[1]))
-    return AdapterModule(*quantized, scaling, ranks), error
+    limits = np.stack([thresholds(factor) for factor in quantized])
+    return AdapterModule(*quantized, scaling, ranks, limits), error
 
 
 def _training_report(folder: Path) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """The ONNX graphs that merge quantised factors; they depend on no model and ship with the runtime.
 
-One graph for each (method, factor, bits). A factor comes in rank-major, (R, L, n), the adapters one after
-another; A goes out as (L, n, R), B as (L, R, n), ready to be bound to the slots layer by layer.
-`edgecompose-export merge-graphs` writes them to `edgecompose/graphs/`; a test compares them.
+All of them turn rows of codes into values first: DequantizeLinear over blocks, one scale and one zero point a
+block. What follows is few large operations: a product with the weights for the sums of the paper family, a product with
+small matrices for the exact family. `edgecompose-export merge-graphs` writes them to `edgecompose/graphs/`; a
+test compares them.
 """
 
 from __future__ import annotations
@@ -13,8 +14,13 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-METHODS = ("product", "linear", "magnitude_prune", "ties_total", "ties_frequency")
+GRAPHS = ("stack", "linear", "ties_total", "ties_frequency", "mix", "gram", "norm")
+#: Name, element type and dimensions.
+_Input = tuple[str, int, list[int | str]]
 _OPSET = [helper.make_opsetid("", 21)]
+_FLOAT = TensorProto.FLOAT
+#: Steep enough to turn any float32 that is not subnormal into a step of HardSigmoid, clamped to [0, 1].
+_STEEP = 1e38
 
 
 class _Builder:
@@ -34,112 +40,89 @@ class _Builder:
         return out
 
 
-def build_merge_graph(method: str, factor: str, bits: int) -> onnx.ModelProto:
-    """The graph of one method.
+def build_merge_graph(name: str) -> onnx.ModelProto:
+    """One of GRAPHS.
 
-    Args:
-        method: one of METHODS. `product` stacks; the others act on the factors of K adapters of one rank.
-        factor: 'A' or 'B'.
-        bits: 4 or 8.
+    Inputs of those that read codes: `codes` (blocks, block) uint8, `zero_points` (blocks,) uint8, `scales` (rows,
+    blocks a row) float16, `gains` (rows, 1) float32, the factor by which a row's values are multiplied. Then:
 
-    Inputs: `codes` (R, L, n or n/2), `scales` (R, L, blocks) float16, `gains` (R, 1) float32;
-    `weights` (R, L) for product, (K, L) otherwise; `kept` (1,) int64, entries a tensor that survive the prune.
+    * `stack`: no more. Values as they lie.
+    * `linear`: `weights` (1, K); the rows are those of K adapters, one after another. Sum of weight times values.
+    * `ties_total`, `ties_frequency`: `weights`, and `ones` (1, K). Disjoint mean over the elected sign.
+    * `mix`: `mix` (L, P, R), `shape` = (L, R, n). Each layer's rows are combined by a matrix.
+    * `gram`: `shape` = (L, R, n). Inner products of each layer's rows, (L, R, R).
+
+    `norm` reads values `a` (L, R, n_in), `b` (L, R, n_out) and gives the squared Frobenius norm of a^T b, (L,).
     """
     b = _Builder()
-    if method == "product":
-        values = _dequantize(b, bits, rows="weights")
-        merged = values  # (R, L, n): stacked components
-    else:
-        values = _split(b, _dequantize(b, bits))  # (K, r, L, n)
-        merged = _paper(b, method, values)
-    permutation = [1, 2, 0] if factor == "A" else [1, 0, 2]
-    b("Transpose", merged, out="merged", perm=permutation)
-    return _model(b, method, factor, bits)
+    if name == "norm":
+        sides: list[_Input] = [("a", _FLOAT, ["L", "R", "n"]), ("b", _FLOAT, ["L", "R", "m"])]
+        return _model(b, name, sides, _norm(b), ["L"])
+    inputs: list[_Input] = [
+        ("codes", TensorProto.UINT8, ["blocks", "block"]), ("zero_points", TensorProto.UINT8, ["blocks"]),
+        ("scales", TensorProto.FLOAT16, ["rows", "row_blocks"]), ("gains", _FLOAT, ["rows", 1]),
+    ]  # fmt: skip
+    values = _dequantize(b, "merged" if name == "stack" else "values")
+    if name == "stack":
+        return _model(b, name, inputs, values, ["blocks", "block"])
+    if name in ("mix", "gram"):
+        inputs.append(("shape", TensorProto.INT64, [3]))
+        rows = b("Reshape", values, "shape", out="rows")
+        if name == "gram":
+            turned = b("Transpose", rows, out="turned", perm=[0, 2, 1])
+            return _model(b, name, inputs, b("MatMul", rows, turned, out="merged"), ["L", "R", "R"])
+        inputs.append(("mix", _FLOAT, ["L", "P", "R"]))
+        return _model(b, name, inputs, b("MatMul", "mix", rows, out="merged"), ["L", "P", "n"])
+    inputs.append(("weights", _FLOAT, [1, "K"]))
+    count = b("Shape", "weights", out="count", start=1)
+    shape = b("Concat", count, b.constant("rest", [-1]), out="stacked", axis=0)
+    stack = b("Reshape", values, shape, out="stack")  # (K, m)
+    if name == "linear":
+        return _model(b, name, inputs, b("MatMul", "weights", stack, out="merged"), [1, "m"])
+    inputs.append(("ones", _FLOAT, [1, "K"]))
+    return _model(b, name, inputs, _ties(b, name, stack), [1, "m"])
 
 
-def _dequantize(b: _Builder, bits: int, rows: str | None = None) -> str:
-    """Values (R, L, n) = code * scale * gain (* row weight)."""
-    scales = b("Mul", b("Cast", "scales", out="scales32", to=TensorProto.FLOAT), _row(b, "gains"), out="scaled")
-    if rows is not None:
-        axis = b.constant("last", [-1])
-        scales = b("Mul", scales, b("Unsqueeze", rows, axis, out="rows"), out="weighted_scales")
-    shape = b("Concat", b("Shape", "scales", out="scales_shape"), b.constant("rest", [-1]), out="blocked", axis=0)
-    blocks = b("Reshape", "codes", shape, out="codes_blocked")
-    if bits == 8:
-        numbers = b("Cast", blocks, out="numbers", to=TensorProto.FLOAT)
-    else:
-        low = b("BitwiseAnd", blocks, b.constant("nibble", 15, np.uint8), out="low")
-        high = b("BitShift", blocks, b.constant("four", 4, np.uint8), out="high", direction="RIGHT")
-        raised = b("Cast", b("Concat", low, high, out="both", axis=-1), out="raised", to=TensorProto.FLOAT)
-        numbers = b("Sub", raised, b.constant("eight", 8, np.float32), out="numbers")
-    scale = b("Unsqueeze", scales, b.constant("last", [-1]), out="block_scales")
-    values = b("Mul", numbers, scale, out="block_values")
-    return b("Reshape", values, b.constant("flat", [0, 0, -1]), out="values")
+def _dequantize(b: _Builder, out: str) -> str:
+    """Values (blocks, block) = (code - zero point) * scale * gain of its row."""
+    scales = b("Mul", b("Cast", "scales", out="scales32", to=_FLOAT), "gains", out="scaled")
+    flat = b("Reshape", scales, b.constant("rest", [-1]), out="block_scales")
+    return b("DequantizeLinear", "codes", flat, "zero_points", out=out, axis=0)
 
 
-def _row(b: _Builder, name: str) -> str:
-    return b("Unsqueeze", name, b.constant("last", [-1]), out=f"{name}_rows")
+def _ties(b: _Builder, name: str, stack: str) -> str:
+    """(K, m) -> (1, m): elect a sign for each entry, then sum what agrees over how many agree.
+
+    With s the elected sign, x agrees when s x > 0, so that s relu(s x) is what is kept of it.
+    """
+    one, two = b.constant("one", 1.0, np.float32), b.constant("two", 2.0, np.float32)
+    if name == "ties_total":
+        votes = b("MatMul", "ones", stack, out="votes")
+    else:  # 1, 1/2 and 0 for positive, zero and negative values, against half of their number
+        shares = b("HardSigmoid", stack, out="shares", alpha=_STEEP, beta=0.5)
+        half = b("Div", b("ReduceSum", "ones", out="number", keepdims=0), two, out="half")
+        votes = b("Sub", b("MatMul", "ones", shares, out="share"), half, out="votes")
+    positive = b("HardSigmoid", votes, out="positive", alpha=_STEEP, beta=1.0)  # a tie counts as positive
+    sign = b("Sub", b("Mul", positive, two, out="doubled"), one, out="sign")
+    agreeing = b("Relu", b("Mul", stack, sign, out="signed"), out="agreeing")
+    total = b("MatMul", "weights", agreeing, out="total")
+    present = b("HardSigmoid", agreeing, out="present", alpha=_STEEP, beta=0.0)
+    count = b("Max", b("MatMul", "ones", present, out="agree"), one, out="divisor")
+    return b("Div", b("Mul", total, sign, out="signed_total"), count, out="merged")
 
 
-def _split(b: _Builder, values: str) -> str:
-    """(R, L, n) -> (K, r, L, n)."""
-    shape = b("Shape", values, out="values_shape", start=1)
-    count = b("Shape", "weights", out="count", end=1)
-    return b("Reshape", values, b("Concat", count, b.constant("rest", [-1]), shape, out="split", axis=0), out="stack")
+def _norm(b: _Builder) -> str:
+    grams = []
+    for side in ("a", "b"):
+        turned = b("Transpose", side, out=f"{side}_turned", perm=[0, 2, 1])
+        grams.append(b("MatMul", side, turned, out=f"{side}_gram"))
+    return b("ReduceSum", b("Mul", *grams, out="both"), b.constant("axes", [1, 2]), out="merged", keepdims=0)
 
 
-def _paper(b: _Builder, method: str, stack: str) -> str:
-    """PEFT's factor-wise methods: (K, r, L, n) and weights (K, L) -> (r, L, n)."""
-    if method != "linear":
-        stack = _prune(b, stack)
-    axes = b.constant("around_layers", [1, 3])
-    weighted = b("Mul", stack, b("Unsqueeze", "weights", axes, out="adapter_weights"), out="weighted")
-    first = b.constant("first", [0])
-    if not method.startswith("ties"):
-        return b("ReduceSum", weighted, first, out="sum", keepdims=0)
-    signs = b("Sign", stack, out="signs")
-    voters = stack if method == "ties_total" else signs
-    total = b("ReduceSum", voters, first, out="votes", keepdims=1)
-    positive = b("GreaterOrEqual", total, b.constant("zero", 0.0, np.float32), out="positive")
-    one, minus = b.constant("one", 1.0, np.float32), b.constant("minus", -1.0, np.float32)
-    elected = b("Where", positive, one, minus, out="elected")
-    mask = b("Cast", b("Equal", signs, elected, out="agree"), out="mask", to=TensorProto.FLOAT)
-    total = b("ReduceSum", b("Mul", weighted, mask, out="kept_values"), first, out="kept_sum", keepdims=0)
-    count = b("Max", b("ReduceSum", mask, first, out="kept_count", keepdims=0), one, out="divisor")
-    return b("Div", total, count, out="disjoint_mean")
-
-
-def _prune(b: _Builder, stack: str) -> str:
-    """Zero all but the `kept` largest magnitudes of each adapter's factor in each layer."""
-    by_layer = b("Transpose", stack, out="by_layer", perm=[0, 2, 1, 3])  # (K, L, r, n)
-    flat = b("Reshape", by_layer, b.constant("flat", [0, 0, -1]), out="flat_layers")
-    b.nodes.append(
-        helper.make_node(
-            "TopK", [b("Abs", flat, out="magnitudes"), "kept"], ["top", "places"], "TopK", axis=-1, sorted=0
-        )
-    )
-    ones = b("Expand", b.constant("one", 1.0, np.float32), b("Shape", "places", out="places_shape"), out="ones")
-    zeros = b("Mul", flat, b.constant("zero", 0.0, np.float32), out="zeros")
-    mask = b("ScatterElements", zeros, "places", ones, out="survivors", axis=-1)
-    pruned = b("Mul", flat, mask, out="pruned_flat")
-    restored = b("Reshape", pruned, b("Shape", by_layer, out="by_layer_shape"), out="pruned_layers")
-    return b("Transpose", restored, out="pruned", perm=[0, 2, 1, 3])
-
-
-def _model(b: _Builder, method: str, factor: str, bits: int) -> onnx.ModelProto:
-    codes = TensorProto.INT8 if bits == 8 else TensorProto.UINT8
-    rows = "R" if method == "product" else "K"
-    inputs = [
-        helper.make_tensor_value_info("codes", codes, ["R", "L", "packed"]),
-        helper.make_tensor_value_info("scales", TensorProto.FLOAT16, ["R", "L", "blocks"]),
-        helper.make_tensor_value_info("gains", TensorProto.FLOAT, ["R", 1]),
-        helper.make_tensor_value_info("weights", TensorProto.FLOAT, [rows, "L"]),
-    ]
-    if method not in ("product", "linear"):
-        inputs.append(helper.make_tensor_value_info("kept", TensorProto.INT64, [1]))
-    shape = ["L", "n", "rank"] if factor == "A" else ["L", "rank", "n"]
-    output = helper.make_tensor_value_info("merged", TensorProto.FLOAT, shape)
-    graph = helper.make_graph(b.nodes, f"{method}_{factor}_int{bits}", inputs, [output], b.constants)
+def _model(b: _Builder, name: str, inputs: list[_Input], output: str, shape: list[int | str]) -> onnx.ModelProto:
+    infos = [helper.make_tensor_value_info(*described) for described in inputs]
+    result = helper.make_tensor_value_info(output, _FLOAT, shape)
+    graph = helper.make_graph(b.nodes, name, infos, [result], b.constants)
     model = helper.make_model(graph, opset_imports=_OPSET, ir_version=10, producer_name="edgecompose")
     onnx.checker.check_model(model, full_check=True)
     return model
@@ -155,10 +138,7 @@ def build_probe() -> onnx.ModelProto:
 
 def all_graphs() -> dict[str, bytes]:
     """File name and bytes of every graph that the runtime ships."""
-    graphs = {
-        f"{method}.{factor}.int{bits}.onnx": build_merge_graph(method, factor, bits)
-        for method in METHODS for factor in "AB" for bits in (4, 8)
-    }  # fmt: skip
+    graphs = {f"{name}.onnx": build_merge_graph(name) for name in GRAPHS}
     graphs["probe.onnx"] = build_probe()
     return {name: bytes(graph.SerializeToString(deterministic=True)) for name, graph in graphs.items()}
 

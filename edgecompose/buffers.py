@@ -1,0 +1,84 @@
+"""Memory that merges write into, taken from the device once and used again; knows nothing of what lies in it."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from edgecompose.device import Device, OrtValue
+
+T = TypeVar("T")
+#: A buffer is used again for less than it can hold, down to this share.
+_LEAST_USE = 0.5
+
+
+class BufferPool:
+    """Flat float32 buffers on one device. Fresh pages cost more than a merge does, so that idle buffers are kept."""
+
+    def __init__(self, device: Device, *, idle_bytes: int = 256 << 20) -> None:
+        self._device, self._limit = device, idle_bytes
+        self._idle: list[tuple[int, OrtValue]] = []
+        self._lock = threading.Lock()
+
+    def take(self, values: int) -> OrtValue:
+        """A buffer of at least `values` float32 values, of undefined content."""
+        with self._lock:
+            fits = [entry for entry in self._idle if values * _LEAST_USE <= entry[0] * _LEAST_USE <= values]
+            if fits:
+                chosen = min(fits, key=lambda entry: entry[0])
+                self._idle = [entry for entry in self._idle if entry is not chosen]
+                return chosen[1]
+        return self._device.buffer(values)
+
+    def give(self, buffer: OrtValue) -> None:
+        """Return a buffer that nobody reads any more."""
+        with self._lock:
+            self._idle.append((buffer.shape()[0], buffer))
+            while sum(4 * size for size, _ in self._idle) > self._limit:
+                self._idle.pop(0)
+
+
+class LruCache(Generic[T]):
+    """Values by name, the least recently used ones dropped beyond a number of bytes; safe between threads."""
+
+    def __init__(self, limit_bytes: int, size_of: Callable[[T], int]) -> None:
+        self.limit_bytes, self._size_of = limit_bytes, size_of
+        self._entries: OrderedDict[str, T] = OrderedDict()
+        self._lock = threading.Lock()
+        self.bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, name: str) -> T | None:
+        """The value of that name, which becomes the most recently used."""
+        with self._lock:
+            if name not in self._entries:
+                return None
+            self._entries.move_to_end(name)
+            return self._entries[name]
+
+    def put(self, name: str, value: T) -> None:
+        """Keep a value; one larger than the limit is not kept."""
+        size = self._size_of(value)
+        with self._lock:
+            self._remove(name)
+            if size > self.limit_bytes:
+                return
+            self._entries[name] = value
+            self.bytes += size
+            while self.bytes > self.limit_bytes:
+                self._remove(next(iter(self._entries)))
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._entries.clear()
+            self.bytes = 0
+
+    def _remove(self, name: str) -> None:
+        value = self._entries.pop(name, None)
+        if value is not None:
+            self.bytes -= self._size_of(value)
