@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -59,6 +60,14 @@ def merge_options(command: F) -> F:
         click.option("--method", type=click.Choice(list(METHODS)), help="How adapters are merged."),
         click.option("--density", type=click.FloatRange(0, 1, min_open=True), help="Share of entries the prunes keep."),
         click.option("--majority-sign", type=click.Choice(["total", "frequency"]), help="How ties elects a sign."),
+        click.option("--rank", type=click.IntRange(min=1), help="Largest rank that svd leaves."),
+        click.option(
+            "--energy", type=click.FloatRange(0, 1, min_open=True), help="Share of the squared norm that svd keeps."
+        ),
+        click.option("--dare-seed", type=click.IntRange(min=0), help="Which entries the dare methods keep."),
+        click.option(
+            "--norm-guard/--no-norm-guard", default=None, help="Rescale the blend to the mean norm of its parts."
+        ),
     ]  # fmt: skip
     for option in reversed(options):
         command = option(command)
@@ -157,18 +166,26 @@ def compose(bundle: Path, prompt: str, output: Path, device: str, as_json: bool,
 
 @main.command()
 @bundle_argument
+@click.option("--compatibility", is_flag=True, help="Add the cosine between the updates of every two adapters.")
 @json_option
-def inspect(bundle: Path, as_json: bool) -> None:
+def inspect(bundle: Path, compatibility: bool, as_json: bool) -> None:
     """Show what is in a bundle: base, embedder, tasks, adapters, defaults.
 
     \b
     edgecompose inspect models/demo
+    edgecompose inspect models/demo --compatibility
     """
     manifest = bundles.read_manifest(bundle)
+    shown, lines = report.manifest_json(manifest), report.describe_manifest(manifest)
+    if compatibility:
+        names = sorted(manifest.adapters)
+        with _open(bundle, "cpu") as composer:
+            shown["compatibility"] = report.compatibility_json(names, composer.inner_products(names))
+        lines += ["", *report.describe_compatibility(shown["compatibility"])]
     if as_json:
-        _print_json(report.manifest_json(manifest))
+        _print_json(shown)
     else:
-        _print_lines(report.describe_manifest(manifest))
+        _print_lines(lines)
 
 
 @main.command()
@@ -220,11 +237,11 @@ def _open(bundle: Path, device: str) -> Composer:
 
 def _request(composer: Composer, options: dict[str, Any]) -> Request:
     """The request that a command's options describe."""
-    default = composer.default_merge
-    merge = MergeSettings(
-        options.get("method") or default.method, options.get("density") or default.density,
-        options.get("majority_sign") or default.majority_sign,
-    )  # fmt: skip
+    given = {**options, "seed": options.get("dare_seed")}
+    names = [item.name for item in dataclasses.fields(MergeSettings)]
+    merge = dataclasses.replace(
+        composer.default_merge, **{name: given[name] for name in names if given.get(name) is not None}
+    )
     sampling = None
     if options.get("sample"):
         sampling = Sampling(options["sample_temperature"], options["sample_top_p"], options["seed"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,6 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
 from edgecompose.adapter import Adapter, load_adapter
 from edgecompose.buffers import LruCache
 from edgecompose.bundle import Bundle
@@ -19,11 +23,13 @@ from edgecompose.device import Device, DeviceRequest, choose_device
 from edgecompose.embedder import Embedder
 from edgecompose.errors import GenerationError, RetrievalError
 from edgecompose.generation import Sampling, generate, score_choices, stream_text
-from edgecompose.merging import MergedAdapter, Merger, MergeSettings, composition_digest
+from edgecompose.manifest import Defaults
+from edgecompose.merging import MergedAdapter, Merger, MergeReport, MergeSettings, composition_digest
 from edgecompose.retrieval import ExampleIndex, Neighbour
 from edgecompose.tokenization import Tokenizer
 from edgecompose.weighting import adapter_weights, nucleus, task_distribution
 
+Double = npt.NDArray[np.float64]
 N = TypeVar("N", int, float)
 #: Blends that are kept for the next request that wants the same one.
 CACHE_BYTES = 256 << 20
@@ -93,6 +99,7 @@ class Answer:
     prompt_tokens: int
     generated_tokens: int
     choices: Mapping[str, float] | None = None
+    report: MergeReport = MergeReport()
 
 
 @dataclass(slots=True)
@@ -208,7 +215,7 @@ class Composer:
                 scores = None
         return Answer(
             prompt, text, composition.retrieval, composition.settings, composition.merged.digest,
-            self.device, clock.spent, len(ids), count, scores,
+            self.device, clock.spent, len(ids), count, scores, composition.merged.report,
         )  # fmt: skip
 
     def _retrieve(self, prompt: str, request: Request, clock: _Clock) -> Retrieval:
@@ -244,15 +251,23 @@ class Composer:
         digest = composition_digest({a.name: a.digest for a in adapters}, weights, settings)
         merged = self._blends.get(digest)
         if merged is None:
-            merged = self.merger.merge(adapters, list(weights.values()), settings)
+            inner = self.inner_products(list(weights)) if settings.norm_guard else None
+            merged = self.merger.merge(adapters, list(weights.values()), settings, inner)
             self._blends.put(digest, merged)
         return merged
+
+    def inner_products(self, names: Sequence[str]) -> Double:
+        """Inner products (K, K) of adapters' updates, as the manifest has them, or else computed from the factors."""
+        known = self.bundle.manifest.inner_products
+        pairs = [(min(one, other), max(one, other)) for one in names for other in names]
+        if all(other in known.get(one, {}) for one, other in pairs):
+            return np.array([known[one][other] for one, other in pairs]).reshape(len(names), len(names))
+        return self.merger.inner_products([self.adapter(name) for name in names])
 
     @property
     def default_merge(self) -> MergeSettings:
         """The bundle's method and parameters."""
-        defaults = self.bundle.manifest.defaults
-        return MergeSettings(defaults.method, defaults.density, defaults.majority_sign)
+        return merge_settings(self.bundle.manifest.defaults)
 
     def _encode(self, prompt: str, *, raw: bool) -> list[int]:
         if not raw and self.tokenizer.has_chat_template:
@@ -298,6 +313,15 @@ class Composer:
             scores = score_choices(decoding, logits, choices)
         ranked = dict(zip(request.choices, scores, strict=True))
         return max(ranked, key=ranked.__getitem__), sum(map(len, choices)), ranked
+
+
+def merge_settings(defaults: Defaults) -> MergeSettings:
+    """How a bundle merges where a request names nothing.
+
+    Raises:
+        MergeError: an unknown method, or a parameter out of range.
+    """
+    return MergeSettings(**{item.name: getattr(defaults, item.name) for item in dataclasses.fields(MergeSettings)})
 
 
 def _given(wanted: N | None, default: N) -> N:

@@ -52,7 +52,7 @@ class Device:
         return onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(shape), dtype, self.kind, 0)
 
     def buffer(self, values: int) -> OrtValue:
-        """Uninitialised flat float32 memory on this device; on a CPU in large pages, whose first touch is far cheaper."""
+        """Uninitialised flat float32 memory on this device; on a CPU in large pages, whose first touch is cheaper."""
         if self.kind == "cpu":
             return onnxruntime.OrtValue.ortvalue_from_numpy(np.empty(values, np.float32))
         return self.empty((values,))

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from edgecompose.errors import ManifestInvalid, UnsupportedSchema
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -37,7 +37,7 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class SlotGroup:
-    """One linear module of every layer: A is (n_in, r), B is (r, n_out)."""
+    """One linear module of every layer: A is (r, n_in), B is (r, n_out)."""
 
     name: str
     layers: int
@@ -161,7 +161,7 @@ class Defaults:
     """Settings used where a request names none.
 
     `neighbours` is the paper's N, `temperature` its T (1 in the paper), `nucleus` its p;
-    `density` in (0, 1] and `majority_sign` go to the pruning methods.
+    `method` and what follows it are the fields of `merging.MergeSettings`.
     """
 
     neighbours: int = 100
@@ -170,6 +170,10 @@ class Defaults:
     method: str = "product"
     density: float = 0.5
     majority_sign: Literal["total", "frequency"] = "total"
+    rank: int | None = None
+    energy: float | None = None
+    seed: int = 0
+    norm_guard: bool = False
     max_tokens: int = 128
 
     def __post_init__(self) -> None:
@@ -183,7 +187,11 @@ class Defaults:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Everything that a bundle says of itself."""
+    """Everything that a bundle says of itself.
+
+    `inner_products[a][b]`, a <= b, is the inner product of two adapters' updates over all modules and layers; what is
+    missing is computed when it is needed.
+    """
 
     name: str
     base: BaseSpec
@@ -193,6 +201,7 @@ class Manifest:
     adapters: dict[str, AdapterSpec]
     defaults: Defaults
     files: dict[str, FileEntry]
+    inner_products: dict[str, dict[str, float]] = field(default_factory=dict)
     created_by: str = ""
     schema_version: int = SCHEMA_VERSION
 
@@ -207,6 +216,8 @@ class Manifest:
         missing = sorted(set(self.named_files()) - set(self.files))
         if missing:
             raise ManifestInvalid(f"manifest names files without a hash: {', '.join(missing)}")
+        if not all(math.isfinite(value) for row in self.inner_products.values() for value in row.values()):
+            raise ManifestInvalid("an inner product of adapters is not finite; export the bundle again")
         self._check_keys()
 
     def named_files(self) -> list[str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import usearch
 
 from edgecompose import device as devices
@@ -14,10 +15,13 @@ from edgecompose.composer import STAGES, Answer, Composition, Retrieval
 from edgecompose.device import Device
 from edgecompose.errors import DeviceError
 from edgecompose.manifest import Manifest
+from edgecompose.merging import MergeReport, MergeSettings
 from edgecompose.retrieval import Neighbour
 
 _BAR_WIDTH = 24
 _SHOWN_NEIGHBOURS = 5
+#: Cosine below which two adapters are said to work against each other.
+_OPPOSED = -0.05
 
 Json = dict[str, Any]
 
@@ -33,6 +37,7 @@ def answer_json(answer: Answer) -> Json:
         "timings_ms": {stage: round(answer.timings_ms[stage], 3) for stage in STAGES},
         "tokens": {"prompt": answer.prompt_tokens, "generated": answer.generated_tokens},
         "composition": answer.composition,
+        "merge": merge_json(answer.settings, answer.report),
     }
     if answer.choices is not None:
         result["choices"] = dict(answer.choices)
@@ -55,6 +60,25 @@ def composition_json(composition: Composition) -> Json:
         **retrieval_json(composition.retrieval),
         "ranks": {name: module.rank for name, module in composition.merged.modules.items()},
         "composition": composition.merged.digest,
+        "merge": merge_json(composition.settings, composition.merged.report),
+    }
+
+
+def merge_json(settings: MergeSettings, report: MergeReport) -> Json:
+    """Parameters that the method read, and what it did to the sum."""
+    return {**settings.parameters(), "norm_factor": report.norm_factor, "discarded_energy": report.discarded_energy}
+
+
+def compatibility_json(names: Sequence[str], inner: npt.NDArray[np.float64]) -> Json:
+    """Norm of each adapter's update and the cosine of every pair, in -1 .. 1 (0 where an update is zero)."""
+    norms = np.sqrt(np.maximum(np.diag(inner), 0))
+    scale = np.outer(norms, norms)
+    cosines = np.divide(inner, scale, out=np.zeros_like(inner), where=scale > 0)
+    return {
+        "norms": {name: float(norm) for name, norm in zip(names, norms, strict=True)},
+        "cosines": {
+            one: {other: float(cosines[i, j]) for j, other in enumerate(names) if j != i} for i, one in enumerate(names)
+        },
     }
 
 
@@ -150,7 +174,7 @@ def explain_answer(answer: Answer) -> list[str]:
         lines += [f"              {score:8.3f}  {choice}" for choice, score in _ranked(answer.choices)]
     return [
         *lines,
-        f"method        {answer.settings.method}, composition {answer.composition[:12]}",
+        f"method        {_described_method(answer)}, composition {answer.composition[:12]}",
         f"device        {answer.device.kind} ({answer.device.reason})",
         f"tokens        {answer.prompt_tokens} in the prompt, {answer.generated_tokens} in the answer{speed}",
         f"time (ms)     {timings}",
@@ -181,6 +205,24 @@ def describe_manifest(manifest: Manifest) -> list[str]:
     return lines
 
 
+def describe_compatibility(found: Mapping[str, Any]) -> list[str]:
+    """Norms and cosines as a table; negative pairs work against each other and predict a bad blend."""
+    names = list(found["norms"])
+    widest = max((len(name) for name in names), default=0)
+    lines = [f"{'cosine of updates':{widest}}  {'norm':>8}  " + "  ".join(f"{name[:8]:>8}" for name in names)]
+    width = len(lines[0].split("  ")[0])
+    for one in names:
+        row = (f"{1.0 if one == other else found['cosines'][one][other]:8.3f}" for other in names)
+        lines.append(f"{one:{width}}  {found['norms'][one]:8.3f}  " + "  ".join(row))
+    opposed = [
+        f"{one} and {other} ({found['cosines'][one][other]:.3f})"
+        for i, one in enumerate(names)
+        for other in names[i + 1 :]
+        if found["cosines"][one][other] < _OPPOSED
+    ]
+    return [*lines, f"against each other: {', '.join(opposed)}"] if opposed else lines
+
+
 def describe_doctor(found: Mapping[str, Any]) -> list[str]:
     """The doctor's findings as lines of text."""
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
@@ -194,6 +236,15 @@ def describe_doctor(found: Mapping[str, Any]) -> list[str]:
         f"telemetry     {'off' if found['telemetry_disabled'] else 'ON'}",
         *(f"problem       {problem}" for problem in found["problems"]),
     ]
+
+
+def _described_method(answer: Answer) -> str:
+    parameters = [f"{name} {value}" for name, value in answer.settings.parameters().items() if value is not None]
+    if answer.settings.method == "svd":
+        parameters.append(f"{answer.report.discarded_energy:.1%} of the squared norm cut off")
+    if answer.settings.norm_guard:
+        parameters.append(f"norm guard {answer.report.norm_factor:.3f}")
+    return answer.settings.method + (f" ({', '.join(parameters)})" if parameters else "")
 
 
 def _neighbour_json(neighbour: Neighbour) -> Json:

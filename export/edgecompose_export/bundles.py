@@ -8,6 +8,7 @@ Replacing a whole bundle (--force) takes two renames; killed between them, it le
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -35,6 +36,7 @@ from edgecompose.manifest import (
     check_name,
     manifest_to_json,
 )
+from edgecompose.merging import Merger
 from edgecompose.retrieval import new_index, open_index
 from edgecompose_export import __version__
 from edgecompose_export.adapters import CONFIG_FILE, export_adapter
@@ -54,6 +56,8 @@ from edgecompose_export.examples import (
 from edgecompose_export.recipe import Recipe, read_recipe
 
 Advance = Callable[[str], None]
+#: Adapters whose inner products with one other are computed at once.
+_PAIRED = 8
 _CREATED_BY = f"edgecompose-export {__version__}"
 
 
@@ -87,6 +91,7 @@ def build_bundle(
         adapters = {
             name: _place_adapter(root / t.adapter, name, base, work, recipe.bits) for name, t in recipe.tasks.items()
         }
+        inner = _inner_products(work, base, adapters, {})
         advance("examples")
         table = _place_examples(recipe, root, work)
         index, tasks = _take_index(work, table, recipe, embedder)
@@ -94,7 +99,7 @@ def build_bundle(
         files = {p.relative_to(work).as_posix(): describe_file(p) for p in sorted(work.rglob("*")) if p.is_file()}
         manifest = Manifest(
             name=recipe.name, base=base, embedder=embedder, index=index, tasks=tasks, adapters=adapters,
-            defaults=recipe.defaults, files=files, created_by=_CREATED_BY,
+            defaults=recipe.defaults, files=files, inner_products=inner, created_by=_CREATED_BY,
         )  # fmt: skip
         _write_manifest(work, manifest)
         Bundle(work)
@@ -138,9 +143,10 @@ def add_task(
     texts = None
     if manifest.index.texts is not None:
         texts = bundle.text(manifest.index.texts) + prompt_lines(prompts, first)
+    adapters = {**manifest.adapters, name: spec}
     changed = replace(
-        manifest, tasks={**manifest.tasks, name: TaskSpec(name, first, len(prompts))},
-        adapters={**manifest.adapters, name: spec},
+        manifest, tasks={**manifest.tasks, name: TaskSpec(name, first, len(prompts))}, adapters=adapters,
+        inner_products=_inner_products(root, manifest.base, adapters, manifest.inner_products),
         **_store_index(root, index, manifest, texts, {spec.file: describe_file(root / spec.file)}),
     )  # fmt: skip
     _commit(root, manifest, changed)
@@ -168,7 +174,10 @@ def remove_task(root: Path, name: str) -> Manifest:
         texts = "".join(f"{line}\n" for line in lines if not _key_in(line, gone))
     used = {task.adapter for task in tasks.values()}
     adapters = {key: spec for key, spec in manifest.adapters.items() if key in used}
-    changed = replace(manifest, tasks=tasks, adapters=adapters, **_store_index(root, index, manifest, texts, {}))
+    inner = _inner_products(root, manifest.base, adapters, manifest.inner_products)
+    changed = replace(
+        manifest, tasks=tasks, adapters=adapters, inner_products=inner, **_store_index(root, index, manifest, texts, {})
+    )
     named = set(changed.named_files()) | {f"{changed.base.graph}.data"}
     changed = replace(changed, files={path: entry for path, entry in changed.files.items() if path in named})
     _commit(root, manifest, changed)
@@ -218,6 +227,25 @@ def _place_adapter(source: Path, name: str, base: BaseSpec, root: Path, bits: in
     errors = described.get("errors", {})
     error = float(np.mean(list(errors.values()))) if errors else 0.0
     return AdapterSpec(relative, adapter.rank, adapter.bits, base.identity, round(error, 5), described)
+
+
+def _inner_products(
+    root: Path, base: BaseSpec, adapters: Mapping[str, AdapterSpec], known: Mapping[str, Mapping[str, float]]
+) -> dict[str, dict[str, float]]:
+    """Inner products of every pair of adapters, those that are known taken over."""
+    names = sorted(adapters)
+    result = {one: {other: known.get(one, {}).get(other) for other in names[i:]} for i, one in enumerate(names)}
+    merger = Merger(choose_device("cpu"))
+    read = functools.lru_cache(maxsize=2 * _PAIRED)(
+        lambda name: load_adapter(root / adapters[name].file, name, base.slots, base.identity)
+    )
+    for one, row in result.items():
+        missing = [other for other, value in row.items() if value is None]
+        for start in range(0, len(missing), _PAIRED):
+            others = [other for other in missing[start : start + _PAIRED] if other != one]
+            products = merger.inner_products([read(one), *map(read, others)])[0]
+            row.update({n: float(v) for n, v in zip([one, *others], products, strict=True) if row[n] is None})
+    return {one: {other: value for other, value in row.items() if value is not None} for one, row in result.items()}
 
 
 def _source_of(path: Path) -> dict[str, Any]:

@@ -6,9 +6,9 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgecompose.composer import merge_settings
 from edgecompose.errors import ExportError
 from edgecompose.manifest import Defaults, check_name, value_from_json
-from edgecompose.merging import MergeSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ def read_recipe(path: Path) -> Recipe:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ExportError(f"recipe '{path}' cannot be read: {error}") from error
     recipe = value_from_json(Recipe, found, path.name)
-    MergeSettings(recipe.defaults.method, recipe.defaults.density, recipe.defaults.majority_sign)
+    merge_settings(recipe.defaults)
     if recipe.bits not in (4, 8):
         raise ExportError(f"recipe '{path.name}': bits is {recipe.bits}; 4 or 8 is wanted")
     if not recipe.tasks:
