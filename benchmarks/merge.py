@@ -1,0 +1,255 @@
+"""Merging against PEFT's `add_weighted_adapter`, on the same adapters in the same run.
+
+    python benchmarks/merge.py --shapes smollm2-135m --adapters 4 --rank 16 --bits 4
+    python benchmarks/merge.py --sweep --output benchmarks/results/2026-11-24-merge.json
+
+The adapters are random; no base model is needed. PEFT gets the dequantised factors in float32 on modules without
+weights. Times are the least of several rounds after a first one that opens sessions and fills caches (trimmed codes,
+buffers). `floor` is the time to read the quantised bytes once and to write the result once; `extra`, given for one
+--method alone, is by how much the first round's peak of resident memory exceeds the result. Prints a table, ratios
+first, then JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgecompose.adapter import Adapter, AdapterModule
+from edgecompose.device import choose_device, runtime_version
+from edgecompose.manifest import SlotGroup
+from edgecompose.merging import METHODS, MergedAdapter, Merger, MergeSettings
+from edgecompose.quantization import Bits, QuantizedFactor, dequantize
+from edgecompose.trimming import thresholds
+
+#: Layers, hidden, intermediate, key-value width.
+SHAPES = {
+    "smollm2-135m": (30, 576, 1536, 192),
+    "llama-1b": (16, 2048, 8192, 512),
+    "llama-8b": (32, 4096, 14336, 1024),
+}
+#: PEFT's method for each of ours that it has.
+RIVALS = {
+    "product": "cat", "linear": "linear", "ties": "ties", "magnitude_prune": "magnitude_prune",
+    "dare_linear": "dare_linear", "dare_ties": "dare_ties", "svd": "svd", "core_ties": "ties_svd",
+}  # fmt: skip
+DENSITY = 0.5
+ROUNDS = 5
+_SLOW = ("svd", "core_ties")
+
+
+def slot_groups(shapes: str, layers: int | None) -> tuple[SlotGroup, ...]:
+    """The seven linear modules of a Llama of these shapes."""
+    count, hidden, inner, narrow = SHAPES[shapes]
+    count = layers or count
+    widths = {
+        "q_proj": (hidden, hidden), "k_proj": (hidden, narrow), "v_proj": (hidden, narrow), "o_proj": (hidden, hidden),
+        "gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden),
+    }  # fmt: skip
+    return tuple(SlotGroup(name, count, *sizes) for name, sizes in widths.items())
+
+
+def random_adapter(seed: int, groups: Sequence[SlotGroup], rank: int, bits: Bits) -> Adapter:
+    """Random codes and scales."""
+    rng = np.random.default_rng(seed)
+
+    def factor(layers: int, width: int) -> QuantizedFactor:
+        codes = rng.integers(0, 256, (layers, rank, width if bits == 8 else width // 2), dtype=np.uint8)
+        if bits == 8:
+            codes = np.maximum(codes, 1)
+        scales = (rng.random((layers, rank, width // 32)) + 0.5).astype(np.float16)
+        return QuantizedFactor(codes, scales, 1e-3, bits)
+
+    modules = {}
+    for group in groups:
+        a, b = factor(group.layers, group.n_in), factor(group.layers, group.n_out)
+        scaling, ranks = np.full(group.layers, 2, np.float32), np.full(group.layers, rank, np.int32)
+        modules[group.name] = AdapterModule(a, b, scaling, ranks, np.stack([thresholds(a), thresholds(b)]))
+    return Adapter(f"a{seed}", modules, bits, "", f"{seed}-{rank}-{bits}")
+
+
+def stored_bytes(adapters: Sequence[Adapter]) -> int:
+    """Codes and scales of all adapters."""
+    return sum(f.codes.nbytes + f.scales.nbytes for a in adapters for m in a.modules.values() for f in (m.a, m.b))
+
+
+def least(run: Callable[[], object], rounds: int) -> float:
+    """Milliseconds of the fastest round."""
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times) * 1e3
+
+
+def floor_ms(adapters: Sequence[Adapter], merged: MergedAdapter) -> float:
+    """Read the quantised bytes once, write the result once, into memory that is there already."""
+    parts = [f.codes.reshape(-1) for a in adapters for m in a.modules.values() for f in (m.a, m.b)]
+    words = [part[: part.size // 8 * 8].view(np.uint64) for part in parts]
+    result = np.zeros(merged.bytes // 4, np.float32)
+
+    def run() -> None:
+        for part in words:
+            part.max()
+        result.fill(1.0)
+
+    return least(run, ROUNDS)
+
+
+def extra_memory(run: Callable[[], object]) -> int | None:
+    """Bytes by which the resident set peaks above where it was, while `run` runs (Linux only)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        before = _status("VmRSS")
+        run()
+        return max(0, _status("VmHWM") - before)
+    except OSError:
+        return None
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"no {field}")
+
+
+def peft_model(adapters: Sequence[Adapter], groups: Sequence[SlotGroup]) -> Any:
+    """PEFT's LoRA layers with the dequantised factors, on linear modules whose weight takes no memory."""
+    import peft
+    import torch
+
+    class Block(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            for group in groups:
+                linear = torch.nn.Linear(1, 1, bias=False)
+                linear.in_features, linear.out_features = group.n_in, group.n_out
+                weight = torch.empty(1).expand(group.n_out, group.n_in)
+                linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+                setattr(self, group.name, linear)
+
+    class Stack(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList(Block() for _ in range(groups[0].layers))
+            self.config: dict[str, Any] = {}
+
+    model: Any = Stack()
+    for adapter in adapters:
+        config = peft.LoraConfig(r=adapter.rank, lora_alpha=2 * adapter.rank, target_modules=[g.name for g in groups])
+        if isinstance(model, peft.PeftModel):
+            model.add_adapter(adapter.name, config)
+        else:
+            model = peft.get_peft_model(model, config, adapter_name=adapter.name)
+        for group in groups:
+            module = adapter.modules[group.name]
+            a, b = dequantize(module.a), dequantize(module.b)
+            for layer in range(group.layers):
+                place = getattr(model.base_model.model.layers[layer], group.name)
+                place.lora_A[adapter.name].weight.data = torch.from_numpy(a[layer].copy())
+                place.lora_B[adapter.name].weight.data = torch.from_numpy(np.ascontiguousarray(b[layer].T))
+    return model
+
+
+def measure(case: dict[str, Any], methods: Sequence[str], *, rival: bool, slow_rival: bool) -> list[dict[str, Any]]:
+    """One row a method."""
+    groups = slot_groups(case["shapes"], case["layers"])
+    adapters = [random_adapter(i, groups, case["rank"], case["bits"]) for i in range(case["adapters"])]
+    weights = (np.arange(len(adapters), 0, -1) / sum(range(len(adapters) + 1))).tolist()
+    device = choose_device(case["device"])
+    model = peft_model(adapters, groups) if rival else None
+    rows = []
+    for method in methods:
+        settings, merger = MergeSettings(method, DENSITY), Merger(device)
+
+        def ours(merger: Merger = merger, settings: MergeSettings = settings) -> MergedAdapter:
+            return merger.merge(adapters, weights, settings)
+
+        peak = extra_memory(ours) if len(methods) == 1 else None
+        merged = ours()
+        result, floor = merged.bytes, floor_ms(adapters, merged)
+        del merged
+        row = {**case, "method": method, "ms": least(ours, ROUNDS), "floor_ms": floor, "result_bytes": result}
+        row |= {"stored_bytes": stored_bytes(adapters), "extra_bytes": None if peak is None else peak - result}
+        row["over_floor"] = row["ms"] / floor
+        name = RIVALS.get(method)
+        if model is not None and name is not None and (slow_rival or method not in _SLOW):
+
+            def theirs(name: str = name) -> None:
+                model.add_weighted_adapter(
+                    [a.name for a in adapters], weights, "merged", combination_type=name, density=DENSITY,
+                    svd_rank=case["rank"],
+                )  # fmt: skip
+                model.delete_adapter("merged")
+
+            row["rival_ms"] = least(theirs, 1 if method in _SLOW else 3)
+            row["faster"] = row["rival_ms"] / row["ms"]
+        rows.append(row)
+        print(_line(row), flush=True)
+    return rows
+
+
+def _line(row: dict[str, Any]) -> str:
+    faster = f"{row['faster']:7.1f}x" if "faster" in row else " " * 8
+    rival = f"{row['rival_ms']:9.1f}" if "rival_ms" in row else " " * 9
+    extra = " " * 8 if row["extra_bytes"] is None else f"{row['extra_bytes'] / 1e6:8.1f}"
+    return (
+        f"{faster}  {row['over_floor']:6.1f}x  {row['method']:16} {row['ms']:8.1f} {rival} {row['floor_ms']:7.1f}  "
+        f"{row['result_bytes'] / 1e6:8.1f} {extra}  {row['shapes']}, {row['layers']} layers, {row['adapters']} "
+        f"adapters of rank {row['rank']}, int{row['bits']}"
+    )
+
+
+def cases(options: argparse.Namespace) -> list[tuple[dict[str, Any], list[str]]]:
+    """What to measure, and with which methods."""
+    case = {
+        "shapes": options.shapes, "layers": options.layers or SHAPES[options.shapes][0], "adapters": options.adapters,
+        "rank": options.rank, "bits": options.bits, "device": options.device,
+    }  # fmt: skip
+    if not options.sweep:
+        return [(case, options.method or list(METHODS))]
+    quick = ["product", "linear", "ties"]
+    varied: list[dict[str, Any]] = [
+        *({"rank": rank} for rank in (8, 32, 64)), *({"adapters": count} for count in (1, 2, 8, 16)), {"bits": 8},
+        {"shapes": "llama-1b", "layers": 16}, {"shapes": "llama-8b", "layers": 4},
+    ]  # fmt: skip
+    return [(case, list(METHODS)), *(({**case, **change}, quick) for change in varied)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", choices=list(SHAPES), default="smollm2-135m")
+    parser.add_argument("--layers", type=int, help="fewer layers than the model has")
+    parser.add_argument("--adapters", type=int, default=4)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--bits", type=int, choices=(4, 8), default=4)
+    parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="cpu")
+    parser.add_argument("--method", action="append", choices=list(METHODS))
+    parser.add_argument("--sweep", action="store_true", help="vary rank, adapters, bits and shapes")
+    parser.add_argument("--no-rival", action="store_true", help="do not measure PEFT")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    print("  faster  over floor  method               ms      PEFT   floor  result MB extra MB")
+    rows = []
+    for i, (case, methods) in enumerate(cases(options)):
+        rows += measure(case, methods, rival=not options.no_rival, slow_rival=i == 0)
+    result = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores", "onnxruntime": runtime_version(), "rows": rows
+    }  # fmt: skip
+    if options.output:
+        options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
