@@ -39,11 +39,11 @@ SHAPES = {
 #: PEFT's method for each of ours that it has.
 RIVALS = {
     "product": "cat", "linear": "linear", "ties": "ties", "magnitude_prune": "magnitude_prune",
-    "dare_linear": "dare_linear", "dare_ties": "dare_ties", "svd": "svd", "core_ties": "ties_svd",
+    "dare_linear": "dare_linear", "dare_ties": "dare_ties", "svd": "svd",
 }  # fmt: skip
 DENSITY = 0.5
 ROUNDS = 5
-_SLOW = ("svd", "core_ties")
+_SLOW = ("svd",)
 
 
 def slot_groups(shapes: str, layers: int | None) -> tuple[SlotGroup, ...]:

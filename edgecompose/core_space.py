@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 Double = npt.NDArray[np.float64]
-#: Added to a Gram matrix, relative to its mean diagonal: float32 products leave about this much noise in it.
-_RIDGE = 1e-7
+#: Added to a Gram matrix, relative to its largest diagonal entry: above the noise that float32 products leave in it.
+_RIDGE = 1e-6
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -147,6 +147,6 @@ def _coordinates(gram: Double, weighted: Double) -> Double:
 def _root(gram: Double) -> Double:
     """F with F F^T = gram, lower triangular and never singular."""
     size = gram.shape[-1]
-    mean = np.trace(gram, axis1=1, axis2=2) / size
-    ridge = np.where(mean > 0, _RIDGE * mean, 1.0)
+    largest = np.diagonal(gram, axis1=1, axis2=2).max(axis=1)
+    ridge = np.where(largest > 0, _RIDGE * largest, 1.0)
     return np.asarray(np.linalg.cholesky(gram + ridge[:, None, None] * np.eye(size)))

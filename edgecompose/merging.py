@@ -309,20 +309,26 @@ class Merger:
         chosen = list(zip(adapters, weights, strict=True))
         if settings.row.family == "paper" and settings.row.ranks == "same":
             parts = {m: self._paper_parts(m, chosen, settings) for m in modules}
-            merged = self._allocate(parts, {m: p[0].a.rank for m, p in parts.items()}, digest)
+            merged = self._allocate(parts, {m: p[0].a.rank for m, p in parts.items()}, digest, MergeReport(norm_factor))
             kind = settings.method.removeprefix("dare_")
             graph = f"ties_{settings.majority_sign}" if kind == "ties" else "linear"
             self._map(lambda item: self._combine(graph, merged, parts, *item), _layer_chunks(parts, even_weights=True))
         elif settings.method in ("product", "cat"):
             parts = {m: [_exact_part(a.modules[m], w) for a, w in chosen if m in a.modules] for m in modules}
-            merged = self._allocate(parts, {m: sum(_ranks(p)) for m, p in parts.items()}, digest)
+            ranks = {m: sum(_ranks(p)) for m, p in parts.items()}
+            merged = self._allocate(parts, ranks, digest, MergeReport(norm_factor))
             self._map(lambda item: self._stack(merged, parts, *item), _layer_chunks(parts))
         else:
-            merged = self._merge_core(chosen, modules, settings, digest)
-        return replace(merged, report=replace(merged.report, norm_factor=norm_factor)) if norm_factor != 1 else merged
+            merged = self._merge_core(chosen, modules, settings, digest, norm_factor)
+        return merged
 
     def _merge_core(
-        self, chosen: Sequence[tuple[Adapter, float]], modules: Sequence[str], settings: MergeSettings, digest: str
+        self,
+        chosen: Sequence[tuple[Adapter, float]],
+        modules: Sequence[str],
+        settings: MergeSettings,
+        digest: str,
+        norm_factor: float,
     ) -> MergedAdapter:
         """The svd and the methods in core space: Gram matrices, small matrices from them, and mixtures of the rows."""
         svd = settings.method == "svd"
@@ -341,11 +347,12 @@ class Merger:
             return _core_mixes(module, members, grams[module], _ranks(parts[module]), settings)
 
         mixes = {module: solve(module) for module in modules}  # numpy's BLAS has threads of its own
-        merged = self._allocate(parts, {m: mix.a.shape[1] for m, mix in mixes.items()}, digest)
-        self._map(lambda item: self._mix(merged, parts, mixes, *item), _layer_chunks(parts))
         total = sum(float(mix.energy.sum()) for mix in mixes.values())
         kept = sum(float(mix.kept_energy.sum()) for mix in mixes.values())
-        return replace(merged, report=MergeReport(discarded_energy=max(0.0, 1 - kept / total) if total else 0.0))
+        report = MergeReport(norm_factor, max(0.0, 1 - kept / total) if total else 0.0)
+        merged = self._allocate(parts, {m: mix.a.shape[1] for m, mix in mixes.items()}, digest, report)
+        self._map(lambda item: self._mix(merged, parts, mixes, *item), _layer_chunks(parts))
+        return merged
 
     def _grams(self, parts: Parts) -> dict[str, tuple[Double, Double]]:
         """Inner products of the stacked rows of each module, A A^T and B B^T: (L, R, R)."""
@@ -404,7 +411,8 @@ class Merger:
             self._trimmed.put(key, trimmed)
         return trimmed
 
-    def _allocate(self, parts: Parts, ranks: Mapping[str, int], digest: str) -> MergedAdapter:
+    def _allocate(self, parts: Parts, ranks: Mapping[str, int], digest: str, report: MergeReport) -> MergedAdapter:
+        """A blend to be filled; its buffer goes back to the pool with it, so it is the buffer's only owner."""
         modules, end = {}, 0
         for name, members in parts.items():
             layers, n_in, n_out = len(members[0].weight_a), members[0].a.width, members[0].b.width
@@ -412,7 +420,7 @@ class Merger:
             modules[name] = MergedModule(layers, ranks[name], n_in, n_out, end, start_b)
             end = start_b + _aligned(layers * ranks[name] * n_out)
         buffer = self._pool.take(end)
-        merged = MergedAdapter(modules, digest, buffer)
+        merged = MergedAdapter(modules, digest, buffer, report)
         weakref.finalize(merged, self._pool.give, buffer).atexit = False
         return merged
 

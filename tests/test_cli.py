@@ -51,7 +51,7 @@ def test_an_answer_as_json_has_the_documented_keys(bundle: Path) -> None:
     found = result_of("run", bundle, PROMPT)
     assert set(found) == {
         "prompt", "answer", "method", "weights", "neighbours", "distribution", "device", "timings_ms", "tokens",
-        "composition",
+        "composition", "merge",
     }  # fmt: skip
     assert (found["prompt"], found["method"]) == (PROMPT, "product")
     assert sum(found["weights"].values()) == pytest.approx(1)
@@ -320,7 +320,7 @@ def test_the_version_is_that_of_the_package() -> None:
 def test_compose_writes_a_peft_folder_once(bundle: Path, tmp_path: Path) -> None:
     output = tmp_path / "deep" / "blend"
     found = result_of("compose", bundle, PROMPT, "-o", output, "--top-n", 9)
-    assert set(found) == {"prompt", "files", "method", *RETRIEVAL_KEYS, "ranks", "composition"}
+    assert set(found) == {"prompt", "files", "method", *RETRIEVAL_KEYS, "ranks", "composition", "merge"}
     assert found["files"] == [str(output / "adapter_config.json"), str(output / "adapter_model.safetensors")]
     assert all(Path(name).is_file() for name in found["files"])
     assert found["ranks"]["q_proj"] == sum(ADAPTERS[n]["r"] for n in found["weights"] if n != "colours")
