@@ -12,7 +12,8 @@ import pytest
 from edgecompose.adapter import Adapter
 from edgecompose.manifest import SlotGroup
 from edgecompose.merging import Merger, MergeSettings
-from edgecompose.quantization import Bits
+from edgecompose.quantization import Bits, dequantize
+from edgecompose.trimming import random_mask
 from tests import oracle
 from tests.factories import make_adapter
 
@@ -138,3 +139,40 @@ def test_parity_of_cat_with_mixed_ranks(merger: Merger) -> None:
     groups = _groups(32, 64)
     adapters = [make_adapter("one", groups=groups, rank=2), make_adapter("two", groups=groups, rank=5)]
     _assert_parity(merger, _peft_model(32, 64, adapters), adapters, SETTINGS["cat"])
+
+
+@pytest.mark.parametrize("settings", [
+    MergeSettings("dare_linear", 0.6, seed=3), MergeSettings("dare_ties", 0.7, "total", seed=4),
+    MergeSettings("dare_ties", 0.7, "frequency"),
+], ids=lambda s: f"{s.method} {s.majority_sign}")  # fmt: skip
+def test_parity_of_dare_where_peft_drops_what_we_drop(
+    merger: Merger, monkeypatch: pytest.MonkeyPatch, settings: MergeSettings
+) -> None:
+    adapters = [make_adapter(f"adapter{i}", groups=_groups(32, 64), rank=4) for i in range(3)]
+    masks = {}
+    for adapter in adapters:
+        for name, module in adapter.modules.items():
+            key = f"{adapter.digest}/{name}/drop/{settings.density}/{settings.seed}"
+            for side, factor in (("A", dequantize(module.a)), ("B", dequantize(module.b))):
+                kept = random_mask(factor.shape, settings.density, f"{key}/{side}")
+                for values, mask in zip(factor, kept, strict=True):
+                    stored, drawn = (values, mask) if side == "A" else (values.T, mask.T)
+                    masks[np.ascontiguousarray(stored).tobytes()] = np.ascontiguousarray(drawn)
+
+    def same_mask(tensor: Any, density: float, rescale: bool) -> Any:
+        assert rescale
+        return tensor * torch.from_numpy(masks[tensor.contiguous().numpy().tobytes()]) / density
+
+    monkeypatch.setattr(peft.utils.merge_utils, "random_pruning", same_mask)
+    _assert_parity(merger, _peft_model(32, 64, adapters), adapters, settings)
+
+
+def test_parity_of_svd(merger: Merger) -> None:
+    adapters = [make_adapter(f"adapter{i}", groups=_groups(32, 64), rank=4) for i in range(3)]
+    model = _peft_model(32, 64, adapters)
+    model.add_weighted_adapter([a.name for a in adapters], list(WEIGHTS), "svd", combination_type="svd", svd_rank=6)
+    factors = merger.merge(adapters, WEIGHTS, MergeSettings("svd", rank=6)).factors()
+    for layer, name, module in _lora_modules(model, "svd"):
+        wanted = (module.lora_B["svd"].weight @ module.lora_A["svd"].weight).detach().numpy()
+        a, b = factors[name]
+        np.testing.assert_allclose((a[layer].T @ b[layer]).T, wanted, atol=1e-3 * np.abs(wanted).max())
