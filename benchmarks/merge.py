@@ -24,9 +24,11 @@ from typing import Any
 import numpy as np
 
 from edgecompose.adapter import Adapter, AdapterModule
+from edgecompose.blend import MergedAdapter
 from edgecompose.device import choose_device, runtime_version
 from edgecompose.manifest import SlotGroup
-from edgecompose.merging import METHODS, MergedAdapter, Merger, MergeSettings
+from edgecompose.merging import Merger
+from edgecompose.methods import METHODS, MergeSettings
 from edgecompose.quantization import Bits, QuantizedFactor, dequantize
 from edgecompose.trimming import thresholds
 

@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 
 from edgecompose import Composer, Request, open_bundle
+from edgecompose.blend import MergedAdapter
 from edgecompose.device import runtime_version
-from edgecompose.merging import MergedAdapter
 
 PROMPT = (
     "Customer review of a business: We waited forty minutes for a table we had booked, and the soup came cold. "

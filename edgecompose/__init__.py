@@ -3,7 +3,7 @@
 from edgecompose.composer import Answer, Composer, Composition, Request, Retrieval, open_bundle
 from edgecompose.errors import EdgeComposeError
 from edgecompose.generation import Sampling
-from edgecompose.merging import MergeSettings
+from edgecompose.methods import MergeSettings
 
 __all__ = [
     "Answer",

@@ -27,7 +27,7 @@ from edgecompose.quantization import Bits, QuantizedFactor, block_for
 from edgecompose.trimming import DENSITIES
 
 Float = npt.NDArray[np.float32]
-FORMAT = "edgecompose-adapter/2"
+FORMAT = "edgecompose-adapter/3"
 _PARTS = ("A.codes", "A.scales", "B.codes", "B.scales", "gains", "scaling", "ranks", "thresholds")
 
 

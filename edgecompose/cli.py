@@ -19,7 +19,7 @@ from edgecompose.console import ErrorGroup, progress
 from edgecompose.device import DeviceRequest, has_cuda_provider
 from edgecompose.errors import EdgeComposeError, MergeError
 from edgecompose.generation import Sampling
-from edgecompose.merging import METHODS, MergeSettings
+from edgecompose.methods import METHODS, MergeSettings
 from edgecompose.peft_folder import write_peft_folder
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgecompose.adapter import Adapter, load_adapter
+from edgecompose.blend import MergedAdapter, MergeReport
 from edgecompose.buffers import LruCache
 from edgecompose.bundle import Bundle
 from edgecompose.decoder import Decoder, Decoding, Float
@@ -24,7 +25,8 @@ from edgecompose.embedder import Embedder
 from edgecompose.errors import GenerationError, RetrievalError
 from edgecompose.generation import Sampling, generate, score_choices, stream_text
 from edgecompose.manifest import Defaults
-from edgecompose.merging import MergedAdapter, Merger, MergeReport, MergeSettings, composition_digest
+from edgecompose.merging import Merger
+from edgecompose.methods import MergeSettings, composition_digest
 from edgecompose.retrieval import ExampleIndex, Neighbour
 from edgecompose.tokenization import Tokenizer
 from edgecompose.weighting import adapter_weights, nucleus, task_distribution

@@ -46,6 +46,11 @@ class CoreSpace:
     to_b: Double
     cores: Double
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the arrays."""
+        return self.to_a.nbytes + self.to_b.nbytes + self.cores.nbytes
+
     def mixes(self, core: Double) -> tuple[Double, Double]:
         """Mixtures of A's and of B's rows whose product is the update `core` (L, R, R)."""
         return self.to_a, core @ self.to_b
@@ -61,15 +66,16 @@ def inner_products(gram_a: Double, gram_b: Double, ranks: tuple[int, ...]) -> Do
 def truncate(gram_a: Double, gram_b: Double, rank: int | None, energy: float | None) -> Mixes:
     """Best approximation of A^T B of lower rank, by QR of the factors and the SVD of a small core.
 
-    With A A^T = F F^T (Cholesky), the left singular vectors of the core are the eigenvectors of F^T (B B^T) F.
+    With B B^T = F F^T (Cholesky), the squared singular values s^2 are the eigenvalues of F^T (A A^T) F; for an
+    eigenvector y the left vector is A^T F y / s and the right one B^T (A A^T) F y / s^2, so nothing is inverted.
 
     Args:
         gram_a, gram_b: (L, R, R); weights belong into A's rows.
         rank: at most this many components; None sets no limit.
         energy: the fewest components that keep this share (0, 1] of the squared norm in every layer; None keeps all.
     """
-    root = _root(gram_a)
-    squares, vectors = np.linalg.eigh(np.swapaxes(root, 1, 2) @ gram_b @ root)
+    root = _root(gram_b)
+    squares, vectors = np.linalg.eigh(np.swapaxes(root, 1, 2) @ gram_a @ root)
     squares, vectors = np.maximum(squares[:, ::-1], 0), vectors[:, :, ::-1]
     total = squares.sum(axis=1)
     count = squares.shape[1] if rank is None else min(rank, squares.shape[1])
@@ -80,12 +86,11 @@ def truncate(gram_a: Double, gram_b: Double, rank: int | None, energy: float | N
     if count == squares.shape[1]:  # nothing is cut: the rows as they are, bit for bit
         same = np.broadcast_to(np.eye(count), root.shape)
         return Mixes(same, same, total, total)
-    kept, chosen = squares[:, :count], vectors[:, :, :count]
+    kept = squares[:, :count]
     floor = np.where(total == 0, 1, total * 1e-14)[:, None]
     balance = np.maximum(kept, floor)[:, :, None] ** 0.25  # square root of the singular value
-    left = np.swapaxes(np.linalg.solve(np.swapaxes(root, 1, 2), chosen), 1, 2)
-    right = np.swapaxes(root @ chosen, 1, 2)
-    return Mixes(left * balance, right / balance, total, kept.sum(axis=1))
+    left = np.swapaxes(root @ vectors[:, :, :count], 1, 2)
+    return Mixes(left / balance, left @ gram_a / balance**3, total, kept.sum(axis=1))
 
 
 def core_space(gram_a: Double, gram_b: Double, ranks: tuple[int, ...]) -> CoreSpace:
@@ -105,12 +110,12 @@ def core_space(gram_a: Double, gram_b: Double, ranks: tuple[int, ...]) -> CoreSp
 
 
 def prune(cores: Double, kept: int) -> Double:
-    """Each matrix of (..., R, R) with its `kept` largest magnitudes, the rest 0."""
-    flat = cores.reshape(*cores.shape[:-2], -1)
-    order = np.argsort(-np.abs(flat), axis=-1, kind="stable")[..., :kept]
-    result = np.zeros_like(flat)
-    np.put_along_axis(result, order, np.take_along_axis(flat, order, axis=-1), axis=-1)
-    return result.reshape(cores.shape)
+    """Each matrix of (..., R, R) with its `kept` largest magnitudes (and what equals the least of them), the rest 0."""
+    magnitudes = np.abs(cores).reshape(*cores.shape[:-2], -1)
+    if kept >= magnitudes.shape[-1]:
+        return cores
+    least = np.partition(magnitudes, -kept, axis=-1)[..., -kept, None]
+    return np.where((magnitudes >= least).reshape(cores.shape), cores, 0.0)
 
 
 def weighted_sum(cores: Double, weights: Double) -> Double:

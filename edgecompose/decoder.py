@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgecompose.blend import SIDES, MergedAdapter
 from edgecompose.device import Device, IOBinding, OrtValue, open_session
 from edgecompose.errors import BundleError, GenerationError, PromptTooLong
 from edgecompose.manifest import BaseSpec
-from edgecompose.merging import SIDES, MergedAdapter
 
 Float = npt.NDArray[np.float32]
 _HOST = Device("cpu", ("CPUExecutionProvider",), "inputs and logits live on the host")

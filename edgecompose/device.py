@@ -36,6 +36,16 @@ _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class View:
+    """A part of memory that `owner`, an OrtValue, keeps alive: where it begins, its shape and element type."""
+
+    owner: OrtValue
+    address: int
+    shape: tuple[int, ...]
+    dtype: type[np.generic] = np.float32
+
+
 @dataclass(frozen=True, slots=True)
 class Device:
     """Where sessions run, and why.

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save
 
+from edgecompose.blend import MergedAdapter
 from edgecompose.errors import MergeError
-from edgecompose.merging import MergedAdapter
 
 #: Where each module lies in a transformers decoder block.
 _PARENT = {

@@ -5,8 +5,8 @@ Value = gain * scale * code, with one float32 gain a factor and one float16 scal
 scales use float16's normal range however small the factor is. Codes are kept as code + 2^(bits-1), unsigned.
 
 * int8: code in -127 .. 127, one byte.
-* int4: code in -8 .. 7; byte j of a row holds element j in its low nibble and element j + n/2 in its high
-  nibble, so that a whole half of a row is unpacked in one operation.
+* int4: code in -8 .. 7; byte j of a layer's r n/2 holds element j of the layer's r n in its low nibble and element
+  j + r n/2 in its high nibble, so that a whole half of a layer is unpacked in one operation.
 """
 
 from __future__ import annotations
@@ -98,24 +98,32 @@ def dequantize(factor: QuantizedFactor) -> Float:
 
 
 def pack(raised: Bytes, bits: Bits) -> Bytes:
-    """Unsigned codes (..., n) as they are kept."""
+    """Unsigned codes (L, r, n) as they are kept."""
     if bits == 8:
         return raised
-    half = raised.shape[-1] // 2
-    return np.asarray(raised[..., :half] | (raised[..., half:] << 4), np.uint8)
+    layers, rank, width = raised.shape
+    flat = raised.reshape(layers, -1)
+    half = flat.shape[1] // 2
+    return np.asarray(flat[:, :half] | (flat[:, half:] << 4), np.uint8).reshape(layers, rank, width // 2)
 
 
 def unpack(factor: QuantizedFactor, layers: slice = slice(None), out: Bytes | None = None) -> Bytes:
-    """Unsigned codes (L, r, n) of some layers, whatever the bits; written to `out` where given."""
+    """Unsigned codes (L, r, n) of some layers, whatever the bits.
+
+    Args:
+        out: where to write them; the rows of a layer must lie one after another.
+    """
     kept = factor.codes[layers]
     if out is None:
         out = np.empty((*kept.shape[:2], factor.width), np.uint8)
     if factor.bits == 8:
         np.copyto(out, kept)
-    else:
-        half = factor.width // 2
-        np.bitwise_and(kept, np.uint8(15), out=out[..., :half])
-        np.right_shift(kept, np.uint8(4), out=out[..., half:])
+        return out
+    size = factor.rank * factor.width
+    flat = np.lib.stride_tricks.as_strided(out, (len(kept), size), (out.strides[0], 1))
+    packed = kept.reshape(len(kept), size // 2)
+    np.bitwise_and(packed, np.uint8(15), out=flat[:, : size // 2])
+    np.right_shift(packed, np.uint8(4), out=flat[:, size // 2 :])
     return out
 
 

@@ -11,11 +11,12 @@ import numpy.typing as npt
 import usearch
 
 from edgecompose import device as devices
+from edgecompose.blend import MergeReport
 from edgecompose.composer import STAGES, Answer, Composition, Retrieval
 from edgecompose.device import Device
 from edgecompose.errors import DeviceError
 from edgecompose.manifest import Manifest
-from edgecompose.merging import MergeReport, MergeSettings
+from edgecompose.methods import MergeSettings
 from edgecompose.retrieval import Neighbour
 
 _BAR_WIDTH = 24

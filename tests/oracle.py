@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgecompose.adapter import AdapterModule
-from edgecompose.merging import MergeSettings
+from edgecompose.methods import MergeSettings
 from edgecompose.quantization import dequantize
 
 Double = npt.NDArray[np.float64]

@@ -38,16 +38,19 @@ ARROWS: dict[str, set[str]] = {
     "trimming": {"errors", "quantization"},
     "core_space": set(),
     "buffers": {"device"},
-    "merging": {"errors", "adapter", "buffers", "core_space", "device", "quantization", "trimming"},
-    "decoder": {"errors", "device", "manifest", "merging"},
+    "methods": {"errors"},
+    "blend": {"device"},
+    "rows": {"blend", "device", "quantization"},
+    "merging": {"errors", "adapter", "blend", "buffers", "core_space", "device", "methods", "rows", "trimming"},
+    "decoder": {"errors", "blend", "device", "manifest"},
     "generation": {"errors", "decoder", "tokenization"},
-    "peft_folder": {"errors", "merging"},
+    "peft_folder": {"errors", "blend"},
 }
 #: The test file of each module that has none of its own name.
 COVERED = {
     "edgecompose/__init__": "test_architecture", "edgecompose/__main__": "test_architecture",
     "edgecompose/composer": "test_bundles_export", "edgecompose/decoder": "test_base_export",
-    "edgecompose/console": "test_cli",
+    "edgecompose/console": "test_cli", "edgecompose/methods": "test_merging", "edgecompose/blend": "test_merging",
     "edgecompose/device": "test_cli", "edgecompose/errors": "test_architecture", "edgecompose/peft_folder": "test_cli",
     "edgecompose/report": "test_cli", "edgecompose_export/__init__": "test_architecture",
     "edgecompose_export/__main__": "test_architecture", "edgecompose_export/adapters": "test_adapters_export",

@@ -22,11 +22,13 @@ import torch
 import transformers
 
 from edgecompose.adapter import Adapter, load_adapter
+from edgecompose.blend import MergedAdapter
 from edgecompose.bundle import sha256_of
 from edgecompose.decoder import Decoder
 from edgecompose.device import choose_device
 from edgecompose.errors import ExportError
-from edgecompose.merging import MergedAdapter, Merger, MergeSettings
+from edgecompose.merging import Merger
+from edgecompose.methods import MergeSettings
 from edgecompose.quantization import dequantize
 from edgecompose.tokenization import Tokenizer
 from edgecompose_export import base as base_export

@@ -18,7 +18,7 @@ from edgecompose import MergeSettings, Request, __version__, open_bundle
 from edgecompose.bundle import read_manifest
 from edgecompose.cli import main
 from edgecompose.composer import STAGES
-from edgecompose.merging import METHODS
+from edgecompose.methods import METHODS
 from tests.fixtures_tiny import ADAPTERS, TASKS, TinyZoo
 
 PROMPT = TASKS["animals"][0]

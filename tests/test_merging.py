@@ -15,9 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgecompose.adapter import Adapter
+from edgecompose.blend import MergedAdapter
+from edgecompose.device import choose_device
 from edgecompose.errors import MergeError
 from edgecompose.manifest import SlotGroup
-from edgecompose.merging import METHODS, MergedAdapter, Merger, MergeSettings, composition_digest
+from edgecompose.merging import Merger
+from edgecompose.methods import METHODS, MergeSettings, composition_digest
 from edgecompose.quantization import Bits
 from tests import oracle
 from tests.factories import GROUPS, WIDE, adapter_of, make_adapter
@@ -448,3 +451,13 @@ def test_eight_threads_merge_as_one_does(merger: Merger, method: str) -> None:
         for name, factors in one.items():
             for found, wanted in zip(other[name], factors, strict=True):
                 np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("method", ["svd", "core_ties", "core_prune", "core_dare"])
+def test_what_is_kept_of_a_set_gives_what_a_fresh_merger_gives(merger: Merger, method: str) -> None:
+    adapters, settings = _adapters(BITS["mixed"][:3]), MergeSettings(method, 0.4)
+    merger.merge(adapters, WEIGHTS[:3], settings)
+    again = _deltas(merger.merge(adapters, WEIGHTS[1:], settings))
+    fresh = _deltas(Merger(choose_device("cpu")).merge(adapters, WEIGHTS[1:], settings))
+    for name, delta in fresh.items():
+        np.testing.assert_array_equal(again[name], delta)

@@ -11,7 +11,8 @@ import pytest
 
 from edgecompose.adapter import Adapter
 from edgecompose.manifest import SlotGroup
-from edgecompose.merging import Merger, MergeSettings
+from edgecompose.merging import Merger
+from edgecompose.methods import MergeSettings
 from edgecompose.quantization import Bits, dequantize
 from edgecompose.trimming import random_mask
 from tests import oracle

@@ -18,12 +18,12 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from edgecompose.blend import MergedAdapter
 from edgecompose.decoder import Decoder
 from edgecompose.device import choose_device
 from edgecompose.errors import ExportError
 from edgecompose.generation import log_softmax
 from edgecompose.manifest import BaseSpec, Distance, SlotGroup, value_from_json
-from edgecompose.merging import MergedAdapter
 from edgecompose.tokenization import Tokenizer
 from edgecompose_export.checkpoint import Checkpoint
 from edgecompose_export.datasets import read_json

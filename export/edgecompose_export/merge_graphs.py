@@ -1,9 +1,11 @@
 """The ONNX graphs that merge quantised factors; they depend on no model and ship with the runtime.
 
-All of them turn rows of codes into values first: DequantizeLinear over blocks, one scale and one zero point a
-block. What follows is few large operations: a product with the weights for the sums of the paper family, a product with
-small matrices for the exact family. `edgecompose-export merge-graphs` writes them to `edgecompose/graphs/`; a
-test compares them.
+All of them turn rows of codes into values first, in one of two ways. Codes that the host gathered, one a byte, go
+through DequantizeLinear over blocks, one scale and one zero point a block: the fastest that ONNX Runtime has on a CPU.
+Packed codes that lie on the device are gathered by row number and go through GatherBlockQuantized, one kernel on CUDA.
+What follows is few large operations: a product with the weights for the sums of the paper family, a product with small
+matrices for the exact family. `edgecompose-export merge-graphs` writes them to `edgecompose/graphs/`; a test compares
+them.
 """
 
 from __future__ import annotations
@@ -14,10 +16,16 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-GRAPHS = ("stack", "linear", "ties_total", "ties_frequency", "mix", "gram", "norm")
+from edgecompose.rows import RESIDENT_BLOCK
+
+_KINDS = ("stack", "linear", "ties_total", "ties_frequency", "mix", "gram")
+#: Where the rows come from: gathered by the host, or packed on the device in 4 or 8 bits.
+_SOURCES = ("", "resident4_", "resident8_")
+GRAPHS = ("norm", "copy_codes", "copy_values", *(f"{source}{kind}" for source in _SOURCES for kind in _KINDS))
 #: Name, element type and dimensions.
 _Input = tuple[str, int, list[int | str]]
-_OPSET = [helper.make_opsetid("", 21)]
+_MICROSOFT = "com.microsoft"
+_OPSET = [helper.make_opsetid("", 21), helper.make_opsetid(_MICROSOFT, 1)]
 _FLOAT = TensorProto.FLOAT
 #: Steep enough to turn any float32 that is not subnormal into a step of HardSigmoid, clamped to [0, 1].
 _STEEP = 1e38
@@ -43,8 +51,10 @@ class _Builder:
 def build_merge_graph(name: str) -> onnx.ModelProto:
     """One of GRAPHS.
 
-    Inputs of those that read codes: `codes` (blocks, block) uint8, `zero_points` (blocks,) uint8, `scales` (rows,
-    blocks a row) float16, `gains` (rows, 1) float32, the factor by which a row's values are multiplied. Then:
+    Inputs of those that read codes of the host: `codes` (blocks, block) uint8, `zero_points` (blocks,) uint8, `scales`
+    (rows, blocks a row) float16, `gains` (rows, 1) float32, the factor by which a row's values are multiplied. Inputs
+    of those that read codes on the device: `pool` (N, n) or (N, n/2) uint8, `pool_scales` (N, blocks a row) float32,
+    `numbers` (rows,) int32, which rows of the pool, `order` = 0, 1, 2, ... (rows,) int32, and `gains`. Then:
 
     * `stack`: no more. Values as they lie.
     * `linear`: `weights` (1, K); the rows are those of K adapters, one after another. Sum of weight times values.
@@ -53,22 +63,29 @@ def build_merge_graph(name: str) -> onnx.ModelProto:
     * `gram`: `shape` = (L, R, n). Inner products of each layer's rows, (L, R, R).
 
     `norm` reads values `a` (L, R, n_in), `b` (L, R, n_out) and gives the squared Frobenius norm of a^T b, (L,).
+    `copy_codes` and `copy_values` give what they read, (N, n).
     """
     b = _Builder()
     if name == "norm":
         sides: list[_Input] = [("a", _FLOAT, ["L", "R", "n"]), ("b", _FLOAT, ["L", "R", "m"])]
         return _model(b, name, sides, _norm(b), ["L"])
-    inputs: list[_Input] = [
-        ("codes", TensorProto.UINT8, ["blocks", "block"]), ("zero_points", TensorProto.UINT8, ["blocks"]),
-        ("scales", TensorProto.FLOAT16, ["rows", "row_blocks"]), ("gains", _FLOAT, ["rows", 1]),
-    ]  # fmt: skip
-    values = _dequantize(b, "merged" if name == "stack" else "values")
-    if name == "stack":
-        return _model(b, name, inputs, values, ["blocks", "block"])
-    if name in ("mix", "gram"):
+    if name in ("copy_codes", "copy_values"):
+        kind = TensorProto.UINT8 if name == "copy_codes" else _FLOAT
+        return _model(b, name, [("given", kind, ["N", "n"])], b("Identity", "given", out="merged"), ["N", "n"], kind)
+    source = next(s for s in reversed(_SOURCES) if name.startswith(s))
+    return _from_rows(b, name, source, name.removeprefix(source))
+
+
+def _from_rows(b: _Builder, name: str, source: str, kind: str) -> onnx.ModelProto:
+    """A graph of one of _KINDS whose rows come from `source`."""
+    out = "merged" if kind == "stack" else "values"
+    values, inputs = _host_rows(b, out) if source == "" else _resident_rows(b, out, 4 if "4" in source else 8)
+    if kind == "stack":
+        return _model(b, name, inputs, values, ["rows", "width"])
+    if kind in ("mix", "gram"):
         inputs.append(("shape", TensorProto.INT64, [3]))
         rows = b("Reshape", values, "shape", out="rows")
-        if name == "gram":
+        if kind == "gram":
             turned = b("Transpose", rows, out="turned", perm=[0, 2, 1])
             return _model(b, name, inputs, b("MatMul", rows, turned, out="merged"), ["L", "R", "R"])
         inputs.append(("mix", _FLOAT, ["L", "P", "R"]))
@@ -77,17 +94,36 @@ def build_merge_graph(name: str) -> onnx.ModelProto:
     count = b("Shape", "weights", out="count", start=1)
     shape = b("Concat", count, b.constant("rest", [-1]), out="stacked", axis=0)
     stack = b("Reshape", values, shape, out="stack")  # (K, m)
-    if name == "linear":
+    if kind == "linear":
         return _model(b, name, inputs, b("MatMul", "weights", stack, out="merged"), [1, "m"])
     inputs.append(("ones", _FLOAT, [1, "K"]))
-    return _model(b, name, inputs, _ties(b, name, stack), [1, "m"])
+    return _model(b, name, inputs, _ties(b, kind, stack), [1, "m"])
 
 
-def _dequantize(b: _Builder, out: str) -> str:
+def _host_rows(b: _Builder, out: str) -> tuple[str, list[_Input]]:
     """Values (blocks, block) = (code - zero point) * scale * gain of its row."""
     scales = b("Mul", b("Cast", "scales", out="scales32", to=_FLOAT), "gains", out="scaled")
     flat = b("Reshape", scales, b.constant("rest", [-1]), out="block_scales")
-    return b("DequantizeLinear", "codes", flat, "zero_points", out=out, axis=0)
+    inputs: list[_Input] = [
+        ("codes", TensorProto.UINT8, ["blocks", "block"]), ("zero_points", TensorProto.UINT8, ["blocks"]),
+        ("scales", TensorProto.FLOAT16, ["rows", "row_blocks"]), ("gains", _FLOAT, ["rows", 1]),
+    ]  # fmt: skip
+    return b("DequantizeLinear", "codes", flat, "zero_points", out=out, axis=0), inputs
+
+
+def _resident_rows(b: _Builder, out: str, bits: int) -> tuple[str, list[_Input]]:
+    """Values (rows, width) of rows of the pool. The scales are gathered apart, since each row has a gain of its own."""
+    codes = b("Gather", "pool", "numbers", out="codes", axis=0)
+    scales = b("Mul", b("Gather", "pool_scales", "numbers", out="scales", axis=0), "gains", out="scaled")
+    values = b(
+        "GatherBlockQuantized", codes, "order", scales, out=out, domain=_MICROSOFT, gather_axis=0, quantize_axis=1,
+        block_size=RESIDENT_BLOCK, bits=bits,
+    )  # fmt: skip
+    return values, [
+        ("pool", TensorProto.UINT8, ["N", "packed"]), ("pool_scales", _FLOAT, ["N", "row_blocks"]),
+        ("numbers", TensorProto.INT32, ["rows"]), ("order", TensorProto.INT32, ["rows"]),
+        ("gains", _FLOAT, ["rows", 1]),
+    ]  # fmt: skip
 
 
 def _ties(b: _Builder, name: str, stack: str) -> str:
@@ -119,9 +155,11 @@ def _norm(b: _Builder) -> str:
     return b("ReduceSum", b("Mul", *grams, out="both"), b.constant("axes", [1, 2]), out="merged", keepdims=0)
 
 
-def _model(b: _Builder, name: str, inputs: list[_Input], output: str, shape: list[int | str]) -> onnx.ModelProto:
+def _model(
+    b: _Builder, name: str, inputs: list[_Input], output: str, shape: list[int | str], kind: int = _FLOAT
+) -> onnx.ModelProto:
     infos = [helper.make_tensor_value_info(*described) for described in inputs]
-    result = helper.make_tensor_value_info(output, _FLOAT, shape)
+    result = helper.make_tensor_value_info(output, kind, shape)
     graph = helper.make_graph(b.nodes, name, infos, [result], b.constants)
     model = helper.make_model(graph, opset_imports=_OPSET, ir_version=10, producer_name="edgecompose")
     onnx.checker.check_model(model, full_check=True)
