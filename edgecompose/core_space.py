@@ -23,13 +23,14 @@ _RIDGE = 1e-6
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Mixes:
-    """Merged factors as mixtures of the stacked rows: A' = a A, B' = b B; `a`, `b` (L, P, R).
+    """Merged factors as mixtures of the stacked rows: A' = a A, B' = b B; `a`, `b` (L, P, R), or None for the rows as
+    they are.
 
     `energy` and `kept_energy` (L,) are the squared Frobenius norms of the sum before and after truncation.
     """
 
-    a: Double
-    b: Double
+    a: Double | None
+    b: Double | None
     energy: Double
     kept_energy: Double
 
@@ -51,9 +52,9 @@ class CoreSpace:
         """Size of the arrays."""
         return self.to_a.nbytes + self.to_b.nbytes + self.cores.nbytes
 
-    def mixes(self, core: Double) -> tuple[Double, Double]:
-        """Mixtures of A's and of B's rows whose product is the update `core` (L, R, R)."""
-        return self.to_a, core @ self.to_b
+    def between(self, core: Double) -> Double:
+        """The matrix M (L, R, R) between the stacked rows, A^T M B, that is the update `core` (L, R, R) of the bases."""
+        return np.asarray(np.swapaxes(self.to_a, 1, 2) @ core @ self.to_b, np.float64)
 
 
 def inner_products(gram_a: Double, gram_b: Double, ranks: tuple[int, ...]) -> Double:
@@ -84,8 +85,7 @@ def truncate(gram_a: Double, gram_b: Double, rank: int | None, energy: float | N
         enough = np.where(total == 0, 1, (shares < energy - 1e-12).sum(axis=1) + 1)
         count = min(count, int(enough.max()))
     if count == squares.shape[1]:  # nothing is cut: the rows as they are, bit for bit
-        same = np.broadcast_to(np.eye(count), root.shape)
-        return Mixes(same, same, total, total)
+        return Mixes(None, None, total, total)
     kept = squares[:, :count]
     floor = np.where(total == 0, 1, total * 1e-14)[:, None]
     balance = np.maximum(kept, floor)[:, :, None] ** 0.25  # square root of the singular value

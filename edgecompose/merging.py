@@ -166,22 +166,24 @@ class Merger:
         total = sum(float(mix.energy.sum()) for mix in mixes.values())
         kept = sum(float(mix.kept_energy.sum()) for mix in mixes.values())
         report = MergeReport(norm_factor, max(0.0, 1 - kept / total) if total else 0.0)
-        merged = self._allocate(parts, {m: mix.a.shape[1] for m, mix in mixes.items()}, digest, report)
+        if settings.method == "svd":
+            parts = {m: [_exact_part(a, m, w) for a, w in found] for m, found in members.items()}
+        ranks = {m: sum(_ranks(parts[m])) if mix.b is None else mix.b.shape[1] for m, mix in mixes.items()}
+        merged = self._allocate(parts, ranks, digest, report)
         self._map(lambda item: self._mix(merged, parts, mixes, *item), self._chunks(parts))
         return merged
 
     def _truncated(
         self, members: Mapping[str, Sequence[tuple[Adapter, float]]], parts: Parts, settings: MergeSettings
     ) -> dict[str, core_space.Mixes]:
-        """The mixtures of svd; the weights go into A's rows."""
+        """The mixtures of svd, for rows of A with their weights."""
         mixes = {}
         for module, (gram_a, gram_b) in self._gram_matrices(parts).items():
             ranks = _ranks(parts[module])
             cap = max(ranks) if settings.rank is None and settings.energy is None else settings.rank
             row_weights = np.repeat([w for _, w in members[module]], ranks)
             weighted = gram_a * np.outer(row_weights, row_weights)
-            mix = core_space.truncate(weighted, gram_b, cap, settings.energy)
-            mixes[module] = replace(mix, a=mix.a * row_weights)
+            mixes[module] = core_space.truncate(weighted, gram_b, cap, settings.energy)
         return mixes
 
     def _in_core_space(
@@ -200,7 +202,7 @@ class Merger:
                 self._spaces.put(keys[module], space)
             core = combine(space.cores, np.array([w for _, w in members[module]], np.float64))
             whole = np.ones(len(core))
-            mixes[module] = core_space.Mixes(*space.mixes(core), whole, whole)
+            mixes[module] = core_space.Mixes(None, space.between(core), whole, whole)
         return mixes
 
     def _gram_matrices(self, parts: Parts) -> dict[str, Grams]:
@@ -295,8 +297,11 @@ class Merger:
         self, merged: MergedAdapter, parts: Parts, mixes: Mapping[str, core_space.Mixes], module: str, side: Side,
         layers: slice,
     ) -> None:  # fmt: skip
-        rows = self._gather(parts[module], side, layers, stacked=True)
         mix = mixes[module].a if side == "A" else mixes[module].b
+        if mix is None:
+            self._stack(merged, parts, module, side, layers)
+            return
+        rows = self._gather(parts[module], side, layers, stacked=True)
         address, (rank, width) = merged.address(module, side, layers.start)
         count = layers.stop - layers.start
         shape = np.array([count, mix.shape[2], width], np.int64)
