@@ -190,8 +190,8 @@ def _copy_base(folder: Path, work: Path) -> BaseSpec:
     folding = spec.folding
     if folding is not None:  # both graphs read the decoder's data file, which lies beside them here too
         names += [folding.fold_graph, folding.decoder_graph]
-        graphs = {"fold_graph": f"base/{folding.fold_graph}", "decoder_graph": f"base/{folding.decoder_graph}"}
-        folding = replace(folding, **graphs)
+        fold_graph, decoder_graph = (f"base/{graph}" for graph in names[-2:])
+        folding = replace(folding, fold_graph=fold_graph, decoder_graph=decoder_graph)
     for name in names:
         _copy(folder / name, work / "base" / name)
     template = None if spec.chat_template is None else f"base/{spec.chat_template}"

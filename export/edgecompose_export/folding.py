@@ -89,9 +89,12 @@ def _read_panels(graph: onnx.GraphProto, linear: Linear) -> None:
     position = list(graph.node).index(node)
     node.input[1], node.output[0] = _weight(linear), panels
     shape = _constant(graph, [1, -1, linear.n_out])
-    reshape = helper.make_node("Reshape", [rows, shape], [target], f"{node.name}/Join")
-    graph.node.insert(position + 1, helper.make_node("Transpose", [panels], [rows], f"{node.name}/Rows", perm=[1, 0, 2]))
-    graph.node.insert(position + 2, reshape)
+    join = [
+        helper.make_node("Transpose", [panels], [rows], f"{node.name}/Rows", perm=[1, 0, 2]),
+        helper.make_node("Reshape", [rows, shape], [target], f"{node.name}/Join"),
+    ]
+    for step, new in enumerate(join, start=1):
+        graph.node.insert(position + step, new)
     graph.input.append(_value(linear))
 
 
