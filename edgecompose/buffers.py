@@ -72,6 +72,12 @@ class LruCache(Generic[T]):
             while self.bytes > self.limit_bytes:
                 self._remove(next(iter(self._entries)))
 
+    def make_room(self, size: int) -> None:
+        """Drop the least recently used values until `size` more bytes would fit, or nothing is left."""
+        with self._lock:
+            while self._entries and self.bytes + size > self.limit_bytes:
+                self._remove(next(iter(self._entries)))
+
     def clear(self) -> None:
         """Forget everything."""
         with self._lock:

@@ -14,13 +14,14 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 
 from edgecompose import __version__, report
 from edgecompose import bundle as bundles
-from edgecompose.composer import Composer, Request, open_bundle
+from edgecompose.composer import Composer, open_bundle
 from edgecompose.console import ErrorGroup, progress
 from edgecompose.device import DeviceRequest, has_cuda_provider
 from edgecompose.errors import EdgeComposeError, MergeError
 from edgecompose.generation import Sampling
 from edgecompose.methods import METHODS, MergeSettings
 from edgecompose.peft_folder import write_peft_folder
+from edgecompose.request import Request
 
 F = TypeVar("F", bound=Callable[..., Any])
 _STANDARD_INPUT = "-"
@@ -93,6 +94,7 @@ def main() -> None:
 @click.option("--sample-top-p", type=click.FloatRange(0, 1, min_open=True), default=0.95, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of --sample.")
 @click.option("--raw", is_flag=True, help="Send the prompt as it is, without the chat template.")
+@click.option("--fold", is_flag=True, help="Write the blend into a copy of the base's weights (float bases only).")
 @click.option("--explain", is_flag=True, help="Show on stderr how the answer came about.")
 @device_option
 @json_option
@@ -250,7 +252,7 @@ def _request(composer: Composer, options: dict[str, Any]) -> Request:
         neighbours=options["top_n"], temperature=options["temperature"], nucleus=options["top_p"], merge=merge,
         max_tokens=options.get("max_tokens"), sampling=sampling,
         choices=(*_parse_choices(options.get("choices")), *options.get("more_choices", ())),
-        raw=options.get("raw", False),
+        raw=options.get("raw", False), attachment="fold" if options.get("fold") else "attach",
     )  # fmt: skip
 
 

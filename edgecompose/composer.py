@@ -16,18 +16,20 @@ import numpy as np
 import numpy.typing as npt
 
 from edgecompose.adapter import Adapter, load_adapter
-from edgecompose.blend import MergedAdapter, MergeReport
+from edgecompose.blend import MergedAdapter
 from edgecompose.buffers import LruCache
 from edgecompose.bundle import Bundle
-from edgecompose.decoder import Decoder, Decoding, Float
+from edgecompose.decoder import Decoder, Decoding, Float, FoldedDecoder
 from edgecompose.device import Device, DeviceRequest, choose_device
 from edgecompose.embedder import Embedder
-from edgecompose.errors import GenerationError, RetrievalError
-from edgecompose.generation import Sampling, generate, score_choices, stream_text
+from edgecompose.errors import GenerationError
+from edgecompose.folding import FoldedWeights, Folding, folded_bytes, require_folding
+from edgecompose.generation import generate, score_choices, stream_text
 from edgecompose.manifest import Defaults
 from edgecompose.merging import Merger
 from edgecompose.methods import MergeSettings, composition_digest
-from edgecompose.retrieval import ExampleIndex, Neighbour
+from edgecompose.request import STAGES, Answer, Composition, Request, Retrieval
+from edgecompose.retrieval import ExampleIndex
 from edgecompose.tokenization import Tokenizer
 from edgecompose.weighting import adapter_weights, nucleus, task_distribution
 
@@ -35,73 +37,6 @@ Double = npt.NDArray[np.float64]
 N = TypeVar("N", int, float)
 #: Blends that are kept for the next request that wants the same one.
 CACHE_BYTES = 256 << 20
-STAGES = ("load", "embed", "retrieve", "weigh", "merge", "prefill", "decode", "total")
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What a caller may decide; None takes the bundle's default.
-
-    `weights` composes by hand and skips retrieval; `exclude` leaves tasks out of it;
-    `neighbours`, `temperature` and `nucleus` are the paper's N, T and p;
-    `raw` sends the prompt without the chat template; `choices` are scored instead of generating.
-    """
-
-    weights: Mapping[str, float] | None = None
-    exclude: tuple[str, ...] = ()
-    neighbours: int | None = None
-    temperature: float | None = None
-    nucleus: float | None = None
-    merge: MergeSettings | None = None
-    max_tokens: int | None = None
-    sampling: Sampling | None = None
-    choices: tuple[str, ...] = ()
-    raw: bool = False
-
-    def __post_init__(self) -> None:
-        if self.neighbours is not None and self.neighbours < 1:
-            raise RetrievalError(f"{self.neighbours} neighbours were asked for; 1 or more is wanted")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise GenerationError(f"max_tokens is {self.max_tokens}; 1 or more is wanted")
-
-
-@dataclass(frozen=True, slots=True)
-class Retrieval:
-    """Neighbours, the distribution over tasks before the nucleus cut, the tasks that it kept, and adapter weights."""
-
-    neighbours: tuple[Neighbour, ...]
-    distribution: Mapping[str, float]
-    nucleus: Mapping[str, float]
-    weights: Mapping[str, float]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Composition:
-    """A blend on the device with what led to it."""
-
-    retrieval: Retrieval
-    settings: MergeSettings
-    merged: MergedAdapter
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """An answer and how it came about; `timings_ms` has one entry a stage of STAGES (`load`: files read on first use).
-
-    `choices` maps each given choice to its mean log-likelihood (nats a token), None when none were given.
-    """
-
-    prompt: str
-    text: str
-    retrieval: Retrieval
-    settings: MergeSettings
-    composition: str
-    device: Device
-    timings_ms: Mapping[str, float]
-    prompt_tokens: int
-    generated_tokens: int
-    choices: Mapping[str, float] | None = None
-    report: MergeReport = MergeReport()
 
 
 @dataclass(slots=True)
@@ -120,13 +55,21 @@ class _Clock:
 
 
 class Composer:
-    """An opened bundle on a device. Parts are loaded when first needed; `close` lets go of them."""
+    """An opened bundle on a device. Parts are loaded when first needed; `close` lets go of them.
 
-    def __init__(self, bundle: Bundle, device: Device, *, cache_bytes: int = CACHE_BYTES) -> None:
+    Blends are kept up to `cache_bytes`; folded bases up to `folded_bytes`, by default the last one that was used.
+    """
+
+    def __init__(
+        self, bundle: Bundle, device: Device, *, cache_bytes: int = CACHE_BYTES, folded_bytes: int | None = None
+    ) -> None:
         self.bundle = bundle
         self.device = device
         self._adapters: dict[str, Adapter] = {}
         self._blends: LruCache[MergedAdapter] = LruCache(cache_bytes, lambda merged: merged.bytes)
+        self._folded: LruCache[FoldedWeights] = LruCache(
+            _size_of_folded(bundle) if folded_bytes is None else folded_bytes, lambda folded: folded.bytes
+        )
 
     def __enter__(self) -> Composer:
         return self
@@ -140,7 +83,8 @@ class Composer:
         """Drop the sessions, the index and the adapters; they are loaded again if asked for."""
         self._adapters.clear()
         self._blends.clear()
-        for part in ("embedder", "index", "decoder", "tokenizer", "merger"):
+        self._folded.clear()
+        for part in ("embedder", "index", "decoder", "tokenizer", "merger", "folding", "folded_decoder"):
             self.__dict__.pop(part, None)
 
     @functools.cached_property
@@ -167,6 +111,18 @@ class Composer:
         """The base model."""
         spec = self.bundle.manifest.base
         return Decoder(self.bundle.path(spec.graph), spec, self.device)
+
+    @functools.cached_property
+    def folding(self) -> Folding:
+        """The fold graph of a float base."""
+        spec = self.bundle.manifest.base
+        return Folding(self._beside_decoder(require_folding(spec).fold_graph), spec, self.device)
+
+    @functools.cached_property
+    def folded_decoder(self) -> FoldedDecoder:
+        """The decoder that reads folded weights."""
+        spec = self.bundle.manifest.base
+        return FoldedDecoder(self._beside_decoder(require_folding(spec).decoder_graph), spec, self.device)
 
     @functools.cached_property
     def merger(self) -> Merger:
@@ -206,18 +162,24 @@ class Composer:
         """
         request = request or Request()
         clock = _Clock()
+        if request.attachment == "fold":
+            require_folding(self.bundle.manifest.base)
         with clock.stage("total"):
             composition = self._compose(prompt, request, clock)
             ids = self._encode(prompt, raw=request.raw)
+            blend: MergedAdapter | FoldedWeights = composition.merged
+            if request.attachment == "fold" and composition.merged.modules:
+                blend = self._fold(composition.merged, clock)
             if request.choices:
-                text, count, scores = self._choose(ids, composition.merged, request, clock)
+                text, count, scores = self._choose(ids, blend, request, clock)
                 on_text(text)
             else:
-                text, count = self._generate(ids, composition.merged, request, clock, on_text)
+                text, count = self._generate(ids, blend, request, clock, on_text)
                 scores = None
         return Answer(
             prompt, text, composition.retrieval, composition.settings, composition.merged.digest,
             self.device, clock.spent, len(ids), count, scores, composition.merged.report,
+            "fold" if isinstance(blend, FoldedWeights) else "attach",
         )  # fmt: skip
 
     def _retrieve(self, prompt: str, request: Request, clock: _Clock) -> Retrieval:
@@ -258,6 +220,26 @@ class Composer:
             self._blends.put(digest, merged)
         return merged
 
+    def _fold(self, merged: MergedAdapter, clock: _Clock) -> FoldedWeights:
+        """The base with a blend in its weights, from the cache where it is there."""
+        with clock.stage("load"):
+            folding = self.folding
+        with clock.stage("fold"):
+            folded = self._folded.get(merged.digest)
+            if folded is None:
+                # what goes is let go of first, so that its memory is used again
+                self._folded.make_room(_size_of_folded(self.bundle))
+                folded = folding.fold(merged)
+                self._folded.put(merged.digest, folded)
+        return folded
+
+    def _beside_decoder(self, graph: str) -> Path:
+        """Checked path of a graph that reads the decoder's data file, which is checked as well."""
+        data = f"{self.bundle.manifest.base.graph}.data"
+        if data in self.bundle.manifest.files:
+            self.bundle.path(data)
+        return self.bundle.path(graph)
+
     def inner_products(self, names: Sequence[str]) -> Double:
         """Inner products (K, K) of adapters' updates, as the manifest has them, or else computed from the factors."""
         known = self.bundle.manifest.inner_products
@@ -280,19 +262,28 @@ class Composer:
         return ids
 
     def _read_prompt(
-        self, ids: Sequence[int], merged: MergedAdapter, room: int, clock: _Clock
+        self, ids: Sequence[int], blend: MergedAdapter | FoldedWeights, room: int, clock: _Clock
     ) -> tuple[Decoding, Float]:
         with clock.stage("load"):
-            decoder = self.decoder
+            start: Callable[[int], Decoding]
+            if isinstance(blend, FoldedWeights):
+                start = functools.partial(self.folded_decoder.start, blend)
+            else:
+                start = functools.partial(self.decoder.start, blend)
         with clock.stage("prefill"):
-            decoding = decoder.start(merged, len(ids) + room)
+            decoding = start(len(ids) + room)
             return decoding, decoding.forward(ids)[0]
 
     def _generate(
-        self, ids: list[int], merged: MergedAdapter, request: Request, clock: _Clock, on_text: Callable[[str], None]
+        self,
+        ids: list[int],
+        blend: MergedAdapter | FoldedWeights,
+        request: Request,
+        clock: _Clock,
+        on_text: Callable[[str], None],
     ) -> tuple[str, int]:
         limit = _given(request.max_tokens, self.bundle.manifest.defaults.max_tokens)
-        decoding, logits = self._read_prompt(ids, merged, limit, clock)
+        decoding, logits = self._read_prompt(ids, blend, limit, clock)
         end = self.bundle.manifest.base.end_tokens
         tokens = generate(decoding, logits, max_tokens=limit, end_tokens=end, sampling=request.sampling)
         pieces, count = [], 0
@@ -304,13 +295,13 @@ class Composer:
         return "".join(pieces), count
 
     def _choose(
-        self, ids: list[int], merged: MergedAdapter, request: Request, clock: _Clock
+        self, ids: list[int], blend: MergedAdapter | FoldedWeights, request: Request, clock: _Clock
     ) -> tuple[str, int, dict[str, float]]:
         if len(set(request.choices)) != len(request.choices):
             raise GenerationError("a choice is given twice; give each once")
         raw = request.raw or not self.tokenizer.has_chat_template
         choices = [self.tokenizer.encode(f" {choice}" if raw else choice) for choice in request.choices]
-        decoding, logits = self._read_prompt(ids, merged, max(map(len, choices)), clock)
+        decoding, logits = self._read_prompt(ids, blend, max(map(len, choices)), clock)
         with clock.stage("decode"):
             scores = score_choices(decoding, logits, choices)
         ranked = dict(zip(request.choices, scores, strict=True))
@@ -324,6 +315,11 @@ def merge_settings(defaults: Defaults) -> MergeSettings:
         MergeError: an unknown method, or a parameter out of range.
     """
     return MergeSettings(**{item.name: getattr(defaults, item.name) for item in dataclasses.fields(MergeSettings)})
+
+
+def _size_of_folded(bundle: Bundle) -> int:
+    folding = bundle.manifest.base.folding
+    return 0 if folding is None else folded_bytes(folding)
 
 
 def _given(wanted: N | None, default: N) -> N:

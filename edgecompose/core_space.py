@@ -53,7 +53,7 @@ class CoreSpace:
         return self.to_a.nbytes + self.to_b.nbytes + self.cores.nbytes
 
     def between(self, core: Double) -> Double:
-        """The matrix M (L, R, R) between the stacked rows, A^T M B, that is the update `core` (L, R, R) of the bases."""
+        """The matrix M (L, R, R) between the stacked rows, A^T M B, that is the update `core` (L, R, R)."""
         return np.asarray(np.swapaxes(self.to_a, 1, 2) @ core @ self.to_b, np.float64)
 
 

@@ -1,17 +1,18 @@
-"""The base model with a blend attached, one sequence at a time; knows nothing of text or sampling."""
+"""The base model with a blend attached or folded in, one sequence at a time; knows nothing of text or sampling."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edgecompose.blend import SIDES, MergedAdapter
-from edgecompose.device import Device, IOBinding, OrtValue, open_session
-from edgecompose.errors import BundleError, GenerationError, PromptTooLong
+from edgecompose.binding import bind_slots, check_graph, slot_axes
+from edgecompose.blend import MergedAdapter
+from edgecompose.device import Device, IOBinding, OrtValue, Session, open_session
+from edgecompose.errors import GenerationError, PromptTooLong
+from edgecompose.folding import FoldedWeights, require_folding, weight_axes
 from edgecompose.manifest import BaseSpec
 
 Float = npt.NDArray[np.float32]
@@ -25,7 +26,8 @@ class Decoder:
         self.spec = spec
         self.device = device
         self._session = open_session(graph, device, name="decoder")
-        _check_graph(self._session, spec)
+        inputs = {**_sequence_axes(spec), **slot_axes(spec.slots)}
+        check_graph(self._session, "decoder", inputs, {"logits": {2: spec.vocabulary}})
 
     def start(self, adapter: MergedAdapter, capacity: int) -> Decoding:
         """Begin a sequence of at most `capacity` tokens under one blend.
@@ -33,12 +35,28 @@ class Decoder:
         Raises:
             PromptTooLong: `capacity` exceeds the context of the base.
         """
-        if capacity > self.spec.context:
-            raise PromptTooLong(
-                f"prompt and answer take {capacity} tokens, the base has a context of {self.spec.context}; "
-                "shorten the prompt or lower --max-tokens"
-            )
+        _check_capacity(capacity, self.spec)
         return Decoding(self._session, self.spec, self.device, adapter, capacity)
+
+
+class FoldedDecoder:
+    """A session of the decoder graph without slots, whose linear weights are fed. It holds no weights of its own."""
+
+    def __init__(self, graph: Path, spec: BaseSpec, device: Device) -> None:
+        self.spec = spec
+        self.device = device
+        self._session = open_session(graph, device, name="folded decoder")
+        inputs = {**_sequence_axes(spec), **weight_axes(require_folding(spec).weights)}
+        check_graph(self._session, "folded decoder", inputs, {"logits": {2: spec.vocabulary}})
+
+    def start(self, weights: FoldedWeights, capacity: int) -> Decoding:
+        """Begin a sequence of at most `capacity` tokens with weights that a blend was folded into.
+
+        Raises:
+            PromptTooLong: `capacity` exceeds the context of the base.
+        """
+        _check_capacity(capacity, self.spec)
+        return Decoding(self._session, self.spec, self.device, weights, capacity)
 
 
 class Decoding:
@@ -47,14 +65,19 @@ class Decoding:
     The cache is one buffer that attention reads and extends in place, so nothing is copied from step to step.
     """
 
-    def __init__(self, session: Any, spec: BaseSpec, device: Device, adapter: MergedAdapter, capacity: int) -> None:
-        self.composition = adapter.digest
+    def __init__(
+        self, session: Session, spec: BaseSpec, device: Device, blend: MergedAdapter | FoldedWeights, capacity: int
+    ) -> None:
+        self.composition = blend.digest
         self.length = 0
         self._session, self._spec, self._capacity = session, spec, capacity
         self._binding: IOBinding = session.io_binding()
-        self._adapter = adapter  # keeps the bound buffers alive
+        self._blend = blend  # keeps the bound buffers alive
         self._cache = _bind_cache(self._binding, spec, device, capacity)
-        _bind_slots(self._binding, adapter, device)
+        if isinstance(blend, FoldedWeights):
+            blend.bind_inputs(self._binding, device)
+        else:
+            bind_slots(self._binding, blend, device)
         self._past = _HOST.empty((1,), np.int32)
         self._total = _HOST.empty((), np.int32)
         self._binding.bind_ortvalue_input("seqlens_k", self._past)
@@ -110,26 +133,19 @@ class Decoding:
         self._shape = (count, kept)
 
 
-def _check_graph(session: Any, spec: BaseSpec) -> None:
-    """Compare the graph with its description: ONNX Runtime would fail in its own words, at the first prompt."""
-    found = {v.name: v.shape for v in (*session.get_inputs(), *session.get_overridable_initializers())}
-    wanted: dict[str, dict[int, int]] = {}
-    for layer in range(spec.layers):
-        for part in ("key", "value"):
-            wanted[f"past_key_values.{layer}.{part}"] = {1: spec.kv_heads, 3: spec.head_size}
-    for group in spec.slots:
-        for layer in range(group.layers):
-            wanted[f"layers.{layer}.{group.name}.A"] = {1: group.n_in}
-            wanted[f"layers.{layer}.{group.name}.B"] = {1: group.n_out}
-    wanted |= {name: {} for name in ("input_ids", "seqlens_k", "total_sequence_length", "logits_kept")}
-    outputs = {v.name: v.shape for v in session.get_outputs()}
-    wrong = sorted(set(found) ^ set(wanted))
-    wrong += [n for n, dims in wanted.items() if n in found and any(found[n][i] != size for i, size in dims.items())]
-    if outputs.get("logits", [0])[-1] != spec.vocabulary:
-        wrong.append("logits")
-    if wrong:
-        shown = ", ".join(wrong[:4]) + (" ..." if len(wrong) > 4 else "")
-        raise BundleError(f"the decoder graph is not the one that the manifest describes: {shown}; export it again")
+def _sequence_axes(spec: BaseSpec) -> dict[str, dict[int, int]]:
+    """What a decoder takes whatever its weights are: new tokens, lengths, caches."""
+    names = ("input_ids", "seqlens_k", "total_sequence_length", "logits_kept")
+    caches = [f"past_key_values.{layer}.{part}" for layer in range(spec.layers) for part in ("key", "value")]
+    return {**{name: {} for name in names}, **{name: {1: spec.kv_heads, 3: spec.head_size} for name in caches}}
+
+
+def _check_capacity(capacity: int, spec: BaseSpec) -> None:
+    if capacity > spec.context:
+        raise PromptTooLong(
+            f"prompt and answer take {capacity} tokens, the base has a context of {spec.context}; "
+            "shorten the prompt or lower --max-tokens"
+        )
 
 
 def _bind_cache(binding: IOBinding, spec: BaseSpec, device: Device, capacity: int) -> list[OrtValue]:
@@ -142,12 +158,3 @@ def _bind_cache(binding: IOBinding, spec: BaseSpec, device: Device, capacity: in
             binding.bind_ortvalue_output(f"present.{layer}.{part}", buffer)
             buffers.append(buffer)
     return buffers
-
-
-def _bind_slots(binding: IOBinding, adapter: MergedAdapter, device: Device) -> None:
-    """Bind each layer's slots to their places in the blend's buffer, without a copy."""
-    for name, module in adapter.modules.items():
-        for layer in range(module.layers):
-            for side in SIDES:
-                address, shape = adapter.address(name, side, layer)
-                binding.bind_input(f"layers.{layer}.{name}.{side}", device.kind, 0, np.float32, shape, address)

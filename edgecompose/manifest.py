@@ -66,8 +66,25 @@ class Distance:
 
 
 @dataclass(frozen=True, slots=True)
+class FoldingSpec:
+    """The graphs that write a blend into a float base: one gives the folded weights, one decodes with them.
+
+    `weights` are the folded ones, float32, in panels of columns: name -> (panels, n_in, columns of a panel).
+    """
+
+    fold_graph: str
+    decoder_graph: str
+    weights: dict[str, tuple[int, ...]]
+
+    def __post_init__(self) -> None:
+        bad = [name for name, shape in self.weights.items() if len(shape) != 3 or min(shape) < 1]
+        if bad or not self.weights:
+            raise ManifestInvalid(f"folding names no weight, or one without panels: {', '.join(bad[:4])}")
+
+
+@dataclass(frozen=True, slots=True)
 class BaseSpec:
-    """The decoder graph and what the decoding loop has to know of it."""
+    """The decoder graph and what the decoding loop has to know of it; `folding` is there for float bases only."""
 
     graph: str
     tokenizer: str
@@ -82,6 +99,7 @@ class BaseSpec:
     chat_template: str | None = None
     distance: Distance | None = None
     source: str = ""
+    folding: FoldingSpec | None = None
 
     def __post_init__(self) -> None:
         names = [group.name for group in self.slots]
@@ -223,6 +241,8 @@ class Manifest:
     def named_files(self) -> list[str]:
         """Every file that some part of the manifest refers to."""
         optional = [self.base.chat_template, self.index.texts]
+        if self.base.folding is not None:
+            optional += [self.base.folding.fold_graph, self.base.folding.decoder_graph]
         return [
             self.base.graph, self.base.tokenizer, self.embedder.graph, self.embedder.tokenizer, self.index.file,
             *(a.file for a in self.adapters.values()), *(path for path in optional if path is not None),

@@ -12,11 +12,11 @@ import usearch
 
 from edgecompose import device as devices
 from edgecompose.blend import MergeReport
-from edgecompose.composer import STAGES, Answer, Composition, Retrieval
 from edgecompose.device import Device
 from edgecompose.errors import DeviceError
 from edgecompose.manifest import Manifest
 from edgecompose.methods import MergeSettings
+from edgecompose.request import STAGES, Answer, Composition, Retrieval
 from edgecompose.retrieval import Neighbour
 
 _BAR_WIDTH = 24
@@ -33,6 +33,7 @@ def answer_json(answer: Answer) -> Json:
         "prompt": answer.prompt,
         "answer": answer.text,
         "method": answer.settings.method,
+        "attachment": answer.attachment,
         **retrieval_json(answer.retrieval),
         "device": device_json(answer.device),
         "timings_ms": {stage: round(answer.timings_ms[stage], 3) for stage in STAGES},
@@ -102,6 +103,7 @@ def manifest_json(manifest: Manifest) -> Json:
             "source": base.source, "identity": base.identity, "precision": base.precision, "layers": base.layers,
             "context": base.context, "slots": {g.name: [g.n_in, g.n_out] for g in base.slots},
             "distance": None if distance is None else {"kl": distance.kl, "top1": distance.top1},
+            "fold": base.folding is not None,
         },
         "embedder": {
             "source": embedder.source, "precision": embedder.precision, "dimension": embedder.dimension,
@@ -175,7 +177,8 @@ def explain_answer(answer: Answer) -> list[str]:
         lines += [f"              {score:8.3f}  {choice}" for choice, score in _ranked(answer.choices)]
     return [
         *lines,
-        f"method        {_described_method(answer)}, composition {answer.composition[:12]}",
+        f"method        {_described_method(answer)}, composition {answer.composition[:12]}, "
+        f"{'folded' if answer.attachment == 'fold' else 'attached'}",
         f"device        {answer.device.kind} ({answer.device.reason})",
         f"tokens        {answer.prompt_tokens} in the prompt, {answer.generated_tokens} in the answer{speed}",
         f"time (ms)     {timings}",
@@ -187,12 +190,14 @@ def describe_manifest(manifest: Manifest) -> list[str]:
     shown = manifest_json(manifest)
     base, embedder = shown["base"], shown["embedder"]
     distance = base["distance"]
+    fold = ", can be folded" if base["fold"] else ""
     quality = "" if distance is None else f", KL {distance['kl']:.4f} and top-1 {distance['top1']:.1%} against float32"
     lines = [
         f"bundle        {shown['name']} (schema {shown['schema_version']}), {shown['files']} files, "
         f"{shown['bytes'] / 1e6:.1f} MB",
         f"base          {base['source']}, {base['precision']}, {base['layers']} layers, context {base['context']}"
-        + quality,
+        + quality
+        + fold,
         f"embedder      {embedder['source']}, {embedder['precision']}, {embedder['dimension']} dimensions",
         f"slots         {', '.join(base['slots'])}",
         "task                  examples  adapter               rank  bits     KB  error",

@@ -17,8 +17,8 @@ from click.testing import CliRunner, Result
 from edgecompose import MergeSettings, Request, __version__, open_bundle
 from edgecompose.bundle import read_manifest
 from edgecompose.cli import main
-from edgecompose.composer import STAGES
 from edgecompose.methods import METHODS
+from edgecompose.request import STAGES
 from tests.fixtures_tiny import ADAPTERS, TASKS, TinyZoo
 
 PROMPT = TASKS["animals"][0]
@@ -50,8 +50,8 @@ def fault_of(*arguments: object, stdin: bytes | None = None) -> str:
 def test_an_answer_as_json_has_the_documented_keys(bundle: Path) -> None:
     found = result_of("run", bundle, PROMPT)
     assert set(found) == {
-        "prompt", "answer", "method", "weights", "neighbours", "distribution", "device", "timings_ms", "tokens",
-        "composition", "merge",
+        "prompt", "answer", "method", "attachment", "weights", "neighbours", "distribution", "device", "timings_ms",
+        "tokens", "composition", "merge",
     }  # fmt: skip
     assert (found["prompt"], found["method"]) == (PROMPT, "product")
     assert sum(found["weights"].values()) == pytest.approx(1)
@@ -64,7 +64,7 @@ def test_an_answer_as_json_has_the_documented_keys(bundle: Path) -> None:
     assert found["device"]["providers"][-1] == "CPUExecutionProvider"
     assert found["device"]["reason"]
     assert tuple(found["timings_ms"]) == STAGES
-    assert {"embed", "retrieve", "weigh", "merge", "prefill", "decode", "total"} <= set(STAGES)
+    assert {"embed", "retrieve", "weigh", "merge", "fold", "prefill", "decode", "total"} <= set(STAGES)
     assert all(math.isfinite(spent) and spent >= 0 for spent in found["timings_ms"].values())
     assert found["timings_ms"]["total"] >= max(found["timings_ms"][stage] for stage in STAGES[:-1])
     assert set(found["tokens"]) == {"prompt", "generated"}

@@ -27,11 +27,14 @@ from edgecompose.manifest import BaseSpec, Distance, SlotGroup, value_from_json
 from edgecompose.tokenization import Tokenizer
 from edgecompose_export.checkpoint import Checkpoint
 from edgecompose_export.datasets import read_json
+from edgecompose_export.folding import without_data, write_folding
 from edgecompose_export.quantize import quantize_decoder
 from edgecompose_export.slots import add_slots, feed_lengths, keep_last_logits
 
 Precision = Literal["fp32", "fp16", "int8", "int4"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+#: Precisions whose weights a blend can be written into.
+FLOAT_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
 SPEC_FILE = "base.json"
 #: Mean KL divergence (nats) that a quantised base may have from float32.
 LARGEST_KL = 0.01
@@ -51,6 +54,8 @@ def export_base(
 ) -> BaseSpec:
     """Write `decoder.onnx`, `tokenizer.json`, `chat_template.jinja` and `base.json` to `output`.
 
+    A float base (fp32, fp16) also gets the graphs of `folding.write_folding`.
+
     Args:
         accept_distance: keep a quantised base whose KL divergence exceeds LARGEST_KL.
         advance: called with the name of each step as it begins.
@@ -69,7 +74,9 @@ def export_base(
         template = checkpoint.write_tokenizer(output)
         _write_template(output, template)
         advance("building the float graph")
-        graph, slots = build_decoder(model, checkpoint, work)
+        graph, widths = build_decoder(model, checkpoint, work), _head_widths(model.config)[1:]
+        bare = without_data(graph)
+        slots = add_slots(graph, widths)
         spec = _describe(model, slots, checkpoint, precision, template)
         _save(graph, work / "float.onnx")
         tokenizer = Tokenizer(output / spec.tokenizer, chat_template=template)
@@ -80,6 +87,8 @@ def export_base(
         advance(f"converting to {precision}")
         convert(graph, precision)
         _save(graph, output / spec.graph)
+        if precision in FLOAT_PRECISIONS:
+            spec = dataclasses.replace(spec, folding=write_folding(bare, output / spec.graph, widths))
         if precision != "fp32":
             advance("measuring the distance from float32")
             distance = measure_distance(work / "float.onnx", output / spec.graph, spec, prompts)
@@ -93,8 +102,8 @@ def export_base(
     return spec
 
 
-def build_decoder(model: Any, checkpoint: Checkpoint, work: Path) -> tuple[onnx.ModelProto, tuple[SlotGroup, ...]]:
-    """The float graph of a model, with the inputs that our decoding loop feeds, and its adapter slots.
+def build_decoder(model: Any, checkpoint: Checkpoint, work: Path) -> onnx.ModelProto:
+    """The float graph of a model, with the inputs that our decoding loop feeds, without adapter slots.
 
     Args:
         model: the transformers model of `checkpoint`.
@@ -107,11 +116,9 @@ def build_decoder(model: Any, checkpoint: Checkpoint, work: Path) -> tuple[onnx.
         checkpoint.tokenizer().save_pretrained(source)
     _run_builder(source, work / "builder", work / "cache")
     graph = onnx.load(work / "builder" / "model.onnx")
-    _, query, key = _head_widths(model.config)
     feed_lengths(graph.graph)
-    slots = add_slots(graph, (query, key))
     keep_last_logits(graph.graph)
-    return graph, slots
+    return graph
 
 
 def convert(graph: onnx.ModelProto, precision: Precision) -> None:

@@ -63,7 +63,7 @@ def add_slots(model: onnx.ModelProto, head_sizes: tuple[int, int]) -> tuple[Slot
     shapes: dict[str, dict[int, tuple[int, int]]] = {}
     insertions: list[tuple[onnx.NodeProto, list[onnx.NodeProto]]] = []
     for linear in linears:
-        parts = _parts(linear, head_sizes)
+        parts = slot_parts(linear, head_sizes)
         for module, n_out in parts:
             shapes.setdefault(module, {})[linear.layer] = (linear.n_in, n_out)
         insertions.append((linear.node, _slot_nodes(graph, linear, parts)))
@@ -121,7 +121,15 @@ def keep_last_logits(graph: onnx.GraphProto) -> None:
     graph.node.insert(position, negate)
 
 
-def _parts(linear: Linear, head_sizes: tuple[int, int]) -> list[tuple[str, int]]:
+def slot_parts(linear: Linear, head_sizes: tuple[int, int]) -> list[tuple[str, int]]:
+    """The modules that a linear node computes, and their output widths: one, or those that it packs.
+
+    Args:
+        head_sizes: output width of the query and of the key projection, for a packed qkv.
+
+    Raises:
+        ExportError: widths that do not sum to the node's.
+    """
     query, key = head_sizes
     widths = {"qkv_proj": (query, key, key), "gate_up_proj": (linear.n_out // 2,) * 2}
     if linear.module in PACKED:

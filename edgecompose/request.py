@@ -1,0 +1,91 @@
+"""What a caller asks of a composer, and what comes back: frozen values, nothing that acts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from edgecompose.blend import MergedAdapter, MergeReport
+from edgecompose.device import Device
+from edgecompose.errors import GenerationError, RetrievalError
+from edgecompose.generation import Sampling
+from edgecompose.methods import MergeSettings
+from edgecompose.retrieval import Neighbour
+
+#: How a blend meets the base: as low-rank inputs beside its weights, or written into a copy of them.
+Attachment = Literal["attach", "fold"]
+ATTACHMENTS: tuple[Attachment, ...] = get_args(Attachment)
+STAGES = ("load", "embed", "retrieve", "weigh", "merge", "fold", "prefill", "decode", "total")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a caller may decide; None takes the bundle's default.
+
+    `weights` composes by hand and skips retrieval; `exclude` leaves tasks out of it;
+    `neighbours`, `temperature` and `nucleus` are the paper's N, T and p;
+    `raw` sends the prompt without the chat template; `choices` are scored instead of generating;
+    `attachment` is how the blend meets the base, 'fold' being for float bases only.
+    """
+
+    weights: Mapping[str, float] | None = None
+    exclude: tuple[str, ...] = ()
+    neighbours: int | None = None
+    temperature: float | None = None
+    nucleus: float | None = None
+    merge: MergeSettings | None = None
+    max_tokens: int | None = None
+    sampling: Sampling | None = None
+    choices: tuple[str, ...] = ()
+    raw: bool = False
+    attachment: Attachment = "attach"
+
+    def __post_init__(self) -> None:
+        if self.attachment not in ATTACHMENTS:
+            raise GenerationError(f"attachment '{self.attachment}' is unknown; use {' or '.join(ATTACHMENTS)}")
+        if self.neighbours is not None and self.neighbours < 1:
+            raise RetrievalError(f"{self.neighbours} neighbours were asked for; 1 or more is wanted")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise GenerationError(f"max_tokens is {self.max_tokens}; 1 or more is wanted")
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieval:
+    """Neighbours, the distribution over tasks before the nucleus cut, the tasks that it kept, and adapter weights."""
+
+    neighbours: tuple[Neighbour, ...]
+    distribution: Mapping[str, float]
+    nucleus: Mapping[str, float]
+    weights: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Composition:
+    """A blend on the device with what led to it."""
+
+    retrieval: Retrieval
+    settings: MergeSettings
+    merged: MergedAdapter
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer and how it came about; `timings_ms` has one entry a stage of STAGES (`load`: files read on first use).
+
+    `choices` maps each given choice to its mean log-likelihood (nats a token), None when none were given.
+    `attachment` is the one that was used: nothing is folded where no adapter was chosen.
+    """
+
+    prompt: str
+    text: str
+    retrieval: Retrieval
+    settings: MergeSettings
+    composition: str
+    device: Device
+    timings_ms: Mapping[str, float]
+    prompt_tokens: int
+    generated_tokens: int
+    choices: Mapping[str, float] | None = None
+    report: MergeReport = MergeReport()
+    attachment: Attachment = "attach"
