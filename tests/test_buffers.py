@@ -72,6 +72,16 @@ def test_a_value_is_replaced_and_a_large_one_not_kept() -> None:
     assert (kept.get("a"), kept.bytes, len(kept)) == (None, 0, 0)
 
 
+def test_room_is_made_before_a_value_is_there() -> None:
+    kept = cache()
+    for name in "abc":
+        kept.put(name, b"123")
+    kept.make_room(4)
+    assert [kept.get(name) is not None for name in "abc"] == [False, True, True]
+    kept.make_room(11)
+    assert (len(kept), kept.bytes) == (0, 0)
+
+
 def test_threads_do_not_disturb_the_count() -> None:
     kept: LruCache[bytes] = LruCache(500, len)
 

@@ -91,6 +91,22 @@ def test_the_answer_alone_is_on_standard_output(bundle: Path) -> None:
     assert "choices" in scored.stderr
 
 
+def test_a_blend_is_folded_where_that_was_asked_for(bundle: Path, bundle_copy: Path) -> None:
+    attached, folded = result_of("run", bundle, PROMPT), result_of("run", bundle, PROMPT, "--fold")
+    assert (attached["attachment"], folded["attachment"]) == ("attach", "fold")
+    assert folded["answer"] == attached["answer"]
+    assert "attached" in call("run", bundle, PROMPT, "--explain").stderr
+    assert "folded" in call("run", bundle, PROMPT, "--explain", "--fold").stderr
+    assert result_of("inspect", bundle)["base"]["fold"] is True
+    assert "can be folded" in call("inspect", bundle).stdout
+    path = bundle_copy / "manifest.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    found["base"] |= {"precision": "int8", "folding": None}
+    path.write_text(json.dumps(found), encoding="utf-8")
+    assert "fold wants a float base; this bundle's base is int8" in fault_of("run", bundle_copy, PROMPT, "--fold")
+    assert "can be folded" not in call("inspect", bundle_copy).stdout
+
+
 def test_standard_input_is_read(bundle: Path) -> None:
     wanted = result_of("run", bundle, "l'été, 猫")
     for stdin in ("l'été, 猫", "l'été, 猫\n"):
