@@ -22,13 +22,15 @@ import onnx
 from onnx import numpy_helper
 
 from edgecompose import Composer, EdgeComposeError, Request, open_bundle
+from edgecompose.blend import MergedAdapter
 from edgecompose.bundle import sha256_of, verify
 from edgecompose.decoder import Decoder, Decoding, FoldedDecoder
 from edgecompose.device import choose_device
 from edgecompose.errors import BundleError, FileDamaged, GenerationError, ManifestInvalid
 from edgecompose.folding import FoldedWeights, Folding, folded_bytes, require_folding
 from edgecompose.manifest import MANIFEST_FILE, BaseSpec, FoldingSpec
-from edgecompose.merging import MergedAdapter, Merger, MergeSettings
+from edgecompose.merging import Merger
+from edgecompose.methods import MergeSettings
 from edgecompose_export.bundles import add_task, remove_task
 from edgecompose_export.folding import DECODER_GRAPH, FOLD_GRAPH
 from edgecompose_export.slots import PACKED
