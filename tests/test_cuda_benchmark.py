@@ -1,0 +1,149 @@
+"""The benchmark of CUDA, with the CPU in the place of CUDA: it runs, and it names what is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import cuda, cuda_graphs, cuda_parity, cuda_timing
+from edgecompose import device
+from edgecompose.adapter import Adapter
+from edgecompose.blend import MergedAdapter
+from edgecompose.device import choose_device
+from edgecompose.merging import Merger
+from edgecompose.methods import METHODS, MergeSettings
+
+ROOT = Path(__file__).parents[1]
+CPU = choose_device("cpu")
+SMALL = ("--device", "cpu", "--shapes", "smollm2-135m", "--layers", "1", "--rounds", "1", "--rank", "4")
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two methods, and no times of merging."""
+    for module in (cuda, cuda_parity):
+        monkeypatch.setattr(module, "METHODS", {name: METHODS[name] for name in ("linear", "ties")})
+    monkeypatch.setattr(cuda_timing, "merge_times", lambda *arguments: [])
+    monkeypatch.setattr(cuda_graphs, "COPIED", {"cpu": 1 << 10})
+
+
+def test_the_script_runs_where_there_is_no_gpu(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "benchmarks/cuda.py",
+        *SMALL,
+        "--bundle",
+        str(tmp_path / "none"),
+        "--save",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "skipped: there is no bundle" in done.stdout
+    line = done.stdout.splitlines()[-1]
+    result = json.loads(line)
+    assert {row["method"] for row in result["parity"]} == {row["method"] for row in result["merge"]} == set(METHODS)
+    assert all(row["passed"] and row["cases"] >= 10 for row in result["parity"])
+    assert {row["graph"] for row in result["placement"]} >= {"merge stack", "merge mix"}
+    row = result["merge"][0]
+    assert row["gb_per_s"] == pytest.approx(row["bytes_moved"] / row["device"]["least"] / 1e6)
+    assert row["of_copy"] == pytest.approx(row["gb_per_s"] / result["copy_gb_per_s"][0])
+    (saved,) = tmp_path.glob("*-cpu.json")
+    assert saved.read_text(encoding="utf-8") == line + "\n"
+
+
+def test_with_a_bundle_the_decoder_is_checked_and_timed(
+    few: None, bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cuda.main([*SMALL, "--bundle", str(bundle), "--base", str(bundle.parent / "llama-fp32")]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    decoders = [row for row in result["parity"] if "blend" in row]
+    assert [row["blend"] for row in decoders] == ["no adapter", "one adapter", "three"] * 2
+    assert all(row["equal"] == row["tokens"] == 9 for row in decoders)
+    assert [row["rank"] for row in result["decode"]] == [0, 16, 48] * 4
+    assert all(row["new_blend"]["least"] > 0 and row["cached_blend"]["median"] > 0 for row in result["compose"])
+    assert {row["graph"] for row in result["placement"]} >= {"decoder of bundle", "embedder"}
+
+
+def test_without_cuda_it_says_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(device, "has_cuda_provider", lambda: False)
+    assert cuda.main([]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("device cuda cannot be used: the installed onnxruntime")
+    assert shown.err.count("\n") == 1
+
+
+def test_a_folder_that_holds_no_base_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cuda.main([*SMALL, "--base", str(tmp_path / "absent")]) == 1
+    assert capsys.readouterr().err.endswith("absent' holds no base.json; make it with 'edgecompose-export base'\n")
+
+
+def test_a_wrong_result_is_named(
+    few: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cuda_parity, "relative_error", lambda a, b, s: 0.5 * (s.majority_sign == "frequency"))
+    assert cuda.main([*SMALL, "--bundle", str(tmp_path)]) == 1
+    shown = capsys.readouterr()
+    assert shown.err == (
+        "FAILED: ties: relative error 5.00e-01, 1e-05 is allowed (int4; density=0.5, majority_sign=frequency)\n"
+    )
+    passed = {row["method"]: row["passed"] for row in json.loads(shown.out.splitlines()[-1])["parity"]}
+    assert passed == {"linear": True, "ties": False}
+
+
+def test_a_method_that_cannot_be_run_is_named(
+    few: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    class Broken(Merger):
+        def merge(
+            self, adapters: Sequence[Adapter], weights: Sequence[float], settings: MergeSettings, inner: Any = None
+        ) -> MergedAdapter:
+            if self._resident is not None and settings.method == "linear":
+                raise RuntimeError("no kernel\nfor it")
+            return super().merge(adapters, weights, settings, inner)
+
+    monkeypatch.setattr(cuda_parity, "Merger", Broken)
+    assert cuda.main([*SMALL, "--bundle", str(tmp_path)]) == 1
+    shown = capsys.readouterr()
+    assert shown.err == (
+        "FAILED: linear: relative error inf, 1e-05 is allowed (int4: RuntimeError: no kernel for it)\n"
+    )
+    assert json.loads(shown.out.splitlines()[-1])["parity"][0]["error"] == "inf"
+
+
+def test_the_error_of_exact_methods_is_that_of_the_update() -> None:
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal((2, 4, width)).astype(np.float32) for width in (8, 6))
+    wanted, exact, paper = {"q_proj": (a, b)}, MergeSettings("product"), MergeSettings("linear")
+    scaled = {"q_proj": (a * np.float32(2), b * np.float32(0.5))}
+    assert cuda_parity.relative_error(scaled, wanted, exact) < 1e-6 < cuda_parity.relative_error(scaled, wanted, paper)
+    fewer = {"q_proj": (a[:, :3], b[:, :3])}
+    assert cuda_parity.relative_error(fewer, wanted, exact) > 1e-3
+    assert cuda_parity.relative_error(fewer, wanted, paper) == np.inf
+    assert cuda_parity.relative_error({}, wanted, exact) == np.inf
+    assert cuda_parity.relative_error({"q_proj": (a + np.float32(np.nan), b)}, wanted, exact) == np.inf
+
+
+def test_a_vote_that_ties_may_flip_and_no_more() -> None:
+    a, b = np.ones((1, 1, 200_000), np.float32), np.ones((1, 1, 8), np.float32)
+    for flipped, passes in ((2, True), (3, False)):
+        found = a.copy()
+        found[..., :flipped] = -1
+        error = cuda_parity.relative_error({"q": (found, b)}, {"q": (a, b)}, MergeSettings("ties"))
+        assert (error <= cuda_parity.TOLERANCE) is passes
+        assert cuda_parity.relative_error({"q": (found, b)}, {"q": (a, b)}, MergeSettings("linear")) == 2
+
+
+@pytest.mark.parametrize(("operator", "inputs"), [("Identity", 1), ("Add", 2)])
+def test_the_graph_that_copies(operator: str, inputs: int) -> None:
+    session = device.open_session(cuda_graphs.one_node(operator, inputs), CPU, name="copy")
+    values = np.arange(300, dtype=np.float32)
+    np.testing.assert_array_equal(session.run(None, {"x": values})[0], values * inputs)
