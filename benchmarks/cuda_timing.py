@@ -13,12 +13,13 @@ from benchmarks.merge import SHAPES, random_adapter, slot_groups, stored_bytes
 from edgecompose.adapter import Adapter
 from edgecompose.blend import MergedAdapter
 from edgecompose.bundle import Bundle
-from edgecompose.composer import Composer, Request
+from edgecompose.composer import Composer
 from edgecompose.decoder import Decoder
 from edgecompose.device import Device
 from edgecompose.merging import Merger
 from edgecompose.methods import MergeSettings
 from edgecompose.quantization import Bits
+from edgecompose.request import Request
 
 #: What is aimed at on CUDA: a prompt to a bound adapter, and merging at 8B shapes as a share of the copy bandwidth.
 COMPOSE_TARGET_MS = 1.5
