@@ -37,6 +37,8 @@ Double = npt.NDArray[np.float64]
 N = TypeVar("N", int, float)
 #: Blends that are kept for the next request that wants the same one.
 CACHE_BYTES = 256 << 20
+#: What was found for prompts is kept up to so many bytes, for the next request with the same prompt.
+_RETRIEVAL_BYTES, _NEIGHBOUR_BYTES = 16 << 20, 200
 
 
 @dataclass(slots=True)
@@ -67,6 +69,9 @@ class Composer:
         self.device = device
         self._adapters: dict[str, Adapter] = {}
         self._blends: LruCache[MergedAdapter] = LruCache(cache_bytes, lambda merged: merged.bytes)
+        self._retrievals: LruCache[Retrieval] = LruCache(
+            _RETRIEVAL_BYTES, lambda found: _NEIGHBOUR_BYTES * len(found.neighbours)
+        )
         self._folded: LruCache[FoldedWeights] = LruCache(
             _size_of_folded(bundle) if folded_bytes is None else folded_bytes, lambda folded: folded.bytes
         )
@@ -83,6 +88,7 @@ class Composer:
         """Drop the sessions, the index and the adapters; they are loaded again if asked for."""
         self._adapters.clear()
         self._blends.clear()
+        self._retrievals.clear()
         self._folded.clear()
         for part in ("embedder", "index", "decoder", "tokenizer", "merger", "folding", "folded_decoder"):
             self.__dict__.pop(part, None)
@@ -186,18 +192,26 @@ class Composer:
         if request.weights is not None:
             return Retrieval((), {}, {}, dict(request.weights))
         defaults = self.bundle.manifest.defaults
+        count = _given(request.neighbours, defaults.neighbours)
+        temperature = _given(request.temperature, defaults.temperature)
+        share = _given(request.nucleus, defaults.nucleus)
+        key = repr((prompt, count, temperature, share, sorted(request.exclude)))
+        known = self._retrievals.get(key)
+        if known is not None:
+            return known
         with clock.stage("load"):
             embedder, index = self.embedder, self.index
         with clock.stage("embed"):
             query = embedder.embed(prompt)
         with clock.stage("retrieve"):
-            count = _given(request.neighbours, defaults.neighbours)
             neighbours = index.search(query, count, exclude=request.exclude)
         with clock.stage("weigh"):
-            distribution = task_distribution(neighbours, _given(request.temperature, defaults.temperature))
-            kept = nucleus(distribution, _given(request.nucleus, defaults.nucleus))
+            distribution = task_distribution(neighbours, temperature)
+            kept = nucleus(distribution, share)
             weights = adapter_weights(kept, {name: t.adapter for name, t in self.bundle.manifest.tasks.items()})
-        return Retrieval(tuple(neighbours), distribution, kept, weights)
+        found = Retrieval(tuple(neighbours), distribution, kept, weights)
+        self._retrievals.put(key, found)
+        return found
 
     def _compose(self, prompt: str, request: Request, clock: _Clock) -> Composition:
         retrieval = self._retrieve(prompt, request, clock)

@@ -676,3 +676,21 @@ def test_vectors_in_the_index_are_those_of_the_embedder(composer: Composer) -> N
     assert nearest.key == 0
     assert nearest.similarity == pytest.approx(1, abs=2e-3)
     assert np.linalg.norm(query) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_prompt_seen_before_is_neither_embedded_nor_searched_again(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = TASKS["numbers"][0]
+    with open_bundle(bundle, device="cpu") as opened:
+        first = opened.retrieve(prompt)
+        assert opened.compose(prompt).merged is opened.compose(prompt).merged
+
+        def refuse(text: str) -> None:
+            raise AssertionError(f"embedded again: {text}")
+
+        monkeypatch.setattr(opened.embedder, "embed", refuse)
+        assert opened.retrieve(prompt) == first
+        for other in (Request(exclude=("numbers",)), Request(temperature=0.1), Request(nucleus=0.5)):
+            with pytest.raises(AssertionError, match="embedded again"):
+                opened.retrieve(prompt, other)
