@@ -55,18 +55,18 @@ class _Clock:
 class Composer:
     """An opened bundle on a device. Parts are loaded when first needed; `close` lets go of them.
 
-    Blends are kept up to `cache_bytes`; folded bases up to `folded_bytes`, by default the last one that was used.
+    Blends are kept up to `cache_bytes`; folded bases up to `folded_cache_bytes`, by default the last one that was used.
     """
 
     def __init__(
-        self, bundle: Bundle, device: Device, *, cache_bytes: int = CACHE_BYTES, folded_bytes: int | None = None
+        self, bundle: Bundle, device: Device, *, cache_bytes: int = CACHE_BYTES, folded_cache_bytes: int | None = None
     ) -> None:
         self.bundle = bundle
         self.device = device
         self._adapters: dict[str, Adapter] = {}
         self._blends: LruCache[MergedAdapter] = LruCache(cache_bytes, lambda merged: merged.bytes)
         self._folded: LruCache[FoldedWeights] = LruCache(
-            _size_of_folded(bundle) if folded_bytes is None else folded_bytes, lambda folded: folded.bytes
+            _size_of_folded(bundle) if folded_cache_bytes is None else folded_cache_bytes, lambda folded: folded.bytes
         )
 
     def __enter__(self) -> Composer:
