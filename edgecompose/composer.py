@@ -59,11 +59,11 @@ class _Clock:
 class Composer:
     """An opened bundle on a device. Parts are loaded when first needed; `close` lets go of them.
 
-    Blends are kept up to `cache_bytes`; folded bases up to `folded_bytes`, by default the last one that was used.
+    Blends are kept up to `cache_bytes`; folded bases up to `folded_cache_bytes`, by default the last one that was used.
     """
 
     def __init__(
-        self, bundle: Bundle, device: Device, *, cache_bytes: int = CACHE_BYTES, folded_bytes: int | None = None
+        self, bundle: Bundle, device: Device, *, cache_bytes: int = CACHE_BYTES, folded_cache_bytes: int | None = None
     ) -> None:
         self.bundle = bundle
         self.device = device
@@ -73,7 +73,7 @@ class Composer:
             _RETRIEVAL_BYTES, lambda found: _NEIGHBOUR_BYTES * len(found.neighbours)
         )
         self._folded: LruCache[FoldedWeights] = LruCache(
-            _size_of_folded(bundle) if folded_bytes is None else folded_bytes, lambda folded: folded.bytes
+            _size_of_folded(bundle) if folded_cache_bytes is None else folded_cache_bytes, lambda folded: folded.bytes
         )
 
     def __enter__(self) -> Composer:

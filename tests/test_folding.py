@@ -326,7 +326,7 @@ def test_the_last_folded_base_is_kept_and_its_memory_used_again(bundle: Path, mo
             composer.run(PROMPT, Request(weights={name: 1.0}, attachment="fold", max_tokens=1))
         assert len(made) == 3
         assert len(set(made)) == 1
-        keeps_none = Composer(composer.bundle, composer.device, folded_bytes=0)
+        keeps_none = Composer(composer.bundle, composer.device, folded_cache_bytes=0)
         for _ in range(2):
             keeps_none.run(PROMPT, Request(weights={"animals": 1.0}, attachment="fold", max_tokens=1))
         assert len(made) == 5
