@@ -26,11 +26,13 @@ from typing import Any
 import numpy as np
 
 from edgecompose.adapter import Adapter, AdapterModule
+from edgecompose.blend import MergedAdapter
 from edgecompose.decoder import Decoder, Decoding, FoldedDecoder
 from edgecompose.device import Device, choose_device, runtime_version
 from edgecompose.folding import Folding, folded_bytes
 from edgecompose.manifest import BaseSpec, SlotGroup, value_from_json
-from edgecompose.merging import MergedAdapter, Merger, MergeSettings
+from edgecompose.merging import Merger
+from edgecompose.methods import MergeSettings
 from edgecompose.quantization import QuantizedFactor
 from edgecompose.trimming import thresholds
 
