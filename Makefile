@@ -7,6 +7,7 @@ MODELS := build/models
 BASE := build/base/base.json
 EMBEDDER := build/embedder/embedder.json
 BUNDLE := models/demo/manifest.json
+EXPORTERS := $(addprefix export/edgecompose_export/,base.py checkpoint.py folding.py quantize.py slots.py)
 SHIPPED := models/demo.toml $(wildcard models/adapters/*.safetensors) $(wildcard models/examples/*)
 
 .PHONY: demo test lint bundle bench clean help
@@ -45,7 +46,7 @@ $(MODELS)/fetched: | $(INSTALLED)
 	@$(BIN)/edgecompose-export demo-models -o $(MODELS)
 	@touch $@
 
-$(BASE): $(MODELS)/fetched | $(INSTALLED)
+$(BASE): $(MODELS)/fetched $(EXPORTERS) | $(INSTALLED)
 	@echo "== exporting the base, SmolLM2-135M-Instruct, to ONNX in 4 bits (one to two minutes)"
 	@rm -rf build/base
 	@$(BIN)/edgecompose-export base $(MODELS)/smollm2-135m-instruct --precision int4 -o build/base

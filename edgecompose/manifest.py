@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from edgecompose.errors import ManifestInvalid, UnsupportedSchema
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST_FILE = "manifest.json"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -37,7 +37,7 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class SlotGroup:
-    """One linear module of every layer: A is (r, n_in), B is (r, n_out)."""
+    """One linear module of every layer: A is (n_in, r), B is (r, n_out)."""
 
     name: str
     layers: int

@@ -158,7 +158,7 @@ def test_inspect_describes_a_bundle(bundle: Path) -> None:
     assert set(found) == {
         "name", "schema_version", "created_by", "bytes", "files", "base", "embedder", "tasks", "adapters", "defaults",
     }  # fmt: skip
-    assert (found["name"], found["schema_version"], found["files"]) == ("tiny", 2, len(manifest.files))
+    assert (found["name"], found["schema_version"], found["files"]) == ("tiny", 3, len(manifest.files))
     assert found["bytes"] == sum((bundle / name).stat().st_size for name in manifest.files)
     assert {name: task["examples"] for name, task in found["tasks"].items()} == {n: len(p) for n, p in TASKS.items()}
     assert {name: a["rank"] for name, a in found["adapters"].items()} == {name: a["r"] for name, a in ADAPTERS.items()}
