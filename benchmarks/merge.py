@@ -33,7 +33,7 @@ from edgecompose.device import choose_device, runtime_version
 from edgecompose.manifest import SlotGroup
 from edgecompose.merging import Merger
 from edgecompose.methods import METHODS, MergeSettings
-from edgecompose.quantization import Bits, QuantizedFactor, dequantize
+from edgecompose.quantization import BITS, Bits, QuantizedFactor, dequantize, quantize
 from edgecompose.trimming import thresholds
 
 #: Layers, hidden, intermediate, key-value width.
@@ -68,6 +68,8 @@ def random_adapter(seed: int, groups: Sequence[SlotGroup], rank: int, bits: Bits
     rng = np.random.default_rng(seed)
 
     def factor(layers: int, width: int) -> QuantizedFactor:
+        if bits == 16:
+            return quantize(rng.random((layers, rank, width), np.float32) - np.float32(0.5), 16)
         codes = rng.integers(0, 256, (layers, rank, width if bits == 8 else width // 2), dtype=np.uint8)
         if bits == 8:
             codes = np.maximum(codes, 1)
@@ -235,7 +237,7 @@ def _line(row: dict[str, Any]) -> str:
     return (
         f"{faster}  {row['over_floor']:6.1f}x  {row['method']:16} {row['ms']:8.1f} {row['new_ms']:8.1f} {rival} "
         f"{row['floor_ms']:7.1f}  {row['result_bytes'] / 1e6:8.1f}  {row['shapes']}, {row['layers']} layers, "
-        f"{row['adapters']} adapters of rank {row['rank']}, int{row['bits']}"
+        f"{row['adapters']} adapters of rank {row['rank']}, {row['bits']} bits"
     )
 
 
@@ -251,7 +253,7 @@ def cases(options: argparse.Namespace) -> list[tuple[dict[str, Any], list[str]]]
     varied: list[tuple[dict[str, Any], list[str]]] = [
         *(({"rank": rank}, quick) for rank in (8, 32, 64)),
         *(({"adapters": count}, quick) for count in (1, 2, 8, 16)),
-        ({"bits": 8}, quick),
+        *(({"bits": bits}, quick) for bits in (8, 16)),
         ({"shapes": "llama-1b", "layers": 16}, quick),
         ({"shapes": "llama-1b", "layers": 1}, ["svd"]),
         ({"shapes": "llama-8b", "layers": 4}, quick),
@@ -265,7 +267,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--adapters", type=int, default=4)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--bits", type=int, choices=(4, 8), default=4)
+    parser.add_argument("--bits", type=int, choices=BITS, default=4)
     parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="cpu")
     parser.add_argument("--method", action="append", choices=list(METHODS))
     parser.add_argument("--sweep", action="store_true", help="vary rank, adapters, bits and shapes")

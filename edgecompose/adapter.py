@@ -23,7 +23,7 @@ from safetensors.numpy import save
 
 from edgecompose.errors import AdapterError, SlotMismatch
 from edgecompose.manifest import SlotGroup
-from edgecompose.quantization import Bits, QuantizedFactor, block_for
+from edgecompose.quantization import BITS, Bits, QuantizedFactor, block_for
 from edgecompose.trimming import DENSITIES
 
 Float = npt.NDArray[np.float32]
@@ -114,7 +114,7 @@ def load_adapter(path: Path, name: str, groups: Iterable[SlotGroup], base: str) 
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, TypeError, AttributeError, safetensors.SafetensorError) as error:  # types that numpy lacks
         raise AdapterError(f"adapter '{name}' cannot be read: {error}; export it again") from error
-    if metadata.get("format") != FORMAT or metadata.get("bits") not in ("4", "8"):
+    if metadata.get("format") != FORMAT or metadata.get("bits") not in [str(b) for b in BITS]:
         raise AdapterError(
             f"adapter '{name}' has format {metadata.get('format')!r}, {FORMAT!r} is wanted; "
             "make it with 'edgecompose-export adapter'"
@@ -145,8 +145,9 @@ def _module(adapter: str, module: str, tensors: Mapping[str, npt.NDArray[Any]], 
     if missing:
         raise AdapterError(f"{place}: tensors missing: {', '.join(missing)}; export it again")
     a_codes, a_scales, b_codes, b_scales, gains, scaling, ranks, limits = (tensors[f"{module}.{p}"] for p in _PARTS)
+    kind = np.float16 if bits == 16 else np.uint8
     wanted = [
-        (a_codes, np.uint8, 3), (b_codes, np.uint8, 3), (a_scales, np.float16, 3), (b_scales, np.float16, 3),
+        (a_codes, kind, 3), (b_codes, kind, 3), (a_scales, np.float16, 3), (b_scales, np.float16, 3),
         (gains, np.float32, 1), (scaling, np.float32, 1), (ranks, np.int32, 1), (limits, np.float32, 3),
     ]  # fmt: skip
     if any(t.dtype != dtype or t.ndim != dims for t, dtype, dims in wanted) or gains.shape != (2,):
@@ -157,11 +158,11 @@ def _module(adapter: str, module: str, tensors: Mapping[str, npt.NDArray[Any]], 
         raise AdapterError(f"{place}: tensors disagree on rank or layers: {sorted(outer)}")
     for codes, scales in ((a_codes, a_scales), (b_codes, b_scales)):
         width = codes.shape[2] * (2 if bits == 4 else 1)
-        if width == 0 or scales.shape[2] * block_for(width) != width:
+        if width == 0 or scales.shape[2] * block_for(width, bits) != width:
             raise AdapterError(f"{place}: {scales.shape[2]} scales do not fit a width of {width}")
     if limits.shape != (2, len(DENSITIES), layers):
         raise AdapterError(f"{place}: thresholds have shape {limits.shape}; export it again")
-    for values in (a_scales, b_scales, gains, scaling, limits):
+    for values in (a_scales, b_scales, gains, scaling, limits, *((a_codes, b_codes) if bits == 16 else ())):
         if not np.isfinite(values).all():
             raise AdapterError(f"{place}: a scale is not finite; export it again")
     a = QuantizedFactor(a_codes, a_scales, float(gains[0]), bits)

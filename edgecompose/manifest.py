@@ -168,7 +168,7 @@ class AdapterSpec:
 
     file: str
     rank: int
-    bits: Literal[4, 8]
+    bits: Literal[4, 8, 16]
     base: str
     error: float
     source: dict[str, Any] = field(default_factory=dict)

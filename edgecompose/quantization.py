@@ -1,26 +1,31 @@
-"""Block quantisation of adapter factors (int8 and int4); knows nothing of files or merging.
+"""Block quantisation of adapter factors (int8, int4, or float16); knows nothing of files or merging.
 
 A factor is kept layer-major, (L, r, n): L layers, r components, n inputs or outputs. Blocks run along n.
 Value = gain * scale * code, with one float32 gain a factor and one float16 scale a block, so that the
-scales use float16's normal range however small the factor is. Codes are kept as code + 2^(bits-1), unsigned.
+scales use float16's normal range however small the factor is. Integer codes are kept as code + 2^(bits-1), unsigned.
 
 * int8: code in -127 .. 127, one byte.
 * int4: code in -8 .. 7; byte j of a layer's r n/2 holds element j of the layer's r n in its low nibble and element
   j + r n/2 in its high nibble, so that a whole half of a layer is unpacked in one operation.
+* 16 bits: the code is a float16 in -1 .. 1, the value over the largest magnitude of its row; one scale a row.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from edgecompose.errors import AdapterError
 
-Bits = Literal[4, 8]
+Bits = Literal[4, 8, 16]
+BITS: tuple[Bits, ...] = get_args(Bits)
 Bytes = npt.NDArray[np.uint8]
+Half = npt.NDArray[np.float16]
+#: uint8, or float16 for 16 bits.
+Codes = npt.NDArray[Any]
 Float = npt.NDArray[np.float32]
 #: Shrinking a block's scale a little can lower its squared error: clipped peaks against finer steps.
 _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)
@@ -31,11 +36,12 @@ _LARGEST_BLOCK = 32
 class QuantizedFactor:
     """One factor of a module in all layers.
 
-    `codes` is uint8, (L, r, n) for 8 bits, (L, r, n/2) for 4; `scales` is float16 (L, r, n/block).
+    `codes` is (L, r, n), float16 for 16 bits, uint8 for 8, or uint8 (L, r, n/2) for 4; `scales` is float16
+    (L, r, n/block).
     """
 
-    codes: Bytes
-    scales: npt.NDArray[np.float16]
+    codes: Codes
+    scales: Half
     gain: float
     bits: Bits
 
@@ -47,7 +53,7 @@ class QuantizedFactor:
     @property
     def zero_point(self) -> int:
         """What a code of 0 is kept as."""
-        return 1 << (self.bits - 1)
+        return 0 if self.bits == 16 else 1 << (self.bits - 1)
 
     @property
     def width(self) -> int:
@@ -60,9 +66,9 @@ class QuantizedFactor:
         return self.width // int(self.scales.shape[2])
 
 
-def block_for(width: int) -> int:
-    """The largest power of two up to 32 that divides `width`."""
-    return min(_LARGEST_BLOCK, width & -width)
+def block_for(width: int, bits: Bits) -> int:
+    """How many values of a row share a scale: the largest power of two up to 32 that divides `width`, or the row."""
+    return width if bits == 16 else min(_LARGEST_BLOCK, width & -width)
 
 
 def quantize(factor: Float, bits: Bits) -> QuantizedFactor:
@@ -78,12 +84,14 @@ def quantize(factor: Float, bits: Bits) -> QuantizedFactor:
         raise AdapterError("a factor holds values that are not finite (NaN or infinity); repair or retrain the adapter")
     width = factor.shape[2]
     if bits == 4 and width % 2:
-        raise AdapterError(f"a factor of odd width {width} cannot be kept in 4 bits; use 8")
-    blocks = factor.reshape(*factor.shape[:2], -1, block_for(width)).astype(np.float32)
+        raise AdapterError(f"a factor of odd width {width} cannot be kept in 4 bits; use 8 or 16")
+    blocks = factor.reshape(*factor.shape[:2], -1, block_for(width, bits)).astype(np.float32)
     signed = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)
-    steps = np.abs(signed) / 127 if bits == 8 else signed / -8
+    steps = signed / -8 if bits == 4 else np.abs(signed) / (127 if bits == 8 else 1)
     gain = float(np.abs(steps).max()) or 1.0
     unit = np.float32(gain)  # squares of large or tiny values would leave float32
+    if bits == 16:
+        return _halves(blocks / unit, np.asarray(steps / unit, np.float16), gain)
     codes, scales = _best_codes(blocks / unit, np.asarray(steps / unit, np.float32), bits)
     raised = (codes.reshape(factor.shape) + (1 << (bits - 1))).astype(np.uint8)
     return QuantizedFactor(pack(raised, bits), scales, gain, bits)
@@ -97,9 +105,9 @@ def dequantize(factor: QuantizedFactor) -> Float:
     return np.asarray(values.reshape(codes.shape), np.float32)
 
 
-def pack(raised: Bytes, bits: Bits) -> Bytes:
-    """Unsigned codes (L, r, n) as they are kept."""
-    if bits == 8:
+def pack(raised: Codes, bits: Bits) -> Codes:
+    """Codes (L, r, n), unsigned or float16, as they are kept."""
+    if bits != 4:
         return raised
     layers, rank, width = raised.shape
     flat = raised.reshape(layers, -1)
@@ -107,16 +115,16 @@ def pack(raised: Bytes, bits: Bits) -> Bytes:
     return np.asarray(flat[:, :half] | (flat[:, half:] << 4), np.uint8).reshape(layers, rank, width // 2)
 
 
-def unpack(factor: QuantizedFactor, layers: slice = slice(None), out: Bytes | None = None) -> Bytes:
-    """Unsigned codes (L, r, n) of some layers, whatever the bits.
+def unpack(factor: QuantizedFactor, layers: slice = slice(None), out: Codes | None = None) -> Codes:
+    """Codes (L, r, n) of some layers, unsigned or float16.
 
     Args:
         out: where to write them; the rows of a layer must lie one after another.
     """
     kept = factor.codes[layers]
     if out is None:
-        out = np.empty((*kept.shape[:2], factor.width), np.uint8)
-    if factor.bits == 8:
+        out = np.empty((*kept.shape[:2], factor.width), kept.dtype)
+    if factor.bits != 4:
         np.copyto(out, kept)
         return out
     size = factor.rank * factor.width
@@ -131,6 +139,13 @@ def relative_error(factor: Float, quantized: QuantizedFactor) -> float:
     """Frobenius norm of the error over that of the factor (0 for a zero factor)."""
     norm = float(np.linalg.norm(factor))
     return float(np.linalg.norm(factor - dequantize(quantized))) / norm if norm else 0.0
+
+
+def _halves(rows: Float, scales: Half, gain: float) -> QuantizedFactor:
+    """Values (L, r, 1, n) over their row's scale (L, r, 1, 1), in float16."""
+    real = scales.astype(np.float32)
+    codes = (rows / np.where(real == 0, np.float32(1), real)).astype(np.float16)
+    return QuantizedFactor(codes[:, :, 0], scales[..., 0], gain, 16)
 
 
 def _best_codes(blocks: Float, steps: Float, bits: Bits) -> tuple[Float, npt.NDArray[np.float16]]:

@@ -3,7 +3,8 @@
 The rows of a module's factor in several adapters are wanted either stacked layer by layer (each layer's rows of the
 first adapter, then of the second, ...) or adapter by adapter. Two sources give them:
 
-* `HostRows` gathers codes on the host, one byte a code, in memory that each thread uses again.
+* `HostRows` gathers codes on the host, one byte a code, or float16 for graphs that begin with `half_`, in memory that
+  each thread uses again.
 * `ResidentRows` keeps the packed codes of every adapter that was asked for on the device, in one array for each width,
   so that a merge sends up nothing but row numbers and weights. Graphs for it begin with `resident4_` or `resident8_`.
 """
@@ -20,7 +21,7 @@ import numpy.typing as npt
 
 from edgecompose.blend import Side
 from edgecompose.device import Device, OrtValue, View
-from edgecompose.quantization import Bits, Bytes, QuantizedFactor, unpack
+from edgecompose.quantization import Bits, Bytes, QuantizedFactor, dequantize, quantize, unpack
 
 Float = npt.NDArray[np.float32]
 #: Width of the blocks that the graphs of resident rows are made for.
@@ -71,11 +72,14 @@ class HostRows:
                 without them.
         """
         sides = [part.side(side) for part in parts]
+        half = any(factor.bits == 16 for factor, _ in sides)
+        if half:
+            sides = [(_half_form(factor), weight) for factor, weight in sides]
         first, count = sides[0][0], layers.stop - layers.start
         width, blocks = first.width, first.scales.shape[2]
         outer = _outer(sides, count, stacked=stacked)
         rows = int(np.prod(outer))
-        codes = self._scratch("codes", rows * width, np.uint8).reshape(*outer, width)
+        codes = self._scratch(first.codes.dtype.name, rows * width, first.codes.dtype.type).reshape(*outer, width)
         scales = self._scratch("scales", rows * blocks, np.float16).reshape(*outer, blocks)
         zero_points = self._scratch("zero_points", rows * blocks, np.uint8).reshape(*outer, blocks)
         start = 0
@@ -85,11 +89,13 @@ class HostRows:
             scales[place] = factor.scales[layers]
             zero_points[place] = factor.zero_point
             start += factor.rank
-        feeds = {
-            "codes": codes.reshape(-1, width // blocks), "zero_points": zero_points.reshape(-1),
-            "scales": scales.reshape(-1, blocks), "gains": _gains(sides, layers, outer, stacked=stacked, own=True),
+        feeds: dict[str, npt.NDArray[Any]] = {
+            "codes": codes.reshape(-1, width // blocks), "scales": scales.reshape(-1, blocks),
+            "gains": _gains(sides, layers, outer, stacked=stacked, own=True),
         }  # fmt: skip
-        return Rows("", feeds, feeds["codes"].shape)
+        if not half:
+            feeds["zero_points"] = zero_points.reshape(-1)
+        return Rows("half_" if half else "", feeds, feeds["codes"].shape)
 
     def _scratch(self, name: str, size: int, dtype: type[np.generic]) -> npt.NDArray[Any]:
         """Memory of this thread: fresh pages would cost as much as what is written to them."""
@@ -135,7 +141,7 @@ class ResidentRows:
     @staticmethod
     def takes(parts: Sequence[Part], side: Side) -> bool:
         """Whether the graphs of resident rows can read these factors."""
-        return all(part.side(side)[0].block == RESIDENT_BLOCK for part in parts)
+        return all(f.block == RESIDENT_BLOCK and f.bits != 16 for f, _ in (part.side(side) for part in parts))
 
     @property
     def bytes(self) -> int:
@@ -218,8 +224,13 @@ def resident_codes(factor: QuantizedFactor, bits: Bits) -> Bytes:
     """
     codes = unpack(factor).reshape(-1, factor.width)
     if bits == 8:
-        return codes + np.uint8((1 << 7) - factor.zero_point)
+        return np.asarray(codes + np.uint8((1 << 7) - factor.zero_point), np.uint8)
     return np.asarray(codes[:, 0::2] | (codes[:, 1::2] << 4), np.uint8)
+
+
+def _half_form(factor: QuantizedFactor) -> QuantizedFactor:
+    """A factor of any bits in float16, for blends of adapters that are kept in different bits."""
+    return factor if factor.bits == 16 else quantize(dequantize(factor), 16)
 
 
 def _row_bytes(width: int, bits: int) -> int:

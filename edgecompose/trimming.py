@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgecompose.errors import MergeError
-from edgecompose.quantization import Bytes, QuantizedFactor, dequantize, pack, unpack
+from edgecompose.quantization import QuantizedFactor, dequantize, pack, unpack
 
 Float = npt.NDArray[np.float32]
 #: Densities whose thresholds are kept with an adapter; those of others are found by partial sorting.
@@ -91,7 +91,7 @@ def random_mask(shape: tuple[int, ...], density: float, seed: str) -> npt.NDArra
 
 
 def _masked(factor: QuantizedFactor, keep: npt.NDArray[np.bool_]) -> QuantizedFactor:
-    codes: Bytes = unpack(factor)
+    codes = unpack(factor)
     codes[~keep.reshape(codes.shape)] = factor.zero_point
     return replace(factor, codes=pack(codes, factor.bits))
 

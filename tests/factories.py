@@ -46,7 +46,9 @@ def make_factor(rng: np.random.Generator, rank: int, layers: int, width: int, bi
     """A random factor. No two magnitudes of a layer are equal (0 apart), unless a 4-bit block is longer than 8:
     codes differ within a block, and scales are as distinct primes.
     """
-    block, top = block_for(width), 127 if bits == 8 else 8
+    if bits == 16:
+        return quantize(rng.standard_normal((layers, rank, width)).astype(np.float32), 16)
+    block, top = block_for(width, bits), 127 if bits == 8 else 8
     pool = np.resize(np.arange(top + 1), max(block, top + 1))
     codes = rng.permuted(np.broadcast_to(pool, (layers, rank, width // block, pool.size)), axis=-1)[..., :block]
     signs = rng.choice([-1, 1], codes.shape)

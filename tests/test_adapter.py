@@ -17,7 +17,7 @@ from safetensors.numpy import load, save
 
 from edgecompose.adapter import FORMAT, Adapter, adapter_metadata, adapter_to_bytes, load_adapter
 from edgecompose.errors import AdapterError, SlotMismatch
-from edgecompose.quantization import Bits, dequantize
+from edgecompose.quantization import BITS, Bits, dequantize
 from tests.factories import BASE, GROUPS, make_adapter, write_adapter
 
 Tensors = dict[str, npt.NDArray[Any]]
@@ -28,7 +28,7 @@ def _load(path: Path) -> Adapter:
     return load_adapter(path, "one", GROUPS, BASE)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", BITS)
 def test_a_file_gives_back_what_was_written(tmp_path: Path, bits: Bits) -> None:
     written = make_adapter("one", bits=bits, scaling=[2.0, 0.0, 0.5])
     path = write_adapter(tmp_path / "one.safetensors", written)
@@ -131,9 +131,19 @@ def test_hostile_tensors_are_refused(tmp_path: Path, what: str, bits: Bits) -> N
         _load(path)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_codes_in_float16_must_be_finite(tmp_path: Path, bad: float) -> None:
+    good = write_adapter(tmp_path / "good.safetensors", make_adapter("one", bits=16))
+    path = tmp_path / "one.safetensors"
+    tensors = _with_value("q_proj.B.codes", bad)(load(good.read_bytes()))
+    path.write_bytes(save(tensors, metadata=METADATA | {"bits": "16"}))
+    with pytest.raises(AdapterError, match="not finite"):
+        _load(path)
+
+
 @pytest.mark.parametrize(
     "metadata",
-    [None, {}, METADATA, METADATA | {"bits": "3"}, METADATA | {"bits": "8", "format": "edgecompose-adapter/3"}],
+    [None, {}, METADATA, METADATA | {"bits": "3"}, METADATA | {"bits": "8", "format": "edgecompose-adapter/99"}],
 )
 def test_another_format_is_refused(tmp_path: Path, metadata: dict[str, str] | None) -> None:
     good = write_adapter(tmp_path / "good.safetensors", make_adapter("one"))

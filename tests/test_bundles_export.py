@@ -217,7 +217,7 @@ BAD_RECIPES: dict[str, tuple[Callable[[str, TinyZoo], str], str]] = {
     ),
     "no name": (lambda text, zoo: text.replace('name = "tiny"', ""), "lacks fields: name"),
     "wrong type": (lambda text, zoo: text.replace('name = "tiny"', "name = 3"), r"name is 3; str is wanted"),
-    "bits": (lambda text, zoo: text.replace("bits = 8", "bits = 5"), "bits is 5; 4 or 8"),
+    "bits": (lambda text, zoo: text.replace("bits = 8", "bits = 5"), "bits is 5; one of 4, 8, 16"),
     "no tasks": (lambda text, zoo: text.split("[tasks.")[0] + "[tasks]", "names no task"),
     "no task table": (lambda text, zoo: text.split("[tasks.")[0], "lacks fields: tasks"),
     "bad name": (lambda text, zoo: text.replace("[tasks.animals]", '[tasks."../x"]'), r"'\.\./x' is not allowed"),

@@ -11,17 +11,19 @@ from hypothesis.extra import numpy as arrays
 
 from edgecompose.errors import AdapterError
 from edgecompose.quantization import (
+    BITS,
     Bits,
     QuantizedFactor,
     block_for,
     dequantize,
+    pack,
     quantize,
     relative_error,
     unpack,
 )
 
 Float = npt.NDArray[np.float32]
-BITS: tuple[Bits, ...] = (4, 8)
+INTEGERS: tuple[Bits, ...] = (4, 8)
 _WIDTHS = st.sampled_from([2, 6, 8, 24, 32, 48, 64])
 _SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 2), _WIDTHS)
 _VALUES = st.floats(-1, 1, width=16)
@@ -30,7 +32,7 @@ MAGNITUDES = st.sampled_from([1e-6, 1e-3, 1.0, 1e6])
 
 
 def _blocks(values: Float) -> npt.NDArray[np.float64]:
-    return values.astype(np.float64).reshape(*values.shape[:2], -1, block_for(values.shape[2]))
+    return values.astype(np.float64).reshape(*values.shape[:2], -1, block_for(values.shape[2], 8))
 
 
 def _normal(seed: int, shape: tuple[int, int, int]) -> Float:
@@ -116,7 +118,7 @@ def test_an_odd_width_takes_8_bits_only() -> None:
     assert np.allclose(dequantize(quantize(factor, 8)), factor, rtol=1e-3)
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", INTEGERS)
 @pytest.mark.parametrize("width", [6, 48, 64])
 def test_unpacked_codes_times_scales_are_the_values(bits: Bits, width: int) -> None:
     quantized = quantize(_normal(4, (3, 2, width)), bits)
@@ -130,6 +132,27 @@ def test_unpacked_codes_times_scales_are_the_values(bits: Bits, width: int) -> N
     assert np.array_equal(dequantize(quantized), codes * scales)
 
 
+def test_float16_errs_by_a_rounding_of_the_row_s_largest_value() -> None:
+    factor = _normal(6, (3, 2, 48)) * np.float32(1e-9)
+    quantized = quantize(factor, 16)
+    assert quantized.codes.dtype == np.float16
+    assert quantized.codes.shape == (3, 2, 48)
+    assert (quantized.scales.shape, quantized.block) == ((3, 2, 1), 48)
+    assert np.abs(quantized.codes).max() <= 1.001
+    rows = np.abs(factor).max(axis=-1, keepdims=True)
+    assert (np.abs(dequantize(quantized) - factor) <= 2.0**-10 * rows).all()
+
+
+def test_the_nibbles_of_a_layer_are_half_a_layer_apart() -> None:
+    codes = np.arange(16, dtype=np.uint8).reshape(2, 2, 4)
+    packed = pack(codes, 4)
+    assert packed.shape == (2, 2, 2)
+    assert packed.ravel().tolist() == [0x40, 0x51, 0x62, 0x73, 0xC8, 0xD9, 0xEA, 0xFB]
+    factor = QuantizedFactor(packed, np.ones((2, 2, 1), np.float16), 1.0, 4)
+    assert np.array_equal(unpack(factor), codes)
+    assert np.array_equal(unpack(factor, slice(1, 2)), codes[1:])
+
+
 def test_byte_j_of_a_4_bit_row_holds_elements_j_and_j_plus_half() -> None:
     packed = np.array([[[0x80, 0xF1, 0x23, 0x45]]], np.uint8)  # one row of 8
     factor = QuantizedFactor(packed, np.ones((1, 1, 1), np.float16), 1.0, 4)
@@ -137,7 +160,7 @@ def test_byte_j_of_a_4_bit_row_holds_elements_j_and_j_plus_half() -> None:
     assert dequantize(factor).ravel().tolist() == [-8, -7, -5, -3, 0, 7, -6, -4]
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", INTEGERS)
 def test_shapes_follow_the_format(bits: Bits) -> None:
     quantized = quantize(_normal(5, (3, 2, 48)), bits)
     assert quantized.codes.shape == (3, 2, 48 if bits == 8 else 24)
@@ -149,4 +172,5 @@ def test_shapes_follow_the_format(bits: Bits) -> None:
 
 @pytest.mark.parametrize(("width", "block"), [(1, 1), (2, 2), (6, 2), (7, 1), (24, 8), (32, 32), (48, 16), (96, 32)])
 def test_block_is_the_largest_power_of_two_that_divides(width: int, block: int) -> None:
-    assert block_for(width) == block
+    assert block_for(width, 4) == block_for(width, 8) == block
+    assert block_for(width, 16) == width

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from edgecompose.device import choose_device
 from edgecompose.manifest import SlotGroup
 from edgecompose.merging import Merger
 from edgecompose.methods import METHODS, MergeSettings
-from edgecompose.quantization import Bits, unpack
+from edgecompose.quantization import Bits, QuantizedFactor, dequantize, quantize, unpack
 from edgecompose.rows import ResidentRows, resident_codes
 from tests.factories import WIDE, make_adapter
 
@@ -108,3 +109,37 @@ def test_codes_of_4_bits_are_the_same_values_in_either_form(bits: Bits) -> None:
     zero_point = 8 if bits == 4 else 128
     wanted = unpack(factor).reshape(codes.shape).astype(int) - factor.zero_point
     assert np.array_equal(codes.astype(int) - zero_point, wanted)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_adapters_in_float16_blend_as_their_values_do(merger: Merger, method: str) -> None:
+    """Against the integers that they were made of; a rounding turns a few votes and ranks at a threshold."""
+    jumps = 0.02 if METHODS[method].trims else 0.0
+    adapters = _adapters((8, 8, 8))
+    halves = [
+        replace(a, bits=16, modules={n: replace(m, a=_half(m.a), b=_half(m.b)) for n, m in a.modules.items()})
+        for a in adapters
+    ]
+    if METHODS[method].trims == "drop":
+        halves = [replace(half, digest=a.digest) for half, a in zip(halves, adapters, strict=True)]
+    wanted, found = (Merger(choose_device("cpu")).merge(a, WEIGHTS, MergeSettings(method)) for a in (adapters, halves))
+    for name, factors in wanted.factors().items():
+        for a, b in zip(factors, found.factors()[name], strict=True):
+            assert (np.abs(b - a) > 2e-3 * np.abs(a).max()).mean() <= jumps
+
+
+def _half(factor: QuantizedFactor) -> QuantizedFactor:
+    return quantize(dequantize(factor), 16)
+
+
+def test_float16_blends_with_integers(merger: Merger) -> None:
+    adapters = _adapters((4, 8, 16))
+    found = merger.merge(adapters, WEIGHTS, MergeSettings()).factors()
+    for name, (a, b) in found.items():
+        modules = [adapter.modules[name] for adapter in adapters]
+        wanted_a = np.concatenate([
+            w * m.scaling[:, None, None] * dequantize(m.a) for m, w in zip(modules, WEIGHTS, strict=True)
+        ], axis=1)  # fmt: skip
+        np.testing.assert_allclose(a, wanted_a, rtol=0, atol=1e-3 * np.abs(wanted_a).max())
+        wanted_b = np.concatenate([dequantize(m.b) for m in modules], axis=1)
+        np.testing.assert_allclose(b, wanted_b, rtol=0, atol=1e-3 * np.abs(wanted_b).max())

@@ -37,6 +37,7 @@ from edgecompose.manifest import (
     manifest_to_json,
 )
 from edgecompose.merging import Merger
+from edgecompose.quantization import Bits
 from edgecompose.retrieval import new_index, open_index
 from edgecompose_export import __version__
 from edgecompose_export.adapters import CONFIG_FILE, export_adapter
@@ -115,7 +116,7 @@ def add_task(
     adapter: Path,
     examples: Path,
     *,
-    bits: int = 4,
+    bits: Bits = 4,
     advance: Callable[[int, int], None] = lambda done, of: None,
 ) -> Manifest:
     """Add a task with its adapter and examples to an existing bundle.
@@ -214,13 +215,13 @@ def _copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def _place_adapter(source: Path, name: str, base: BaseSpec, root: Path, bits: int) -> AdapterSpec:
+def _place_adapter(source: Path, name: str, base: BaseSpec, root: Path, bits: Bits) -> AdapterSpec:
     """Copy a quantised adapter, or export a PEFT folder, into `adapters/`; check that it fits."""
     relative = f"adapters/{name}.safetensors"
     target = root / relative
     if (source / CONFIG_FILE).is_file():
         target.unlink(missing_ok=True)
-        spec = export_adapter(source, base, target, 8 if bits == 8 else 4).spec
+        spec = export_adapter(source, base, target, bits).spec
         return replace(spec, file=relative)
     if not source.is_file():
         raise ExportError(f"adapter '{source}' is neither a PEFT folder nor a quantised adapter file")

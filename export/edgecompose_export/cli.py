@@ -26,13 +26,18 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 from edgecompose.console import ErrorGroup, progress
+from edgecompose.quantization import Bits
 from edgecompose_export import __version__
 
 PathArgument = click.Path(path_type=Path)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 bits_option = click.option(
-    "--bits", type=click.Choice(["4", "8"]), default="4", show_default=True, help="Bits a weight."
+    "--bits", type=click.Choice(["4", "8", "16"]), default="4", show_default=True, help="Bits a weight; 16 is float16."
 )
+
+
+def _bits(given: str) -> Bits:
+    return 16 if given == "16" else 8 if given == "8" else 4
 
 
 class _Group(ErrorGroup):
@@ -106,7 +111,7 @@ def adapter(source: Path, base_folder: Path, output: Path, bits: str, as_json: b
 
     with _steps() as advance:
         advance("quantising")
-        made = export_adapter(source, read_base_spec(base_folder), output, 8 if bits == "8" else 4)
+        made = export_adapter(source, read_base_spec(base_folder), output, _bits(bits))
     errors = ", ".join(f"{name} {error:.3f}" for name, error in made.errors.items())
     text = (
         f"{output}: rank {made.spec.rank}, {bits} bits, {output.stat().st_size / 1e3:.0f} KB; relative error {errors}"
@@ -232,7 +237,7 @@ def add_task_command(
 
     with _bar("embedding", 1) as advance:
         manifest = add_task(
-            directory, name, adapter_path, examples_file, bits=int(bits), advance=lambda done, of: advance(1 / of)
+            directory, name, adapter_path, examples_file, bits=_bits(bits), advance=lambda done, of: advance(1 / of)
         )
     _print_bundle(directory, manifest, as_json)
 

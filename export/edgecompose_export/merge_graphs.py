@@ -10,6 +10,8 @@ them.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +23,8 @@ from edgecompose.rows import RESIDENT_BLOCK
 #: What is made of the rows; of A each layer's result is turned, so that it lies as the decoder wants it.
 _KINDS = ("stack", "linear", "ties_total", "ties_frequency", "mix")
 _TURNED = "_turned"
-#: Where the rows come from: gathered by the host, or packed on the device in 4 or 8 bits.
-_SOURCES = ("", "resident4_", "resident8_")
+#: Where the rows come from: gathered by the host, in integers or float16, or packed on the device in 4 or 8 bits.
+_SOURCES = ("", "half_", "resident4_", "resident8_")
 GRAPHS = (
     "norm", "copy_codes", "copy_values", *(f"{source}gram" for source in _SOURCES),
     *(f"{source}{kind}{turned}" for source in _SOURCES for kind in _KINDS for turned in ("", _TURNED)),
@@ -57,9 +59,10 @@ def build_merge_graph(name: str) -> onnx.ModelProto:
     """One of GRAPHS.
 
     Inputs of those that read codes of the host: `codes` (blocks, block) uint8, `zero_points` (blocks,) uint8, `scales`
-    (rows, blocks a row) float16, `gains` (rows, 1) float32, the factor by which a row's values are multiplied. Inputs
-    of those that read codes on the device: `pool` (N, n) or (N, n/2) uint8, `pool_scales` (N, blocks a row) float32,
-    `numbers` (rows,) int32, which rows of the pool, `order` = 0, 1, 2, ... (rows,) int32, and `gains`. Then:
+    (rows, blocks a row) float16, `gains` (rows, 1) float32, the factor by which a row's values are multiplied. In
+    float16 `codes` is (rows, n), `scales` (rows, 1), and there are no zero points. Inputs of those that read codes on
+    the device: `pool` (N, n) or (N, n/2) uint8, `pool_scales` (N, blocks a row) float32, `numbers` (rows,) int32, which
+    rows of the pool, `order` = 0, 1, 2, ... (rows,) int32, and `gains`. Then:
 
     * `stack`: no more. Values as they lie.
     * `linear`: `weights` (1, K); the rows are those of K adapters, one after another. Sum of weight times values.
@@ -87,7 +90,7 @@ def _from_rows(b: _Builder, name: str, source: str, kind: str) -> onnx.ModelProt
     turned, kind = kind.endswith(_TURNED), kind.removesuffix(_TURNED)
     out = "result" if turned else "merged"
     rows = out if kind == "stack" else "values"
-    values, inputs = _host_rows(b, rows) if source == "" else _resident_rows(b, rows, 4 if "4" in source else 8)
+    values, inputs = _ROWS[source](b, rows)
     if turned or kind in ("mix", "gram"):
         inputs.append(("shape", TensorProto.INT64, [3]))
     if kind == "gram":
@@ -127,6 +130,16 @@ def _host_rows(b: _Builder, out: str) -> tuple[str, list[_Input]]:
     return b("DequantizeLinear", "codes", flat, "zero_points", out=out, axis=0), inputs
 
 
+def _half_rows(b: _Builder, out: str) -> tuple[str, list[_Input]]:
+    """Values (rows, n) = code * scale * gain of its row."""
+    scales = b("Mul", b("Cast", "scales", out="scales32", to=_FLOAT), "gains", out="scaled")
+    inputs: list[_Input] = [
+        ("codes", TensorProto.FLOAT16, ["rows", "width"]), ("scales", TensorProto.FLOAT16, ["rows", 1]),
+        ("gains", _FLOAT, ["rows", 1]),
+    ]  # fmt: skip
+    return b("Mul", b("Cast", "codes", out="codes32", to=_FLOAT), scales, out=out), inputs
+
+
 def _resident_rows(b: _Builder, out: str, bits: int) -> tuple[str, list[_Input]]:
     """Values (rows, width) of rows of the pool. The scales are gathered apart, since each row has a gain of its own."""
     codes = b("Gather", "pool", "numbers", out="codes", axis=0)
@@ -140,6 +153,14 @@ def _resident_rows(b: _Builder, out: str, bits: int) -> tuple[str, list[_Input]]
         ("numbers", TensorProto.INT32, ["rows"]), ("order", TensorProto.INT32, ["rows"]),
         ("gains", _FLOAT, ["rows", 1]),
     ]  # fmt: skip
+
+
+_ROWS: Mapping[str, Callable[[_Builder, str], tuple[str, list[_Input]]]] = {
+    "": _host_rows,
+    "half_": _half_rows,
+    "resident4_": functools.partial(_resident_rows, bits=4),
+    "resident8_": functools.partial(_resident_rows, bits=8),
+}
 
 
 def _ties(b: _Builder, name: str, stack: str, out: str) -> str:

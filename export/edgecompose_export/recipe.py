@@ -9,6 +9,7 @@ from pathlib import Path
 from edgecompose.composer import merge_settings
 from edgecompose.errors import ExportError
 from edgecompose.manifest import Defaults, check_name, value_from_json
+from edgecompose.quantization import Bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class Recipe:
     embedder: str
     tasks: dict[str, RecipeTask]
     examples: str | None = None
-    bits: int = 4
+    bits: Bits = 4
     keep_text: bool = False
     defaults: Defaults = Defaults()
 
@@ -45,8 +46,6 @@ def read_recipe(path: Path) -> Recipe:
         raise ExportError(f"recipe '{path}' cannot be read: {error}") from error
     recipe = value_from_json(Recipe, found, path.name)
     merge_settings(recipe.defaults)
-    if recipe.bits not in (4, 8):
-        raise ExportError(f"recipe '{path.name}': bits is {recipe.bits}; 4 or 8 is wanted")
     if not recipe.tasks:
         raise ExportError(f"recipe '{path.name}' names no task")
     for name in recipe.tasks:
