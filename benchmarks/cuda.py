@@ -2,10 +2,10 @@
 
     python benchmarks/cuda.py [--bundle models/demo] [--base build/base ...] [--save benchmarks/results]
 
-Checks every merge method and the decoder on both devices, then times merging at the shapes of real models, composing
-and decoding, against the copy bandwidth that ONNX Runtime reaches on the device. A wrong result is named and ends in
-exit code 1, as does a machine without CUDA; a target that is missed does not. Prints tables, ratios first, then one
-line of JSON. `--device cpu` puts the CPU in the place of CUDA, to try the script itself:
+Checks every merge method, the decoder and a float embedder on both devices, then times merging at the shapes of real
+models, composing and decoding, against the copy bandwidth that ONNX Runtime reaches on the device. A wrong result is
+named and ends in exit code 1, as does a machine without CUDA; a target that is missed does not. Prints tables, ratios
+first, then one line of JSON. `--device cpu` puts the CPU in the place of CUDA, to try the script itself:
 
     python benchmarks/cuda.py --device cpu --shapes smollm2-135m --rounds 1 --layers 2
 """
@@ -34,7 +34,7 @@ from edgecompose.errors import EdgeComposeError
 from edgecompose.methods import METHODS
 
 BUNDLE = Path("models/demo")
-Parity = cuda_parity.MethodParity | cuda_parity.DecoderParity
+Parity = cuda_parity.MethodParity | cuda_parity.DecoderParity | cuda_parity.EmbedderParity
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     print(f"{device_name(device)} ({device.kind}) against {device_name(reference)} (cpu)")
     placed = show_placements(device, options.bundle, bases)
-    parity = show_parity(device, reference, bases)
+    parity = show_parity(device, reference, bases, options.bundle)
     result: dict[str, Any] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"), "device": device.kind, "device_name": device_name(device),
         "machine": machine(), "packages": installed_packages(), "rounds": options.rounds,
@@ -102,8 +102,9 @@ def has_bundle(folder: Path) -> bool:
 
 def show_placements(device: Device, bundle: Path, bases: Sequence[cuda_parity.Base]) -> list[cuda_graphs.Placement]:
     """Print which nodes run elsewhere than on the device."""
-    graphs = {f"decoder of {base.name}": base.graph for base in bases}
-    graphs |= {"embedder": cuda_timing.embedder_graph(bundle)} if has_bundle(bundle) else {}
+    graphs = {f"decoder of {base.name}": base.graphs[device.kind] for base in bases}
+    embedder = cuda_timing.embedder_graph(bundle, device) if has_bundle(bundle) else None
+    graphs |= {} if embedder is None else {"embedder": embedder}
     found = list(cuda_graphs.placements(device, graphs))
     print(f"\nelsewhere   of nodes  graph (nodes that {device.kind} does not run: each costs copies)")
     for row in found:
@@ -112,8 +113,8 @@ def show_placements(device: Device, bundle: Path, bases: Sequence[cuda_parity.Ba
     return found
 
 
-def show_parity(device: Device, reference: Device, bases: Sequence[cuda_parity.Base]) -> list[Parity]:
-    """Print and return the worst of each method and of each decoder."""
+def show_parity(device: Device, reference: Device, bases: Sequence[cuda_parity.Base], bundle: Path) -> list[Parity]:
+    """Print and return the worst of each method, of each decoder, and of the embedder if it runs on the device."""
     rows: list[Parity] = []
     print("\nparity      error  tolerance  method")
     for method in cuda_parity.merge_parity(device, reference):
@@ -125,6 +126,10 @@ def show_parity(device: Device, reference: Device, bases: Sequence[cuda_parity.B
             shown = f"decoder of {row.base}, {row.blend}: {row.equal} of {row.tokens} tokens agree"
             print(f"{_verdict(row)} {shown}{f', worst: {row.worst}' if row.worst else ''}", flush=True)
             rows.append(row)
+    for found in cuda_parity.embedder_parity(bundle, device, reference) if has_bundle(bundle) else ():
+        worst = f", worst: {found.worst}" if found.worst else ""
+        print(f"{_verdict(found)} embedder of {found.embedder}: {found.texts} texts{worst}", flush=True)
+        rows.append(found)
     return rows
 
 
@@ -134,7 +139,12 @@ def _verdict(row: Parity) -> str:
 
 def failure(row: Parity) -> str:
     """What is wrong, in one line."""
-    name = row.method if isinstance(row, cuda_parity.MethodParity) else f"decoder of {row.base} with {row.blend}"
+    if isinstance(row, cuda_parity.MethodParity):
+        name = row.method
+    elif isinstance(row, cuda_parity.EmbedderParity):
+        name = f"embedder of {row.embedder}"
+    else:
+        name = f"decoder of {row.base} with {row.blend}"
     return f"{name}: relative error {row.error:.2e}, {row.tolerance:.0e} is allowed ({row.worst})"
 
 

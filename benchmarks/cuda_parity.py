@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +15,9 @@ import numpy.typing as npt
 from benchmarks.merge import random_adapter, slot_groups
 from edgecompose.adapter import Adapter, AdapterModule, load_adapter
 from edgecompose.bundle import Bundle
-from edgecompose.decoder import Decoder
-from edgecompose.device import Device
+from edgecompose.decoder import Decoder, decoder_graph
+from edgecompose.device import Device, host
+from edgecompose.embedder import Embedder, embedder_device
 from edgecompose.errors import BundleError
 from edgecompose.manifest import BaseSpec, SlotGroup, value_from_json
 from edgecompose.merging import Merger
@@ -25,7 +27,11 @@ from edgecompose.tokenization import Tokenizer
 from edgecompose.trimming import thresholds
 
 Float = npt.NDArray[np.float32]
+#: Devices of both kinds, to ask which graph they run.
+_KINDS = (host(""), Device("cuda", (), ""))
 Factors = Mapping[str, tuple[Float, Float]]
+#: Kind of device -> the graph that it runs.
+Graphs = Mapping[Literal["cpu", "cuda"], Path]
 #: Largest difference over largest magnitude that sums of float32 in another order may give. Products that are rounded
 #: to TF32 differ by about 1e-3, and fail.
 TOLERANCE = 1e-5
@@ -37,8 +43,13 @@ FLIPS = 1e-5
 #: Of logits, by the precision of the base. CPU kernels for packed weights round activations to 8 bits, CUDA's do not:
 #: that alone moves the logits of the demo base by up to 0.05.
 LOGITS_TOLERANCE = {"fp32": 1e-3}
+#: The same where the device's graph has attention in float16; on a CPU that moves the demo's logits by up to 2e-3 when
+#: its packed weights compute in float32.
+HALF_LOGITS_TOLERANCE = {"fp32": 5e-3, "fp16": 5e-3}
 PACKED_LOGITS_TOLERANCE = 0.1
 PROMPT = "Customer review of a business: We waited forty minutes, and the soup came cold. Positive or negative?"
+#: Of vectors of unit norm, an encoder in float32 on both sides.
+EMBEDDER_TOLERANCE = 1e-4
 WEIGHTS = (0.7, -0.4, 1.3, 0.2)
 #: Blocks of 32 values; a tall and a wide module; blocks of 8, 16 and 2 values.
 _EVEN = (SlotGroup("q_proj", 3, 64, 96), SlotGroup("k_proj", 3, 96, 32), SlotGroup("down_proj", 3, 160, 64))
@@ -79,12 +90,28 @@ class DecoderParity:
         return self.error <= self.tolerance
 
 
+@dataclass(frozen=True, slots=True)
+class EmbedderParity:
+    """Vectors of some texts, by the encoder on the device and on the CPU; `error` is the largest difference."""
+
+    embedder: str
+    texts: int
+    error: float
+    tolerance: float
+    worst: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether no vector was beyond the tolerance."""
+        return self.error <= self.tolerance
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Base:
-    """A decoder to run, and at least three adapters for it."""
+    """A decoder to run, and at least three adapters for it. `graphs`: the one for each kind of device."""
 
     name: str
-    graph: Path
+    graphs: Graphs
     tokenizer: Path
     spec: BaseSpec
     adapters: tuple[Adapter, ...]
@@ -97,7 +124,9 @@ class Base:
         names = sorted(bundle.manifest.adapters)[:3]
         found = [load_adapter(bundle.adapter_file(name), name, spec.slots, spec.identity) for name in names]
         found += [gaussian_adapter(f"random{i}", spec.slots, 8, 4) for i in range(3 - len(found))]
-        return cls(folder.name, bundle.path(spec.graph), bundle.path(spec.tokenizer), spec, tuple(found))
+        bundle.path(spec.graph)  # checks the data file that all graphs read
+        graphs: Graphs = {device.kind: bundle.path(decoder_graph(spec, device)) for device in _KINDS}
+        return cls(folder.name, graphs, bundle.path(spec.tokenizer), spec, tuple(found))
 
     @classmethod
     def of_folder(cls, folder: Path) -> Base:
@@ -111,7 +140,8 @@ class Base:
         content = json.loads((folder / "base.json").read_text(encoding="utf-8"))
         spec = value_from_json(BaseSpec, content, "base.json")
         adapters = tuple(gaussian_adapter(f"random{i}", spec.slots, 8, 4) for i in range(3))
-        return cls(folder.name, folder / spec.graph, folder / spec.tokenizer, spec, adapters)
+        graphs: Graphs = {device.kind: folder / decoder_graph(spec, device) for device in _KINDS}
+        return cls(folder.name, graphs, folder / spec.tokenizer, spec, adapters)
 
     def prompt(self) -> list[int]:
         """Ids of PROMPT, at most half of the context."""
@@ -217,7 +247,8 @@ def _compared(factors: tuple[Float, Float], settings: MergeSettings) -> tuple[Fl
 
 def decoder_parity(base: Base, device: Device, reference: Device, steps: int = 8) -> Iterator[DecoderParity]:
     """The base alone, with one adapter and with three: a prompt at once, then steps of one token."""
-    tolerance = LOGITS_TOLERANCE.get(base.spec.precision, PACKED_LOGITS_TOLERANCE)
+    tolerances = LOGITS_TOLERANCE if base.graphs[device.kind] == base.graphs["cpu"] else HALF_LOGITS_TOLERANCE
+    tolerance = tolerances.get(base.spec.precision, PACKED_LOGITS_TOLERANCE)
     for name, adapters in {"no adapter": (), "one adapter": base.adapters[:1], "three": base.adapters[:3]}.items():
         wanted, tokens = _logits(base, adapters, reference, steps, None)
         error, equal, worst = 0.0, 0, ""
@@ -241,12 +272,33 @@ def _logits(
     weights = [1 / max(1, len(adapters))] * len(adapters)
     merged = Merger(device).merge(adapters, weights, MergeSettings("product"))
     fed, found, chosen = base.prompt(), [], list[int]()
-    decoding = Decoder(base.graph, base.spec, device).start(merged, len(fed) + steps)
+    decoding = Decoder(base.graphs[device.kind], base.spec, device).start(merged, len(fed) + steps)
     for step in range(steps + 1):
         found.append(decoding.forward(fed)[0].copy())
         chosen.append(int(found[-1].argmax()) if tokens is None else tokens[step])
         fed = [chosen[-1]]
     return found, chosen
+
+
+def embedder_parity(folder: Path, device: Device, reference: Device) -> Iterator[EmbedderParity]:
+    """The encoder of a bundle, where it runs on the device: short texts, long ones, and one beyond its window."""
+    bundle = Bundle(folder)
+    spec = bundle.manifest.embedder
+    if embedder_device(spec, device) != device:
+        return
+    texts = ("yes", PROMPT, f"{PROMPT} " * 4, f"{PROMPT} " * 100)
+    graph, tokenizer = bundle.path(spec.graph), bundle.path(spec.tokenizer)
+    theirs = Embedder(graph, tokenizer, spec, reference)
+    error, worst = 0.0, ""
+    try:
+        ours = Embedder(graph, tokenizer, spec, device)
+        for text in texts:
+            found = float(np.abs(ours.embed(text) - theirs.embed(text)).max())
+            if found > error:
+                error, worst = found, f"{len(text)} characters"
+    except Exception as failure:
+        error, worst = math.inf, described(failure)
+    yield EmbedderParity(folder.name, len(texts), error, EMBEDDER_TOLERANCE, worst)
 
 
 def described(failure: Exception) -> str:

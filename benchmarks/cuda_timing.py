@@ -16,6 +16,7 @@ from edgecompose.bundle import Bundle
 from edgecompose.composer import Composer
 from edgecompose.decoder import Decoder
 from edgecompose.device import Device
+from edgecompose.embedder import embedder_device
 from edgecompose.merging import Merger
 from edgecompose.methods import MergeSettings
 from edgecompose.quantization import Bits
@@ -114,10 +115,11 @@ def loads(names: Sequence[str], layers: int | None, adapters: int, rank: int, bi
         yield Load(name, min(layers or SHAPES[name][0], SHAPES[name][0]), adapters, rank, bits)
 
 
-def embedder_graph(folder: Path) -> Path:
-    """The checked graph of a bundle's embedder."""
+def embedder_graph(folder: Path, device: Device) -> Path | None:
+    """The checked graph of a bundle's embedder, None where it runs elsewhere than on the device."""
     bundle = Bundle(folder)
-    return bundle.path(bundle.manifest.embedder.graph)
+    spec = bundle.manifest.embedder
+    return bundle.path(spec.graph) if embedder_device(spec, device) == device else None
 
 
 def compose_time(folder: Path, device: Device, prompt: str, rounds: int) -> ComposeTime:
@@ -137,7 +139,7 @@ def compose_time(folder: Path, device: Device, prompt: str, rounds: int) -> Comp
 
 def decode_rates(base: Base, device: Device, rounds: int) -> list[DecodeRate]:
     """Decoding under blends of random adapters of the ranks of BLENDS; the blends take turns."""
-    decoder, merger, ids = Decoder(base.graph, base.spec, device), Merger(device), base.prompt()
+    decoder, merger, ids = Decoder(base.graphs[device.kind], base.spec, device), Merger(device), base.prompt()
     capacity = min(base.spec.context, len(ids) + 4 * TOKENS)
     steps = {}
     for rank, ranks in BLENDS.items():

@@ -19,9 +19,9 @@ from edgecompose.adapter import Adapter, load_adapter
 from edgecompose.blend import MergedAdapter
 from edgecompose.buffers import LruCache
 from edgecompose.bundle import Bundle
-from edgecompose.decoder import Decoder, Decoding, Float, FoldedDecoder
+from edgecompose.decoder import Decoder, Decoding, Float, FoldedDecoder, decoder_graph
 from edgecompose.device import Device, DeviceRequest, choose_device
-from edgecompose.embedder import Embedder
+from edgecompose.embedder import Embedder, embedder_device
 from edgecompose.errors import GenerationError
 from edgecompose.folding import FoldedWeights, Folding, folded_bytes, require_folding
 from edgecompose.generation import generate, score_choices, stream_text
@@ -116,7 +116,7 @@ class Composer:
     def decoder(self) -> Decoder:
         """The base model."""
         spec = self.bundle.manifest.base
-        return Decoder(self.bundle.path(spec.graph), spec, self.device)
+        return Decoder(self._beside_decoder(decoder_graph(spec, self.device)), spec, self.device)
 
     @functools.cached_property
     def folding(self) -> Folding:
@@ -128,7 +128,7 @@ class Composer:
     def folded_decoder(self) -> FoldedDecoder:
         """The decoder that reads folded weights."""
         spec = self.bundle.manifest.base
-        return FoldedDecoder(self._beside_decoder(require_folding(spec).decoder_graph), spec, self.device)
+        return FoldedDecoder(self._beside_decoder(decoder_graph(spec, self.device, folded=True)), spec, self.device)
 
     @functools.cached_property
     def merger(self) -> Merger:
@@ -186,6 +186,7 @@ class Composer:
             prompt, text, composition.retrieval, composition.settings, composition.merged.digest,
             self.device, clock.spent, len(ids), count, scores, composition.merged.report,
             "fold" if isinstance(blend, FoldedWeights) else "attach",
+            None if request.weights is not None else embedder_device(self.bundle.manifest.embedder, self.device),
         )  # fmt: skip
 
     def _retrieve(self, prompt: str, request: Request, clock: _Clock) -> Retrieval:

@@ -10,13 +10,29 @@ import numpy.typing as npt
 
 from edgecompose.binding import bind_slots, check_graph, slot_axes
 from edgecompose.blend import MergedAdapter
-from edgecompose.device import Device, IOBinding, OrtValue, Session, open_session
-from edgecompose.errors import GenerationError, PromptTooLong
+from edgecompose.device import Device, IOBinding, OrtValue, Session, host, open_session
+from edgecompose.errors import BundleError, GenerationError, PromptTooLong
 from edgecompose.folding import FoldedWeights, require_folding, weight_axes
 from edgecompose.manifest import BaseSpec
 
 Float = npt.NDArray[np.float32]
-_HOST = Device("cpu", ("CPUExecutionProvider",), "inputs and logits live on the host")
+_HOST = host("inputs and logits live on the host")
+#: Element types that a key-value cache may have, as ONNX Runtime calls them.
+_CACHE_TYPES: dict[str, type[np.float16 | np.float32]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+def decoder_graph(spec: BaseSpec, device: Device, *, folded: bool = False) -> str:
+    """Path, in the bundle, of the decoder that a device runs: on CUDA the one with attention in float16, if there is.
+
+    Raises:
+        GenerationError: `folded`, and the base cannot be folded.
+    """
+    if folded:
+        folding = require_folding(spec)
+        graph, cuda_graph = folding.decoder_graph, folding.cuda_decoder_graph
+    else:
+        graph, cuda_graph = spec.graph, spec.cuda_graph
+    return cuda_graph if device.kind == "cuda" and cuda_graph is not None else graph
 
 
 class Decoder:
@@ -28,6 +44,7 @@ class Decoder:
         self._session = open_session(graph, device, name="decoder")
         inputs = {**_sequence_axes(spec), **slot_axes(spec.slots)}
         check_graph(self._session, "decoder", inputs, {"logits": {2: spec.vocabulary}})
+        _cache_dtype(self._session)
 
     def start(self, adapter: MergedAdapter, capacity: int) -> Decoding:
         """Begin a sequence of at most `capacity` tokens under one blend.
@@ -48,6 +65,7 @@ class FoldedDecoder:
         self._session = open_session(graph, device, name="folded decoder")
         inputs = {**_sequence_axes(spec), **weight_axes(require_folding(spec).weights)}
         check_graph(self._session, "folded decoder", inputs, {"logits": {2: spec.vocabulary}})
+        _cache_dtype(self._session)
 
     def start(self, weights: FoldedWeights, capacity: int) -> Decoding:
         """Begin a sequence of at most `capacity` tokens with weights that a blend was folded into.
@@ -62,7 +80,8 @@ class FoldedDecoder:
 class Decoding:
     """One sequence: its key-value cache, bound once, and the blend that every entry of it was made with.
 
-    The cache is one buffer that attention reads and extends in place, so nothing is copied from step to step.
+    The cache is one buffer of each layer that attention reads and extends in place, so it is never copied. Its element
+    type, float32 or float16, is the graph's.
     """
 
     def __init__(
@@ -73,15 +92,13 @@ class Decoding:
         self._session, self._spec, self._capacity = session, spec, capacity
         self._binding: IOBinding = session.io_binding()
         self._blend = blend  # keeps the bound buffers alive
-        self._cache = _bind_cache(self._binding, spec, device, capacity)
+        self._cache = _bind_cache(self._binding, session, spec, device, capacity)
         if isinstance(blend, FoldedWeights):
             blend.bind_inputs(self._binding, device)
         else:
             bind_slots(self._binding, blend, device)
         self._past = _HOST.empty((1,), np.int32)
         self._total = _HOST.empty((), np.int32)
-        self._binding.bind_ortvalue_input("seqlens_k", self._past)
-        self._binding.bind_ortvalue_input("total_sequence_length", self._total)
         self._shape = (0, 0)
         self._ids: OrtValue = None
         self._logits: OrtValue = None
@@ -112,6 +129,7 @@ class Decoding:
         self.length += count
         self._past.update_inplace(np.array([self.length - 1], np.int32))
         self._total.update_inplace(np.array(self.length, np.int32))
+        self._bind_step()
         self._session.run_with_iobinding(self._binding)
         return np.asarray(self._logits.numpy()[0], np.float32)
 
@@ -122,15 +140,23 @@ class Decoding:
         self.length = length
 
     def _resize(self, count: int, kept: int) -> None:
-        """Bind inputs and logits of another shape (a bound output of a stale shape is an error)."""
+        """Make ids and logits of another shape (a bound output of a stale shape is an error)."""
         if (count, kept) == self._shape:
             return
         self._ids = _HOST.empty((1, count), np.int64)
         self._logits = _HOST.empty((1, kept, self._spec.vocabulary))
-        self._binding.bind_ortvalue_input("input_ids", self._ids)
         self._binding.bind_ortvalue_input("logits_kept", _HOST.place(np.array([kept], np.int64)))
         self._binding.bind_ortvalue_output("logits", self._logits)
         self._shape = (count, kept)
+
+    def _bind_step(self) -> None:
+        """Bind the inputs that each step changes.
+
+        They have to be bound anew: an input that is not where its reader runs is copied there once, when it is bound.
+        """
+        self._binding.bind_ortvalue_input("input_ids", self._ids)
+        self._binding.bind_ortvalue_input("seqlens_k", self._past)
+        self._binding.bind_ortvalue_input("total_sequence_length", self._total)
 
 
 def _sequence_axes(spec: BaseSpec) -> dict[str, dict[int, int]]:
@@ -148,13 +174,30 @@ def _check_capacity(capacity: int, spec: BaseSpec) -> None:
         )
 
 
-def _bind_cache(binding: IOBinding, spec: BaseSpec, device: Device, capacity: int) -> list[OrtValue]:
+def _bind_cache(binding: IOBinding, session: Session, spec: BaseSpec, device: Device, capacity: int) -> list[OrtValue]:
+    dtype = _cache_dtype(session)
+    place = _HOST if dtype is np.float32 else device
+    # Attention in float32 has no CUDA kernel, so ONNX Runtime runs it on the CPU whatever the device. A cache on the
+    # device would then be copied to the CPU when it is bound and never again: the prompt would be right and every later
+    # step wrong. On the host it is right, and slow: queries, keys and values are copied at every step.
     shape = (1, spec.kv_heads, capacity, spec.head_size)
     buffers = []
     for layer in range(spec.layers):
         for part in ("key", "value"):
-            buffer = device.empty(shape)
+            buffer = place.empty(shape, dtype)
             binding.bind_ortvalue_input(f"past_key_values.{layer}.{part}", buffer)
             binding.bind_ortvalue_output(f"present.{layer}.{part}", buffer)
             buffers.append(buffer)
     return buffers
+
+
+def _cache_dtype(session: Session) -> type[np.float16 | np.float32]:
+    """Element type of the key-value caches that a graph takes.
+
+    Raises:
+        BundleError: they differ, or are neither float32 nor float16.
+    """
+    found = {v.type for v in session.get_inputs() if v.name.startswith("past_key_values.")}
+    if len(found) != 1 or not found <= set(_CACHE_TYPES):
+        raise BundleError(f"the decoder's caches are of type {', '.join(sorted(found))}; export the bundle again")
+    return _CACHE_TYPES[found.pop()]

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
-from edgecompose.device import Device, open_session
+from edgecompose.device import Device, host, open_session
 from edgecompose.errors import BundleError, RetrievalError
 from edgecompose.manifest import EmbedderSpec
 
@@ -17,12 +17,12 @@ Float = npt.NDArray[np.float32]
 
 class Embedder:
     """A sentence encoder. One text at a time: int8 activations are scaled over a whole batch, so a text
-    embedded in company would not be the text embedded alone.
+    embedded in company would not be the text embedded alone. It runs where `embedder_device` says.
     """
 
     def __init__(self, graph: Path, tokenizer: Path, spec: EmbedderSpec, device: Device) -> None:
         self._spec = spec
-        self._session = open_session(graph, device, name="embedder")
+        self._session = open_session(graph, embedder_device(spec, device), name="embedder")
         self._inputs = {i.name for i in self._session.get_inputs()}
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer))
@@ -59,6 +59,17 @@ class Embedder:
                 f"the encoder gave an unusable vector of shape {vector.shape}; export the bundle again"
             )
         return vector
+
+
+def embedder_device(spec: EmbedderSpec, device: Device) -> Device:
+    """Where an encoder runs: a float one on the device, an int8 one on the CPU.
+
+    DynamicQuantizeLinear and MatMulInteger, as the int8 graph has them, have no CUDA kernels: a third of its nodes
+    would run on the CPU all the same, between copies.
+    """
+    if spec.precision == "int8" and device.kind != "cpu":
+        return host(f"{device.kind} has no kernels for an int8 embedder")
+    return device
 
 
 def head_and_tail(ids: list[int], limit: int) -> list[int]:

@@ -70,11 +70,13 @@ class FoldingSpec:
     """The graphs that write a blend into a float base: one gives the folded weights, one decodes with them.
 
     `weights` are the folded ones, float32, in panels of columns: name -> (panels, n_in, columns of a panel).
+    `cuda_decoder_graph` is the second with attention in float16, as `BaseSpec.cuda_graph`.
     """
 
     fold_graph: str
     decoder_graph: str
     weights: dict[str, tuple[int, ...]]
+    cuda_decoder_graph: str | None = None
 
     def __post_init__(self) -> None:
         bad = [name for name, shape in self.weights.items() if len(shape) != 3 or min(shape) < 1]
@@ -84,7 +86,10 @@ class FoldingSpec:
 
 @dataclass(frozen=True, slots=True)
 class BaseSpec:
-    """The decoder graph and what the decoding loop has to know of it; `folding` is there for float bases only."""
+    """The decoder graph and what the decoding loop has to know of it; `folding` is there for float bases only.
+
+    `cuda_graph` is the decoder with attention in float16, which is all that CUDA has kernels for.
+    """
 
     graph: str
     tokenizer: str
@@ -100,6 +105,7 @@ class BaseSpec:
     distance: Distance | None = None
     source: str = ""
     folding: FoldingSpec | None = None
+    cuda_graph: str | None = None
 
     def __post_init__(self) -> None:
         names = [group.name for group in self.slots]
@@ -240,9 +246,10 @@ class Manifest:
 
     def named_files(self) -> list[str]:
         """Every file that some part of the manifest refers to."""
-        optional = [self.base.chat_template, self.index.texts]
-        if self.base.folding is not None:
-            optional += [self.base.folding.fold_graph, self.base.folding.decoder_graph]
+        optional = [self.base.chat_template, self.base.cuda_graph, self.index.texts]
+        folding = self.base.folding
+        if folding is not None:
+            optional += [folding.fold_graph, folding.decoder_graph, folding.cuda_decoder_graph]
         return [
             self.base.graph, self.base.tokenizer, self.embedder.graph, self.embedder.tokenizer, self.index.file,
             *(a.file for a in self.adapters.values()), *(path for path in optional if path is not None),

@@ -172,6 +172,9 @@ def explain_answer(answer: Answer) -> list[str]:
     decode = answer.timings_ms["decode"]
     speed = f", {answer.generated_tokens / decode * 1e3:.0f} tokens/s" if answer.choices is None and decode else ""
     lines = explain_retrieval(answer.retrieval)
+    place, elsewhere = answer.embedder_device, []
+    if place is not None and place.kind != answer.device.kind:
+        elsewhere.append(f"embedder      {place.kind} ({place.reason})")
     if answer.choices is not None:
         lines.append("choices       mean log-likelihood a token")
         lines += [f"              {score:8.3f}  {choice}" for choice, score in _ranked(answer.choices)]
@@ -180,6 +183,7 @@ def explain_answer(answer: Answer) -> list[str]:
         f"method        {_described_method(answer)}, composition {answer.composition[:12]}, "
         f"{'folded' if answer.attachment == 'fold' else 'attached'}",
         f"device        {answer.device.kind} ({answer.device.reason})",
+        *elsewhere,
         f"tokens        {answer.prompt_tokens} in the prompt, {answer.generated_tokens} in the answer{speed}",
         f"time (ms)     {timings}",
     ]

@@ -75,6 +75,7 @@ class Answer:
 
     `choices` maps each given choice to its mean log-likelihood (nats a token), None when none were given.
     `attachment` is the one that was used: nothing is folded where no adapter was chosen.
+    `embedder_device` is None where nothing was embedded.
     """
 
     prompt: str
@@ -89,3 +90,4 @@ class Answer:
     choices: Mapping[str, float] | None = None
     report: MergeReport = MergeReport()
     attachment: Attachment = "attach"
+    embedder_device: Device | None = None

@@ -26,6 +26,7 @@ from edgecompose.generation import log_softmax
 from edgecompose.manifest import BaseSpec, Distance, SlotGroup, value_from_json
 from edgecompose.tokenization import Tokenizer
 from edgecompose_export.checkpoint import Checkpoint
+from edgecompose_export.cuda_graph import write_cuda_graph
 from edgecompose_export.datasets import read_json
 from edgecompose_export.folding import without_data, write_folding
 from edgecompose_export.quantize import quantize_decoder
@@ -38,6 +39,8 @@ FLOAT_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
 SPEC_FILE = "base.json"
 #: Mean KL divergence (nats) that a quantised base may have from float32.
 LARGEST_KL = 0.01
+#: Mean KL divergence (nats) from float32 that attention in float16 may bring. It brings about 1e-6.
+LARGEST_HALF_KL = 1e-3
 #: Largest difference of a logit between transformers and the float32 graph.
 LARGEST_LOGIT_ERROR = 1e-3
 _NO_ADAPTER = MergedAdapter({}, "base")
@@ -54,7 +57,8 @@ def export_base(
 ) -> BaseSpec:
     """Write `decoder.onnx`, `tokenizer.json`, `chat_template.jinja` and `base.json` to `output`.
 
-    A float base (fp32, fp16) also gets the graphs of `folding.write_folding`.
+    A float base (fp32, fp16) also gets the graphs of `folding.write_folding`. Every decoder gets another for CUDA
+    beside it (`cuda_graph`), unless float16 attention moves the float graph by more than LARGEST_HALF_KL.
 
     Args:
         accept_distance: keep a quantised base whose KL divergence exceeds LARGEST_KL.
@@ -89,6 +93,8 @@ def export_base(
         _save(graph, output / spec.graph)
         if precision in FLOAT_PRECISIONS:
             spec = dataclasses.replace(spec, folding=write_folding(bare, output / spec.graph, widths))
+        if _holds_in_half(work / "float.onnx", spec, prompts[:3]):
+            spec = _write_cuda_graphs(output, spec)
         if precision != "fp32":
             advance("measuring the distance from float32")
             distance = measure_distance(work / "float.onnx", output / spec.graph, spec, prompts)
@@ -196,6 +202,21 @@ def _head_widths(config: Any) -> tuple[int, int, int]:
     heads = int(config.num_attention_heads)
     head = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     return head, heads * head, int(getattr(config, "num_key_value_heads", None) or heads) * head
+
+
+def _holds_in_half(graph: Path, spec: BaseSpec, prompts: Sequence[Sequence[int]]) -> bool:
+    """Whether the float graph bears attention in float16, whose numbers end at 65504 (CPUs have that kernel too)."""
+    halved = graph.with_name(write_cuda_graph(graph))
+    return measure_distance(graph, halved, spec, prompts).kl <= LARGEST_HALF_KL
+
+
+def _write_cuda_graphs(output: Path, spec: BaseSpec) -> BaseSpec:
+    """Write the decoders for CUDA, and name them."""
+    folding = spec.folding
+    if folding is not None:
+        folded = write_cuda_graph(output / folding.decoder_graph)
+        folding = dataclasses.replace(folding, cuda_decoder_graph=folded)
+    return dataclasses.replace(spec, folding=folding, cuda_graph=write_cuda_graph(output / spec.graph))
 
 
 def _store_half(graph: onnx.GraphProto) -> None:

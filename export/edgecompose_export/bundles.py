@@ -187,18 +187,25 @@ def remove_task(root: Path, name: str) -> Manifest:
 
 def _copy_base(folder: Path, work: Path) -> BaseSpec:
     spec = read_base_spec(folder)
-    names = [spec.graph, f"{spec.graph}.data", spec.tokenizer, *([spec.chat_template] if spec.chat_template else [])]
-    folding = spec.folding
-    if folding is not None:  # both graphs read the decoder's data file, which lies beside them here too
-        names += [folding.fold_graph, folding.decoder_graph]
-        fold_graph, decoder_graph = (f"base/{graph}" for graph in names[-2:])
-        folding = replace(folding, fold_graph=fold_graph, decoder_graph=decoder_graph)
-    for name in names:
+    _copy(folder / f"{spec.graph}.data", work / "base" / f"{spec.graph}.data")  # all graphs read it, beside them
+
+    def place(name: str) -> str:
         _copy(folder / name, work / "base" / name)
-    template = None if spec.chat_template is None else f"base/{spec.chat_template}"
+        return f"base/{name}"
+
+    def place_optional(name: str | None) -> str | None:
+        return None if name is None else place(name)
+
+    folding = spec.folding
+    if folding is not None:
+        folding = replace(
+            folding, fold_graph=place(folding.fold_graph), decoder_graph=place(folding.decoder_graph),
+            cuda_decoder_graph=place_optional(folding.cuda_decoder_graph),
+        )  # fmt: skip
     return replace(
-        spec, graph=f"base/{spec.graph}", tokenizer=f"base/{spec.tokenizer}", chat_template=template, folding=folding
-    )
+        spec, graph=place(spec.graph), tokenizer=place(spec.tokenizer), folding=folding,
+        chat_template=place_optional(spec.chat_template), cuda_graph=place_optional(spec.cuda_graph),
+    )  # fmt: skip
 
 
 def _copy_embedder(folder: Path, work: Path) -> EmbedderSpec:
