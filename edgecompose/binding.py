@@ -16,12 +16,12 @@ Axes = Mapping[str, Mapping[int, int]]
 
 
 def slot_axes(groups: Sequence[SlotGroup]) -> dict[str, dict[int, int]]:
-    """Every slot of a graph: A is (n_in, r), B is (r, n_out), for any rank r."""
+    """Every slot of a graph: A is (r, n_in), B is (r, n_out), for any rank r."""
     return {
-        f"layers.{layer}.{group.name}.{side}": axes
+        f"layers.{layer}.{group.name}.{side}": {1: width}
         for group in groups
         for layer in range(group.layers)
-        for side, axes in (("A", {0: group.n_in}), ("B", {1: group.n_out}))
+        for side, width in (("A", group.n_in), ("B", group.n_out))
     }
 
 

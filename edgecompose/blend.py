@@ -19,10 +19,7 @@ SIDES: tuple[Side, Side] = ("A", "B")
 
 @dataclass(frozen=True, slots=True)
 class MergedModule:
-    """Where the merged factors of one module lie: A (L, n_in, R) and B (L, R, n_out), as offsets in values.
-
-    A lies as the decoder multiplies with it: x A is faster than x A^T where memory is what counts.
-    """
+    """Where the merged factors of one module lie: A (L, R, n_in) and B (L, R, n_out), as offsets in values."""
 
     layers: int
     rank: int
@@ -34,7 +31,7 @@ class MergedModule:
     def place(self, side: Side) -> tuple[int, tuple[int, int, int]]:
         """Offset (values) and shape of one factor."""
         if side == "A":
-            return self.offset_a, (self.layers, self.n_in, self.rank)
+            return self.offset_a, (self.layers, self.rank, self.n_in)
         return self.offset_b, (self.layers, self.rank, self.n_out)
 
 
@@ -65,9 +62,9 @@ class MergedAdapter:
         return sum(4 * math.prod(m.place(side)[1]) for m in self.modules.values() for side in SIDES)
 
     def address(self, module: str, side: Side, layer: int) -> tuple[int, tuple[int, int]]:
-        """Device address of one layer's factor, and its shape, (n_in, R) of A and (R, n_out) of B."""
-        offset, (_, rows, columns) = self.modules[module].place(side)
-        return self.buffer.data_ptr() + 4 * (offset + layer * rows * columns), (rows, columns)
+        """Device address and shape (R, n) of one layer's factor."""
+        offset, (_, rank, width) = self.modules[module].place(side)
+        return self.buffer.data_ptr() + 4 * (offset + layer * rank * width), (rank, width)
 
     def factors(self) -> dict[str, tuple[Float, Float]]:
         """A copy on the host: module -> A (L, R, n_in), B (L, R, n_out)."""
@@ -77,5 +74,5 @@ class MergedAdapter:
         for name, module in self.modules.items():
             parts = (module.place("A"), module.place("B"))
             a, b = (flat[offset : offset + math.prod(shape)].reshape(shape).copy() for offset, shape in parts)
-            found[name] = (np.ascontiguousarray(a.transpose(0, 2, 1)), b)
+            found[name] = (a, b)
         return found

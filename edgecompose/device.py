@@ -75,6 +75,24 @@ class Device:
         return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.kind, 0)
 
 
+def bind(binding: IOBinding, device: Device, name: str, value: np.ndarray[Any, Any] | View) -> object:
+    """Let a graph read memory of the device where it lies, or an array of the host.
+
+    Returns:
+        What must be kept alive until the graph has run.
+    """
+    if isinstance(value, View):
+        binding.bind_input(name, device.kind, 0, value.dtype, list(value.shape), value.address)
+        return value.owner
+    if device.kind == "cpu":
+        value = np.ascontiguousarray(value)
+        binding.bind_input(name, "cpu", 0, value.dtype.type, list(value.shape), value.ctypes.data)
+        return value
+    placed = device.place(value)
+    binding.bind_ortvalue_input(name, placed)
+    return placed
+
+
 def choose_device(request: DeviceRequest = "auto") -> Device:
     """The device for `request`.
 

@@ -1,6 +1,6 @@
 """Writes a blend into a copy of a float base's weights, on the device; knows nothing of text or decoding.
 
-W + A B goes to memory of its own and the stored W is only read. Taking a blend out again is to stop using the copy:
+W + A^T B goes to memory of its own and the stored W is only read. Taking a blend out again is to stop using the copy:
 nothing is subtracted, so the base keeps its bits.
 """
 
@@ -60,7 +60,7 @@ class Folding:
         self._pool = BufferPool(device, idle_bytes=4 * self._values)
 
     def fold(self, adapter: MergedAdapter) -> FoldedWeights:
-        """The base's weights with a blend in them: W + A B of every linear module, products and sum in float32."""
+        """The base's weights with a blend in them: W + A^T B of every linear module, products and sum in float32."""
         buffer = self._pool.take(self._values)
         folded = FoldedWeights(adapter.digest, self._places, buffer)
         weakref.finalize(folded, self._pool.give, buffer).atexit = False

@@ -37,7 +37,7 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class SlotGroup:
-    """One linear module of every layer: A is (n_in, r), B is (r, n_out)."""
+    """One linear module of every layer: A is (r, n_in), B is (r, n_out)."""
 
     name: str
     layers: int

@@ -23,7 +23,7 @@ from edgecompose import core_space, trimming
 from edgecompose.adapter import Adapter, AdapterModule
 from edgecompose.blend import SIDES, MergedAdapter, MergedModule, MergeReport, Side
 from edgecompose.buffers import BufferPool, LruCache
-from edgecompose.device import Device, OrtValue, Session, View, open_session, usable_cores
+from edgecompose.device import Device, OrtValue, Session, View, bind, open_session, usable_cores
 from edgecompose.errors import MergeError
 from edgecompose.methods import MergeSettings, composition_digest
 from edgecompose.rows import HostRows, Part, ResidentRows, Rows
@@ -282,13 +282,16 @@ class Merger:
 
     def _stack(self, merged: MergedAdapter, parts: Parts, module: str, side: Side, layers: slice) -> None:
         rows = self._gather(parts[module], side, layers, stacked=True)
-        self._write("stack", rows, {}, merged, module, side, layers)
+        self._run(f"{rows.graph}stack", rows.feeds, merged.address(module, side, layers.start)[0], rows.shape)
 
     def _combine(self, graph: str, merged: MergedAdapter, parts: Parts, module: str, side: Side, layers: slice) -> None:
         rows = self._gather(parts[module], side, layers, stacked=False)
         weights = np.array([[part.side(side)[1][layers.start] for part in parts[module]]], np.float32)
-        feeds = {"weights": weights} if graph == "linear" else {"weights": weights, "ones": np.ones_like(weights)}
-        self._write(graph, rows, feeds, merged, module, side, layers)
+        feeds = {**rows.feeds, "weights": weights}
+        if graph != "linear":
+            feeds["ones"] = np.ones_like(weights)
+        address, (rank, width) = merged.address(module, side, layers.start)
+        self._run(f"{rows.graph}{graph}", feeds, address, (1, (layers.stop - layers.start) * rank * width))
 
     def _mix(
         self, merged: MergedAdapter, parts: Parts, mixes: Mapping[str, core_space.Mixes], module: str, side: Side,
@@ -299,25 +302,11 @@ class Merger:
             self._stack(merged, parts, module, side, layers)
             return
         rows = self._gather(parts[module], side, layers, stacked=True)
-        self._write("mix", rows, {"mix": mix[layers].astype(np.float32)}, merged, module, side, layers)
-
-    def _write(
-        self, graph: str, rows: Rows, feeds: Mapping[str, npt.NDArray[Any]], merged: MergedAdapter, module: str,
-        side: Side, layers: slice,
-    ) -> None:  # fmt: skip
-        """Run a graph on rows of some layers; its result goes to their place in the blend, A turned."""
-        count, place = layers.stop - layers.start, merged.modules[module]
-        width = place.n_in if side == "A" else place.n_out
-        taken = feeds["mix"].shape[2] if graph == "mix" else place.rank
-        shape = np.array([count, taken, width], np.int64)
-        address, dims = merged.address(module, side, layers.start)
-        if side == "A":
-            self._run(f"{rows.graph}{graph}_turned", {**rows.feeds, **feeds, "shape": shape}, address, (count, *dims))
-        elif graph == "mix":
-            self._run(f"{rows.graph}mix", {**rows.feeds, **feeds, "shape": shape}, address, (count, *dims))
-        else:
-            values = rows.shape if graph == "stack" else (1, count * place.rank * width)
-            self._run(f"{rows.graph}{graph}", {**rows.feeds, **feeds}, address, values)
+        address, (rank, width) = merged.address(module, side, layers.start)
+        count = layers.stop - layers.start
+        shape = np.array([count, mix.shape[2], width], np.int64)
+        feeds = {**rows.feeds, "mix": mix[layers].astype(np.float32), "shape": shape}
+        self._run(f"{rows.graph}mix", feeds, address, (count, rank, width))
 
     def _gather(self, parts: Sequence[Part], side: Side, layers: slice, *, stacked: bool) -> Rows:
         if self._resident is not None and self._resident.takes(parts, side):
@@ -341,16 +330,11 @@ class Merger:
         """Run a graph on arrays of the host and on views of the device's memory; write its result to `address`."""
         session, kind = self._session(graph), self._device.kind
         binding = session.io_binding()
-        placed = []  # alive until the graph has run
-        for name, value in feeds.items():
-            if isinstance(value, View):
-                binding.bind_input(name, kind, 0, value.dtype, list(value.shape), value.address)
-            else:
-                placed.append(self._device.place(value))
-                binding.bind_ortvalue_input(name, placed[-1])
+        alive = [bind(binding, self._device, name, value) for name, value in feeds.items()]
         binding.bind_output("merged", kind, 0, dtype, list(shape), address)
         session.run_with_iobinding(binding)
         binding.synchronize_outputs()
+        del alive
 
     def _chunks(self, parts: Parts, *, even_weights: bool = False) -> Iterator[tuple[str, Side, slice]]:
         return _layer_chunks(parts, _CHUNK[self._device.kind], even_weights=even_weights)

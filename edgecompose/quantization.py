@@ -115,24 +115,22 @@ def pack(raised: Codes, bits: Bits) -> Codes:
     return np.asarray(flat[:, :half] | (flat[:, half:] << 4), np.uint8).reshape(layers, rank, width // 2)
 
 
-def unpack(factor: QuantizedFactor, layers: slice = slice(None), out: Codes | None = None) -> Codes:
-    """Codes (L, r, n) of some layers, unsigned or float16.
+def unpack(factor: QuantizedFactor) -> Codes:
+    """Codes (L, r, n), unsigned or float16."""
+    flat = np.empty((len(factor.codes), factor.rank * factor.width), factor.codes.dtype)
+    unpack_into(flat, factor, slice(None))
+    return flat.reshape(-1, factor.rank, factor.width)
 
-    Args:
-        out: where to write them; the rows of a layer must lie one after another.
-    """
-    kept = factor.codes[layers]
-    if out is None:
-        out = np.empty((*kept.shape[:2], factor.width), kept.dtype)
+
+def unpack_into(flat: Codes, factor: QuantizedFactor, layers: slice) -> None:
+    """Write the codes of some layers to `flat`, (layers, r n)."""
+    kept = factor.codes[layers].reshape(len(flat), -1)
     if factor.bits != 4:
-        np.copyto(out, kept)
-        return out
-    size = factor.rank * factor.width
-    flat = np.lib.stride_tricks.as_strided(out, (len(kept), size), (out.strides[0], 1))
-    packed = kept.reshape(len(kept), size // 2)
-    np.bitwise_and(packed, np.uint8(15), out=flat[:, : size // 2])
-    np.right_shift(packed, np.uint8(4), out=flat[:, size // 2 :])
-    return out
+        np.copyto(flat, kept)
+        return
+    half = kept.shape[1]
+    np.bitwise_and(kept, np.uint8(15), out=flat[:, :half])
+    np.right_shift(kept, np.uint8(4), out=flat[:, half:])
 
 
 def relative_error(factor: Float, quantized: QuantizedFactor) -> float:

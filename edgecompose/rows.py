@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from edgecompose.blend import Side
 from edgecompose.device import Device, OrtValue, View
-from edgecompose.quantization import Bits, Bytes, QuantizedFactor, dequantize, quantize, unpack
+from edgecompose.quantization import Bits, Bytes, QuantizedFactor, dequantize, quantize, unpack, unpack_into
 
 Float = npt.NDArray[np.float32]
 #: Width of the blocks that the graphs of resident rows are made for.
@@ -76,22 +76,23 @@ class HostRows:
         if half:
             sides = [(_half_form(factor), weight) for factor, weight in sides]
         first, count = sides[0][0], layers.stop - layers.start
-        width, blocks = first.width, first.scales.shape[2]
-        outer = _outer(sides, count, stacked=stacked)
-        rows = int(np.prod(outer))
-        codes = self._scratch(first.codes.dtype.name, rows * width, first.codes.dtype.type).reshape(*outer, width)
-        scales = self._scratch("scales", rows * blocks, np.float16).reshape(*outer, blocks)
-        zero_points = self._scratch("zero_points", rows * blocks, np.uint8).reshape(*outer, blocks)
+        width, blocks, ranks = first.width, first.scales.shape[2], [factor.rank for factor, _ in sides]
+        rows, outer = count * sum(ranks), (count, sum(ranks)) if stacked else (len(sides) * count, ranks[0])
+        codes = self._scratch(first.codes.dtype.name, rows * width, first.codes.dtype.type).reshape(outer[0], -1)
+        scales = self._scratch("scales", rows * blocks, np.float16).reshape(outer[0], -1)
+        zero_points = self._scratch("zero_points", rows * blocks, np.uint8).reshape(outer[0], -1)
         start = 0
         for i, (factor, _) in enumerate(sides):
-            place: Any = (slice(None), slice(start, start + factor.rank)) if stacked else i
-            unpack(factor, layers, codes[place])
-            scales[place] = factor.scales[layers]
-            zero_points[place] = factor.zero_point
+            across = slice(start, start + factor.rank) if stacked else slice(0, factor.rank)
+            along = slice(0, count) if stacked else slice(i * count, (i + 1) * count)
+            unpack_into(codes[along, across.start * width : across.stop * width], factor, layers)
+            in_blocks = slice(across.start * blocks, across.stop * blocks)
+            scales[along, in_blocks] = factor.scales[layers].reshape(count, -1)
+            zero_points[along, in_blocks] = factor.zero_point
             start += factor.rank
         feeds: dict[str, npt.NDArray[Any]] = {
             "codes": codes.reshape(-1, width // blocks), "scales": scales.reshape(-1, blocks),
-            "gains": _gains(sides, layers, outer, stacked=stacked, own=True),
+            "gains": _gains(sides, layers, stacked=stacked, own=True),
         }  # fmt: skip
         if not half:
             feeds["zero_points"] = zero_points.reshape(-1)
@@ -153,8 +154,7 @@ class ResidentRows:
         sides = [part.side(side) for part in parts]
         bits: Bits = 8 if any(factor.bits == 8 for factor, _ in sides) else 4
         width, count = sides[0][0].width, layers.stop - layers.start
-        outer = _outer(sides, count, stacked=stacked)
-        rows = int(np.prod(outer))
+        rows = count * sum(factor.rank for factor, _ in sides)
         with self._lock:
             pool = self._ensure([(f"{p.key}/{side}", f) for p, (f, _) in zip(parts, sides, strict=True)], bits)
             firsts = [pool.first[f"{part.key}/{side}"] for part in parts]
@@ -165,7 +165,7 @@ class ResidentRows:
         ]
         joined = np.concatenate(numbers, axis=1) if stacked else np.stack(numbers)
         feeds["numbers"] = np.asarray(joined, np.int32).reshape(-1)
-        feeds["gains"] = _gains(sides, layers, outer, stacked=stacked, own=False)
+        feeds["gains"] = _gains(sides, layers, stacked=stacked, own=False)
         return Rows(f"resident{bits}_", feeds, (rows, width))
 
     def _ensure(self, wanted: Sequence[tuple[str, QuantizedFactor]], bits: Bits) -> _Pool:
@@ -237,21 +237,11 @@ def _row_bytes(width: int, bits: int) -> int:
     return width * bits // 8 + 4 * (width // RESIDENT_BLOCK)
 
 
-def _outer(sides: Sequence[tuple[QuantizedFactor, Float]], count: int, *, stacked: bool) -> tuple[int, ...]:
-    ranks = [factor.rank for factor, _ in sides]
-    return (count, sum(ranks)) if stacked else (len(sides), count, ranks[0])
-
-
-def _gains(
-    sides: Sequence[tuple[QuantizedFactor, Float]], layers: slice, outer: tuple[int, ...], *, stacked: bool, own: bool
-) -> Float:
+def _gains(sides: Sequence[tuple[QuantizedFactor, Float]], layers: slice, *, stacked: bool, own: bool) -> Float:
     """What each row's values are multiplied by, (rows, 1): its weight when stacked, and the factor's gain if `own`."""
-    gains, start = np.empty(outer, np.float32), 0
-    for i, (factor, weight) in enumerate(sides):
-        gain = np.float32(factor.gain if own else 1.0)
-        if stacked:
-            gains[:, start : start + factor.rank] = (gain * weight[layers])[:, None]
-        else:
-            gains[i] = gain
-        start += factor.rank
-    return gains.reshape(-1, 1)
+    gains = np.array([factor.gain if own else 1.0 for factor, _ in sides], np.float32)
+    ranks = [factor.rank for factor, _ in sides]
+    if not stacked:
+        return np.repeat(gains, (layers.stop - layers.start) * ranks[0]).reshape(-1, 1)
+    weighted = np.stack([weight[layers] for _, weight in sides], axis=1) * gains
+    return np.asarray(np.repeat(weighted, ranks, axis=1), np.float32).reshape(-1, 1)

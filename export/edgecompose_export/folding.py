@@ -61,18 +61,18 @@ def write_folding(bare: onnx.ModelProto, decoder: Path, head_sizes: tuple[int, i
 
 
 def _fold(graph: onnx.GraphProto, linear: Linear, parts: list[tuple[str, int]]) -> None:
-    """Nodes that give W + A B of one linear node in panels; the products of a packed one stand side by side."""
+    """Nodes that give W + A^T B of one linear node in panels; the products of a packed one stand side by side."""
     weight, folded = linear.node.input[1], _weight(linear)
     matrix, columns = f"{folded}/matrix", f"{folded}/columns"
     slots = [f"layers.{linear.layer}.{module}" for module, _ in parts]
     if len(slots) == 1:
         factors = [f"{slots[0]}.A", f"{slots[0]}.B", weight]
-        graph.node.append(helper.make_node("Gemm", factors, [matrix], f"{folded}/Fold"))
+        graph.node.append(helper.make_node("Gemm", factors, [matrix], f"{folded}/Fold", transA=1))
     else:
         products, update = [f"{slot}/product" for slot in slots], f"{folded}/update"
         for slot, product in zip(slots, products, strict=True):
             factors = [f"{slot}.A", f"{slot}.B"]
-            graph.node.append(helper.make_node("Gemm", factors, [product], f"{slot}/Product"))
+            graph.node.append(helper.make_node("Gemm", factors, [product], f"{slot}/Product", transA=1))
         graph.node.append(helper.make_node("Concat", products, [update], f"{folded}/Concat", axis=1))
         graph.node.append(helper.make_node("Add", [weight, update], [matrix], f"{folded}/Fold"))
     count, n_in, width = _panels(linear)

@@ -20,15 +20,11 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from edgecompose.rows import RESIDENT_BLOCK
 
-#: What is made of the rows; of A each layer's result is turned, so that it lies as the decoder wants it.
-_KINDS = ("stack", "linear", "ties_total", "ties_frequency", "mix")
-_TURNED = "_turned"
+#: What is made of the rows.
+_KINDS = ("stack", "linear", "ties_total", "ties_frequency", "mix", "gram")
 #: Where the rows come from: gathered by the host, in integers or float16, or packed on the device in 4 or 8 bits.
 _SOURCES = ("", "half_", "resident4_", "resident8_")
-GRAPHS = (
-    "norm", "copy_codes", "copy_values", *(f"{source}gram" for source in _SOURCES),
-    *(f"{source}{kind}{turned}" for source in _SOURCES for kind in _KINDS for turned in ("", _TURNED)),
-)  # fmt: skip
+GRAPHS = ("norm", "copy_codes", "copy_values", *(f"{source}{kind}" for source in _SOURCES for kind in _KINDS))
 #: Name, element type and dimensions.
 _Input = tuple[str, int, list[int | str]]
 _MICROSOFT = "com.microsoft"
@@ -69,14 +65,13 @@ def build_merge_graph(name: str) -> onnx.ModelProto:
     * `ties_total`, `ties_frequency`: `weights`, and `ones` (1, K). Disjoint mean over the elected sign.
     * `mix`: `mix` (L, P, R), `shape` = (L, R, n). Each layer's rows are combined by a matrix.
     * `gram`: `shape` = (L, R, n). Inner products of each layer's rows, (L, R, R).
-    * `..._turned`: the same, but the result (L, R, n) of all layers is given as (L, n, R); `shape` = (L, R, n).
 
-    `norm` reads values `a` (L, n_in, R), `b` (L, R, n_out) and gives the squared Frobenius norm of a b, (L,).
+    `norm` reads values `a` (L, R, n_in), `b` (L, R, n_out) and gives the squared Frobenius norm of a^T b, (L,).
     `copy_codes` and `copy_values` give what they read, (N, n).
     """
     b = _Builder()
     if name == "norm":
-        sides: list[_Input] = [("a", _FLOAT, ["L", "n", "R"]), ("b", _FLOAT, ["L", "R", "m"])]
+        sides: list[_Input] = [("a", _FLOAT, ["L", "R", "n"]), ("b", _FLOAT, ["L", "R", "m"])]
         return _model(b, name, sides, _norm(b), ["L"])
     if name in ("copy_codes", "copy_values"):
         kind = TensorProto.UINT8 if name == "copy_codes" else _FLOAT
@@ -86,36 +81,29 @@ def build_merge_graph(name: str) -> onnx.ModelProto:
 
 
 def _from_rows(b: _Builder, name: str, source: str, kind: str) -> onnx.ModelProto:
-    """A graph of one of _KINDS, turned or not, or `gram`, whose rows come from `source`."""
-    turned, kind = kind.endswith(_TURNED), kind.removesuffix(_TURNED)
-    out = "result" if turned else "merged"
-    rows = out if kind == "stack" else "values"
-    values, inputs = _ROWS[source](b, rows)
-    if turned or kind in ("mix", "gram"):
+    """A graph of one of _KINDS whose rows come from `source`."""
+    values, inputs = _ROWS[source](b, "merged" if kind == "stack" else "values")
+    if kind == "stack":
+        return _model(b, name, inputs, values, ["rows", "width"])
+    if kind in ("mix", "gram"):
         inputs.append(("shape", TensorProto.INT64, [3]))
-    if kind == "gram":
-        values = b("Reshape", values, "shape", out="rows")
-        return _model(b, name, inputs, b("MatMul", values, _transposed(b, values), out=out), ["L", "R", "R"])
-    if kind == "mix":
+        rows = b("Reshape", values, "shape", out="rows")
+        if kind == "gram":
+            merged = b("MatMul", rows, _transposed(b, rows, "turned"), out="merged")
+            return _model(b, name, inputs, merged, ["L", "R", "R"])
         inputs.append(("mix", _FLOAT, ["L", "P", "R"]))
-        b("MatMul", "mix", b("Reshape", values, "shape", out="rows"), out=out)
-    elif kind != "stack":
-        inputs.append(("weights", _FLOAT, [1, "K"]))
-        count = b("Shape", "weights", out="count", start=1)
-        shape = b("Concat", count, b.constant("rest", [-1]), out="stacked", axis=0)
-        stack = b("Reshape", values, shape, out="stack")  # (K, m)
-        if kind == "linear":
-            b("MatMul", "weights", stack, out=out)
-        else:
-            inputs.append(("ones", _FLOAT, [1, "K"]))
-            _ties(b, kind, stack, out)
-    if turned:
-        layers = out if kind == "mix" else b("Reshape", out, "shape", out="layers")
-        return _model(b, name, inputs, _transposed(b, layers, "merged"), ["L", "n", "R"])
-    return _model(b, name, inputs, out, ["L", "P", "n"] if kind == "mix" else ["rows", "width"])
+        return _model(b, name, inputs, b("MatMul", "mix", rows, out="merged"), ["L", "P", "n"])
+    inputs.append(("weights", _FLOAT, [1, "K"]))
+    count = b("Shape", "weights", out="count", start=1)
+    shape = b("Concat", count, b.constant("rest", [-1]), out="stacked", axis=0)
+    stack = b("Reshape", values, shape, out="stack")  # (K, m)
+    if kind == "linear":
+        return _model(b, name, inputs, b("MatMul", "weights", stack, out="merged"), [1, "m"])
+    inputs.append(("ones", _FLOAT, [1, "K"]))
+    return _model(b, name, inputs, _ties(b, kind, stack), [1, "m"])
 
 
-def _transposed(b: _Builder, values: str, out: str = "transposed") -> str:
+def _transposed(b: _Builder, values: str, out: str) -> str:
     return b("Transpose", values, out=out, perm=[0, 2, 1])
 
 
@@ -163,7 +151,7 @@ _ROWS: Mapping[str, Callable[[_Builder, str], tuple[str, list[_Input]]]] = {
 }
 
 
-def _ties(b: _Builder, name: str, stack: str, out: str) -> str:
+def _ties(b: _Builder, name: str, stack: str) -> str:
     """(K, m) -> (1, m): elect a sign for each entry, then sum what agrees over how many agree.
 
     With s the elected sign, x agrees when s x > 0, so that s relu(s x) is what is kept of it.
@@ -181,11 +169,11 @@ def _ties(b: _Builder, name: str, stack: str, out: str) -> str:
     total = b("MatMul", "weights", agreeing, out="total")
     present = b("HardSigmoid", agreeing, out="present", alpha=_STEEP, beta=0.0)
     count = b("Max", b("MatMul", "ones", present, out="agree"), one, out="divisor")
-    return b("Div", b("Mul", total, sign, out="signed_total"), count, out=out)
+    return b("Div", b("Mul", total, sign, out="signed_total"), count, out="merged")
 
 
 def _norm(b: _Builder) -> str:
-    gram_a = b("MatMul", _transposed(b, "a", "a_turned"), "a", out="a_gram")
+    gram_a = b("MatMul", "a", _transposed(b, "a", "a_turned"), out="a_gram")
     gram_b = b("MatMul", "b", _transposed(b, "b", "b_turned"), out="b_gram")
     return b("ReduceSum", b("Mul", gram_a, gram_b, out="both"), b.constant("axes", [1, 2]), out="merged", keepdims=0)
 

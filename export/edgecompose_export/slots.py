@@ -1,7 +1,7 @@
 """Adapter slots in a decoder graph, and the inputs that our decoding loop feeds.
 
 Works on graphs of onnxruntime-genai's model builder. Every linear module that a LoRA adapter may
-target gets two optional inputs, `layers.<i>.<module>.A` (in, r) and `layers.<i>.<module>.B` (r, out),
+target gets two optional inputs, `layers.<i>.<module>.A` (r, in) and `layers.<i>.<module>.B` (r, out),
 whose default values have rank 0: nothing fed means the base alone, stacked ranks mean a blend.
 """
 
@@ -148,9 +148,13 @@ def _slot_nodes(graph: onnx.GraphProto, linear: Linear, parts: list[tuple[str, i
     nodes, deltas = [], []
     for module, n_out in parts:
         slot = f"layers.{linear.layer}.{module}"
-        _optional_input(graph, f"{slot}.A", (linear.n_in, 0), [linear.n_in, f"{module}_rank"])
+        _optional_input(graph, f"{slot}.A", (0, linear.n_in), [f"{module}_rank", linear.n_in])
         _optional_input(graph, f"{slot}.B", (0, n_out), [f"{module}_rank", n_out])
-        nodes.append(helper.make_node("MatMul", [source, f"{slot}.A"], [f"{slot}/down"], f"{slot}/A"))
+        nodes.append(
+            helper.make_node(
+                "FusedMatMul", [source, f"{slot}.A"], [f"{slot}/down"], f"{slot}/A", domain="com.microsoft", transB=1
+            )
+        )
         nodes.append(helper.make_node("MatMul", [f"{slot}/down", f"{slot}.B"], [f"{slot}/up"], f"{slot}/B"))
         deltas.append(f"{slot}/up")
     delta = deltas[0]
