@@ -20,7 +20,7 @@ class BufferPool:
     def __init__(self, device: Device, *, idle_bytes: int = 256 << 20) -> None:
         self._device, self._limit = device, idle_bytes
         self._idle: list[tuple[int, OrtValue]] = []
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a blend may be collected, and give its buffer back, at any moment
 
     def take(self, values: int) -> OrtValue:
         """A buffer of at least `values` float32 values, of undefined content."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,9 @@ from edgecompose.folding import FoldedWeights, require_folding, weight_axes
 from edgecompose.manifest import BaseSpec
 
 Float = npt.NDArray[np.float32]
+#: Caches have room for a multiple of so many tokens, so that the next sequence under the same blend can have them.
+_CAPACITY_STEP = 64
+_IDLE_SEATS = 2
 _HOST = host("inputs and logits live on the host")
 #: Element types that a key-value cache may have, as ONNX Runtime calls them.
 _CACHE_TYPES: dict[str, type[np.float16 | np.float32]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -45,6 +51,8 @@ class Decoder:
         inputs = {**_sequence_axes(spec), **slot_axes(spec.slots)}
         check_graph(self._session, "decoder", inputs, {"logits": {2: spec.vocabulary}})
         _cache_dtype(self._session)
+        self._idle: list[_Seat] = []
+        self._lock = threading.RLock()  # a sequence may be collected, and vacate its seat, at any moment
 
     def start(self, adapter: MergedAdapter, capacity: int) -> Decoding:
         """Begin a sequence of at most `capacity` tokens under one blend.
@@ -53,7 +61,25 @@ class Decoder:
             PromptTooLong: `capacity` exceeds the context of the base.
         """
         _check_capacity(capacity, self.spec)
-        return Decoding(self._session, self.spec, self.device, adapter, capacity)
+        decoding = Decoding(self._session, self.spec, self._seat(adapter, capacity), capacity)
+        weakref.finalize(decoding, self._vacate, decoding.seat).atexit = False
+        return decoding
+
+    def _seat(self, adapter: MergedAdapter, capacity: int) -> _Seat:
+        """Where an earlier sequence under the same blend sat, or a new seat: binding hundreds of slots takes 2 ms."""
+        with self._lock:
+            fits = [s for s in self._idle if s.blend.digest == adapter.digest and capacity <= s.capacity]
+            if fits:
+                self._idle = [s for s in self._idle if s is not fits[0]]
+                return fits[0]
+        room = min(-(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP, self.spec.context)
+        seat = _new_seat(self._session, self.spec, self.device, adapter, room)
+        bind_slots(seat.binding, adapter, self.device)
+        return seat
+
+    def _vacate(self, seat: _Seat) -> None:
+        with self._lock:
+            self._idle = [seat, *self._idle][:_IDLE_SEATS]
 
 
 class FoldedDecoder:
@@ -74,7 +100,19 @@ class FoldedDecoder:
             PromptTooLong: `capacity` exceeds the context of the base.
         """
         _check_capacity(capacity, self.spec)
-        return Decoding(self._session, self.spec, self.device, weights, capacity)
+        seat = _new_seat(self._session, self.spec, self.device, weights, capacity)
+        weights.bind_inputs(seat.binding, self.device)
+        return Decoding(self._session, self.spec, seat, capacity)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Seat:
+    """A binding of a decoder's session, the caches bound to it, and the blend whose memory it reads."""
+
+    binding: IOBinding
+    cache: list[OrtValue]
+    blend: MergedAdapter | FoldedWeights
+    capacity: int
 
 
 class Decoding:
@@ -84,19 +122,12 @@ class Decoding:
     type, float32 or float16, is the graph's.
     """
 
-    def __init__(
-        self, session: Session, spec: BaseSpec, device: Device, blend: MergedAdapter | FoldedWeights, capacity: int
-    ) -> None:
-        self.composition = blend.digest
+    def __init__(self, session: Session, spec: BaseSpec, seat: _Seat, capacity: int) -> None:
+        self.seat = seat
+        self.composition = seat.blend.digest
         self.length = 0
         self._session, self._spec, self._capacity = session, spec, capacity
-        self._binding: IOBinding = session.io_binding()
-        self._blend = blend  # keeps the bound buffers alive
-        self._cache = _bind_cache(self._binding, session, spec, device, capacity)
-        if isinstance(blend, FoldedWeights):
-            blend.bind_inputs(self._binding, device)
-        else:
-            bind_slots(self._binding, blend, device)
+        self._binding = seat.binding
         self._past = _HOST.empty((1,), np.int32)
         self._total = _HOST.empty((), np.int32)
         self._shape = (0, 0)
@@ -172,6 +203,13 @@ def _check_capacity(capacity: int, spec: BaseSpec) -> None:
             f"prompt and answer take {capacity} tokens, the base has a context of {spec.context}; "
             "shorten the prompt or lower --max-tokens"
         )
+
+
+def _new_seat(
+    session: Session, spec: BaseSpec, device: Device, blend: MergedAdapter | FoldedWeights, capacity: int
+) -> _Seat:
+    binding = session.io_binding()
+    return _Seat(binding, _bind_cache(binding, session, spec, device, capacity), blend, capacity)
 
 
 def _bind_cache(binding: IOBinding, session: Session, spec: BaseSpec, device: Device, capacity: int) -> list[OrtValue]:

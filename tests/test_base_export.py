@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import shutil
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from edgecompose.blend import MergedAdapter
 from edgecompose.bundle import sha256_of
 from edgecompose.decoder import Decoder
 from edgecompose.device import choose_device
-from edgecompose.errors import ExportError
+from edgecompose.errors import ExportError, GenerationError
 from edgecompose.merging import Merger
 from edgecompose.methods import MergeSettings
 from edgecompose.quantization import dequantize
@@ -405,3 +406,24 @@ def test_a_template_that_writes_the_first_token_is_that_of_transformers(zoo: Tin
     ours = Tokenizer(tmp_path / "out/tokenizer.json", chat_template=template)
     messages = [{"role": "user", "content": "hello"}]
     assert ours.chat(messages) == theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def test_a_sequence_takes_the_seat_of_one_before_it_under_the_same_blend(zoo: TinyZoo) -> None:
+    exported = zoo.base("llama", "fp32")
+    decoder = Decoder(exported.folder / exported.spec.graph, exported.spec, choose_device("cpu"))
+    alone, other = MergedAdapter({}, "alone"), MergedAdapter({}, "other")
+    first = decoder.start(alone, 20)
+    logits = [first.forward([5, 6, 7]).copy(), first.forward([8]).copy()]
+    seat = first.seat
+    second = decoder.start(alone, 20)
+    assert second.seat is not seat  # the first is taken
+    del first
+    gc.collect()
+    assert decoder.start(other, 20).seat is not seat
+    again = decoder.start(alone, 30)
+    assert again.seat is seat
+    np.testing.assert_array_equal(again.forward([5, 6, 7]), logits[0])
+    np.testing.assert_array_equal(again.forward([8]), logits[1])
+    with pytest.raises(GenerationError, match="of 30 tokens"):
+        again.forward([1] * 27)
+    assert decoder.start(alone, seat.capacity + 1).seat.capacity > seat.capacity
