@@ -135,7 +135,8 @@ class Merger:
     ) -> MergedAdapter:
         chosen = list(zip(adapters, weights, strict=True))
         if settings.row.family == "paper" and settings.row.ranks == "same":
-            parts = {m: self._paper_parts(m, chosen, settings) for m in modules}
+            found = self._map(lambda module: self._paper_parts(module, chosen, settings), modules)
+            parts = dict(zip(modules, found, strict=True))
             merged = self._allocate(parts, {m: p[0].a.rank for m, p in parts.items()}, digest, MergeReport(norm_factor))
             kind = settings.method.removeprefix("dare_")
             graph = f"ties_{settings.majority_sign}" if kind == "ties" else "linear"

@@ -11,15 +11,20 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from edgecompose.errors import MergeError
-from edgecompose.quantization import QuantizedFactor, dequantize, pack, unpack
+from edgecompose.quantization import Codes, QuantizedFactor, dequantize, pack, unpack
 
 Float = npt.NDArray[np.float32]
+Mask = npt.NDArray[np.bool_]
+Indices = npt.NDArray[np.int64]
+#: A code that no block has: nothing of it is kept.
+_NO_CODE = 255
 #: Densities whose thresholds are kept with an adapter; those of others are found by partial sorting.
 DENSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -62,37 +67,71 @@ def prune(factor: QuantizedFactor, density: float, known: Float | None = None) -
     Raises:
         MergeError: the density keeps nothing.
     """
-    magnitudes = _magnitudes(factor)
-    kept = kept_entries(density, magnitudes.shape[1])
-    if kept == magnitudes.shape[1]:
+    entries = factor.rank * factor.width
+    kept = kept_entries(density, entries)
+    if kept == entries:
         return factor
     if known is not None and density in DENSITIES:
         least = known[DENSITIES.index(density)]
     else:
-        least = np.partition(magnitudes, -kept, axis=-1)[:, -kept]
-    keep = magnitudes >= least[:, None]
-    for layer in np.flatnonzero(keep.sum(axis=-1) > kept):  # equal magnitudes at the threshold: the first stay
-        equal = np.flatnonzero(magnitudes[layer] == least[layer])
-        surplus = int(keep[layer].sum()) - kept
-        keep[layer, equal[len(equal) - surplus :]] = False
-    return _masked(factor, keep)
+        least = np.partition(_magnitudes(factor), -kept, axis=-1)[:, -kept]
+    codes = unpack(factor)
+    keep, equal = _reaching(factor, codes, least)
+    keep = keep.reshape(len(least), -1)
+    for layer, mask in enumerate(keep):
+        surplus = int(np.count_nonzero(mask)) - kept
+        if surplus > 0:  # equal magnitudes at the threshold: the first stay
+            mask[equal(layer)[-surplus:]] = False
+    return _masked(factor, codes, keep)
+
+
+def _reaching(factor: QuantizedFactor, codes: Codes, least: Float) -> tuple[Mask, Callable[[int], Indices]]:
+    """Which magnitudes reach `least` (L,), as (L, r, n), and for a layer the flat indices of those that equal it.
+
+    Integers are compared as they are: each block has a least code.
+    """
+    if factor.bits == 16:
+        magnitudes = _magnitudes(factor)
+        reached = (magnitudes >= least[:, None]).reshape(codes.shape)
+        return reached, lambda layer: np.flatnonzero(magnitudes[layer] == least[layer])
+    steps = np.abs(factor.scales.astype(np.float32) * np.float32(factor.gain))
+    wanted = np.broadcast_to(least[:, None, None], steps.shape)
+    first = np.divide(wanted, steps, out=np.full_like(steps, _NO_CODE), where=steps > 0)
+    first = np.minimum(np.ceil(first), np.float32(_NO_CODE))
+    first = np.where((first - 1) * steps >= wanted, first - 1, first)  # as the products round, not as the quotient does
+    first = np.where(first * steps < wanted, first + 1, first)
+    first = np.where(wanted <= 0, np.float32(0), np.minimum(first, np.float32(_NO_CODE)))
+    exact = first * steps == wanted
+    least_codes, zero = first.astype(np.uint8), np.uint8(factor.zero_point)
+    distance = np.maximum(codes, zero) - np.minimum(codes, zero)
+
+    def equal(layer: int) -> Indices:
+        rows, blocks = np.nonzero(exact[layer])
+        within = distance[layer].reshape(factor.rank, -1, factor.block)[rows, blocks]
+        hit, offset = np.nonzero(within == least_codes[layer][rows, blocks][:, None])
+        return np.asarray(rows[hit] * factor.width + blocks[hit] * factor.block + offset, np.int64)
+
+    return np.asarray(distance >= np.repeat(least_codes, factor.block, axis=-1)), equal
 
 
 def drop(factor: QuantizedFactor, density: float, seed: str) -> QuantizedFactor:
     """Keep each entry with probability `density` in (0, 1], the same entries for the same seed."""
     shape = (*factor.codes.shape[:2], factor.width)
-    return _masked(factor, random_mask(shape, density, seed))
+    return _masked(factor, unpack(factor), random_mask(shape, density, seed))
 
 
-def random_mask(shape: tuple[int, ...], density: float, seed: str) -> npt.NDArray[np.bool_]:
+def random_mask(shape: tuple[int, ...], density: float, seed: str) -> Mask:
     """True with probability `density`, entry by entry, the same for the same seed on every machine."""
     stream = np.random.Generator(np.random.PCG64(int.from_bytes(hashlib.sha256(seed.encode()).digest(), "little")))
     return np.asarray(stream.random(shape, np.float32) < density)
 
 
-def _masked(factor: QuantizedFactor, keep: npt.NDArray[np.bool_]) -> QuantizedFactor:
-    codes = unpack(factor)
-    codes[~keep.reshape(codes.shape)] = factor.zero_point
+def _masked(factor: QuantizedFactor, codes: Codes, keep: Mask) -> QuantizedFactor:
+    """The factor with codes of 0 where nothing is kept; `codes` is written to. A product is faster than a choice."""
+    zero, kept = codes.dtype.type(factor.zero_point), keep.reshape(codes.shape)
+    codes -= zero
+    codes *= kept
+    codes += zero
     return replace(factor, codes=pack(codes, factor.bits))
 
 

@@ -10,11 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgecompose.errors import MergeError
-from edgecompose.quantization import Bits, dequantize, quantize
+from edgecompose.quantization import BITS, Bits, QuantizedFactor, dequantize, pack, quantize
 from edgecompose.trimming import DENSITIES, drop, kept_entries, prune, random_mask, thresholds
 from tests.factories import make_factor
-
-BITS: tuple[Bits, ...] = (4, 8)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -72,3 +70,25 @@ def test_drops_follow_their_seed_and_density(bits: Bits) -> None:
 def test_masks_are_the_same_on_every_machine() -> None:
     digest = hashlib.sha256(np.packbits(random_mask((64, 64), 0.5, "edgecompose")).tobytes()).hexdigest()
     assert digest[:16] == "76195462bb2969eb"
+
+
+@pytest.mark.parametrize("bits", BITS)
+@given(seed=st.integers(0, 10_000), density=st.floats(0.02, 0.99), shrink=st.floats(1e-3, 1))
+def test_codes_are_kept_as_their_values_would_be(bits: Bits, seed: int, density: float, shrink: float) -> None:
+    """Blocks of very different scales, zeros and many equal magnitudes among them."""
+    rng = np.random.default_rng(seed)
+    values = rng.integers(-4, 5, (2, 3, 32)) * np.where(rng.random((2, 3, 1)) < 0.5, shrink, 1)
+    factor = quantize(values.astype(np.float32), bits)
+    magnitudes = np.abs(dequantize(factor)).reshape(2, -1)
+    kept = kept_entries(density, magnitudes.shape[1])
+    order = np.argsort(-magnitudes, axis=-1, kind="stable")[:, :kept]
+    wanted = np.zeros_like(magnitudes, bool)
+    np.put_along_axis(wanted, order, True, axis=-1)
+    found = dequantize(prune(factor, density)).reshape(2, -1)
+    np.testing.assert_array_equal(found != 0, wanted & (magnitudes > 0))
+
+
+def test_a_block_of_scale_zero_is_pruned() -> None:
+    codes = pack(np.full((1, 1, 64), 15, np.uint8), 4)
+    factor = QuantizedFactor(codes, np.array([[[0.0, 1.0]]], np.float16), 1.0, 4)
+    assert np.count_nonzero(dequantize(prune(factor, 0.25))) == 16
