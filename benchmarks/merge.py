@@ -272,15 +272,17 @@ def main() -> None:
     parser.add_argument("--method", action="append", choices=list(METHODS))
     parser.add_argument("--sweep", action="store_true", help="vary rank, adapters, bits and shapes")
     parser.add_argument("--no-rival", action="store_true", help="do not measure PEFT")
-    parser.add_argument("--memory", action="store_true", help="measure the peak of memory, in processes of their own")
+    parser.add_argument(
+        "--memory", action="store_true", help="measure the peak of memory of the first case, in processes of their own"
+    )
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     print("  faster  over floor  method              again      new      PEFT   floor  result MB")
     rows = []
-    for case, methods in cases(options):
+    for i, (case, methods) in enumerate(cases(options)):
         slow_rival = case["layers"] == 1 or case["shapes"] == "smollm2-135m"
         measured = measure(case, methods, rival=not options.no_rival, slow_rival=slow_rival)
-        for row in measured if options.memory else ():
+        for row in measured if options.memory and i == 0 else ():
             row["extra_bytes"] = memory_of(case, row["method"])
             extra = row["extra_bytes"]
             print(f"{row['method']:16} beyond the result: {'unknown' if extra is None else f'{extra / 1e6:.1f} MB'}")
