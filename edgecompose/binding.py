@@ -27,11 +27,15 @@ def slot_axes(groups: Sequence[SlotGroup]) -> dict[str, dict[int, int]]:
 
 def bind_slots(binding: IOBinding, adapter: MergedAdapter, device: Device) -> None:
     """Bind each layer's slots to their places in the blend's buffer, without a copy."""
+    if not adapter.modules:
+        return
+    memory = adapter.buffer.data_ptr()
     for name, module in adapter.modules.items():
-        for layer in range(module.layers):
-            for side in SIDES:
-                address, shape = adapter.address(name, side, layer)
-                binding.bind_input(f"layers.{layer}.{name}.{side}", device.kind, 0, np.float32, shape, address)
+        for side in SIDES:
+            offset, (layers, rank, width) = module.place(side)
+            for layer in range(layers):
+                address = memory + 4 * (offset + layer * rank * width)
+                binding.bind_input(f"layers.{layer}.{name}.{side}", device.kind, 0, np.float32, (rank, width), address)
 
 
 def check_graph(session: Session, name: str, inputs: Axes, outputs: Axes) -> None:
