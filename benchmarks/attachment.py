@@ -30,11 +30,12 @@ from edgecompose.blend import MergedAdapter
 from edgecompose.decoder import Decoder, Decoding, FoldedDecoder
 from edgecompose.device import Device, choose_device, runtime_version
 from edgecompose.folding import Folding, folded_bytes
-from edgecompose.manifest import BaseSpec, SlotGroup, value_from_json
+from edgecompose.manifest import BaseSpec, SlotGroup
 from edgecompose.merging import Merger
 from edgecompose.methods import MergeSettings
 from edgecompose.quantization import QuantizedFactor
 from edgecompose.trimming import thresholds
+from edgecompose.typed_json import value_from_json
 
 PROMPT_TOKENS, TOKENS = 64, 32
 Start = Callable[[], Decoding]

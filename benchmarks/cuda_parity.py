@@ -19,12 +19,13 @@ from edgecompose.decoder import Decoder, decoder_graph
 from edgecompose.device import Device, host
 from edgecompose.embedder import Embedder, embedder_device
 from edgecompose.errors import BundleError
-from edgecompose.manifest import BaseSpec, SlotGroup, value_from_json
+from edgecompose.manifest import BaseSpec, SlotGroup
 from edgecompose.merging import Merger
 from edgecompose.methods import METHODS, MergeSettings
 from edgecompose.quantization import Bits, quantize
 from edgecompose.tokenization import Tokenizer
 from edgecompose.trimming import thresholds
+from edgecompose.typed_json import value_from_json
 
 Float = npt.NDArray[np.float32]
 #: Devices of both kinds, to ask which graph they run.

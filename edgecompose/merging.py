@@ -10,11 +10,8 @@ from __future__ import annotations
 import functools
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib import resources
-from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,23 +20,19 @@ from edgecompose import core_space, trimming
 from edgecompose.adapter import Adapter, AdapterModule
 from edgecompose.blend import SIDES, MergedAdapter, MergedModule, MergeReport, Side
 from edgecompose.buffers import BufferPool, LruCache
-from edgecompose.device import Device, OrtValue, Session, View, bind, open_session, usable_cores
+from edgecompose.device import Device, View
 from edgecompose.errors import MergeError
+from edgecompose.graph_runner import GraphRunner
 from edgecompose.methods import MergeSettings, composition_digest
-from edgecompose.rows import HostRows, Part, ResidentRows, Rows
+from edgecompose.mixing import Mixer
+from edgecompose.rows import HostRows, Part, Parts, ResidentRows, Rows, layer_chunks, ranks_of
 
 Double = npt.NDArray[np.float64]
-T = TypeVar("T")
-U = TypeVar("U")
 _LARGEST_WEIGHT = 1e6
-#: Values that one run of a graph handles: what it works on should stay in a CPU's last cache.
-_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 25}
 #: Slots begin at multiples of this many values (64 bytes).
 _ALIGNMENT = 16
-#: What is kept of prompts before: trimmed codes, and Gram matrices and bases of sets of adapters.
-_TRIMMED_BYTES, _SPACES_BYTES = 256 << 20, 256 << 20
-Parts = dict[str, list[Part]]
-Grams = tuple[Double, Double]
+#: Trimmed codes that are kept for the next blend with the same adapter.
+_TRIMMED_BYTES = 128 << 20
 
 
 class Merger:
@@ -51,16 +44,13 @@ class Merger:
 
     def __init__(self, device: Device, *, resident: bool | None = None) -> None:
         self._device = device
-        self._session = functools.lru_cache(maxsize=None)(self._open)
+        self._runner = GraphRunner(device)
         self._pool = BufferPool(device)
         self._trimmed: LruCache[AdapterModule] = LruCache(_TRIMMED_BYTES, lambda m: m.a.codes.nbytes + m.b.codes.nbytes)
-        self._grams: LruCache[Grams] = LruCache(_SPACES_BYTES, lambda pair: pair[0].nbytes + pair[1].nbytes)
-        self._spaces: LruCache[core_space.CoreSpace] = LruCache(_SPACES_BYTES, lambda space: space.nbytes)
         self._host = HostRows()
         wanted = device.kind == "cuda" if resident is None else resident
-        self._resident = ResidentRows(device, self._copy) if wanted else None
-        workers = usable_cores() if device.kind == "cpu" else 1
-        self._threads = ThreadPoolExecutor(workers, "merge") if workers > 1 else None
+        self._resident = ResidentRows(device, self._runner.copy) if wanted else None
+        self._mixer = Mixer(self._runner, functools.partial(self._gather, stacked=True))
 
     def merge(
         self,
@@ -107,8 +97,8 @@ class Merger:
         for module in sorted({m for a in adapters for m in a.modules}):
             present = [i for i, a in enumerate(adapters) if module in a.modules]
             parts = [_exact_part(adapters[i], module, 1.0) for i in present]
-            grams = self._gram_matrices({module: parts})[module]
-            total[np.ix_(present, present)] += core_space.inner_products(*grams, _ranks(parts))
+            grams = self._mixer.gram_matrices({module: parts})[module]
+            total[np.ix_(present, present)] += core_space.inner_products(*grams, ranks_of(parts))
         return total
 
     def norm(self, merged: MergedAdapter) -> float:
@@ -120,7 +110,7 @@ class Merger:
                 side.lower(): View(merged.buffer, merged.address(name, side, 0)[0], module.place(side)[1])
                 for side in SIDES
             }
-            self._run("norm", views, norms.data_ptr(), (module.layers,))
+            self._runner.run("norm", views, norms.data_ptr(), (module.layers,))
             total += float(norms.numpy().sum())
         return math.sqrt(max(total, 0.0))
 
@@ -135,18 +125,18 @@ class Merger:
     ) -> MergedAdapter:
         chosen = list(zip(adapters, weights, strict=True))
         if settings.row.family == "paper" and settings.row.ranks == "same":
-            found = self._map(lambda module: self._paper_parts(module, chosen, settings), modules)
+            found = self._runner.map(lambda module: self._paper_parts(module, chosen, settings), modules)
             parts = dict(zip(modules, found, strict=True))
             merged = self._allocate(parts, {m: p[0].a.rank for m, p in parts.items()}, digest, MergeReport(norm_factor))
             kind = settings.method.removeprefix("dare_")
             graph = f"ties_{settings.majority_sign}" if kind == "ties" else "linear"
-            chunks = self._chunks(parts, even_weights=True)
-            self._map(lambda item: self._combine(graph, merged, parts, *item), chunks)
+            chunks = layer_chunks(parts, self._device, even_weights=True)
+            self._runner.map(lambda item: self._combine(graph, merged, parts, *item), chunks)
         elif settings.method in ("product", "cat"):
             parts = {m: [_exact_part(a, m, w) for a, w in chosen if m in a.modules] for m in modules}
-            ranks = {m: sum(_ranks(p)) for m, p in parts.items()}
+            ranks = {m: sum(ranks_of(p)) for m, p in parts.items()}
             merged = self._allocate(parts, ranks, digest, MergeReport(norm_factor))
-            self._map(lambda item: self._stack(merged, parts, *item), self._chunks(parts))
+            self._runner.map(lambda item: self._stack(merged, parts, *item), layer_chunks(parts, self._device))
         else:
             merged = self._merge_core(chosen, modules, settings, digest, norm_factor)
         return merged
@@ -162,75 +152,16 @@ class Merger:
         """The svd and the methods in core space: Gram matrices, small matrices from them, and mixtures of the rows."""
         members = {m: [(a, w) for a, w in chosen if m in a.modules] for m in modules}
         parts = {m: [_exact_part(a, m, 1.0) for a, _ in found] for m, found in members.items()}
-        solve = self._truncated if settings.method == "svd" else self._in_core_space
-        mixes = solve(members, parts, settings)
+        mixes = self._mixer.mixes(members, parts, settings)
         total = sum(float(mix.energy.sum()) for mix in mixes.values())
         kept = sum(float(mix.kept_energy.sum()) for mix in mixes.values())
         report = MergeReport(norm_factor, max(0.0, 1 - kept / total) if total else 0.0)
         if settings.method == "svd":
             parts = {m: [_exact_part(a, m, w) for a, w in found] for m, found in members.items()}
-        ranks = {m: sum(_ranks(parts[m])) if mix.b is None else mix.b.shape[1] for m, mix in mixes.items()}
+        ranks = {m: sum(ranks_of(parts[m])) if mix.b is None else mix.b.shape[1] for m, mix in mixes.items()}
         merged = self._allocate(parts, ranks, digest, report)
-        self._map(lambda item: self._mix(merged, parts, mixes, *item), self._chunks(parts))
+        self._runner.map(lambda item: self._mix(merged, parts, mixes, *item), layer_chunks(parts, self._device))
         return merged
-
-    def _truncated(
-        self, members: Mapping[str, Sequence[tuple[Adapter, float]]], parts: Parts, settings: MergeSettings
-    ) -> dict[str, core_space.Mixes]:
-        """The mixtures of svd, for rows of A with their weights."""
-        mixes = {}
-        for module, (gram_a, gram_b) in self._gram_matrices(parts).items():
-            ranks = _ranks(parts[module])
-            cap = max(ranks) if settings.rank is None and settings.energy is None else settings.rank
-            row_weights = np.repeat([w for _, w in members[module]], ranks)
-            weighted = gram_a * np.outer(row_weights, row_weights)
-            mixes[module] = core_space.truncate(weighted, gram_b, cap, settings.energy)
-        return mixes
-
-    def _in_core_space(
-        self, members: Mapping[str, Sequence[tuple[Adapter, float]]], parts: Parts, settings: MergeSettings
-    ) -> dict[str, core_space.Mixes]:
-        """The mixtures of the core methods; what the weights do not enter is kept for the next blend of the set."""
-        keys = {m: f"{_set_of(p)}|{settings.row.trims}|{settings.density}|{settings.seed}" for m, p in parts.items()}
-        spaces = {module: self._spaces.get(key) for module, key in keys.items()}
-        missing = {module: parts[module] for module, space in spaces.items() if space is None}
-        grams = self._gram_matrices(missing)
-        combine = core_space.disjoint_mean if settings.method == "core_ties" else core_space.weighted_sum
-        mixes = {}
-        for module, space in spaces.items():
-            if space is None:
-                space = _trimmed_space(module, members[module], grams[module], _ranks(parts[module]), settings)
-                self._spaces.put(keys[module], space)
-            core = combine(space.cores, np.array([w for _, w in members[module]], np.float64))
-            whole = np.ones(len(core))
-            mixes[module] = core_space.Mixes(None, space.between(core), whole, whole)
-        return mixes
-
-    def _gram_matrices(self, parts: Parts) -> dict[str, Grams]:
-        """Inner products of the stacked rows of each module, A A^T and B B^T: (L, R, R), scales in A, no weights."""
-        known = {module: self._grams.get(_set_of(members)) for module, members in parts.items()}
-        missing = {module: parts[module] for module, grams in known.items() if grams is None}
-        found: dict[tuple[str, Side], npt.NDArray[np.float32]] = {}
-        for module, members in missing.items():
-            layers, rank = len(members[0].weight_a), sum(_ranks(members))
-            for side in SIDES:
-                found[module, side] = np.empty((layers, rank, rank), np.float32)
-
-        def fill(item: tuple[str, Side, slice]) -> None:
-            module, side, layers = item
-            rows = self._gather(parts[module], side, layers, stacked=True)
-            count, rank = found[module, side][layers].shape[:2]
-            out = self._device.empty((count, rank, rank))
-            shape = np.array([count, rank, parts[module][0].side(side)[0].width], np.int64)
-            self._run(f"{rows.graph}gram", {**rows.feeds, "shape": shape}, out.data_ptr(), (count, rank, rank))
-            found[module, side][layers] = out.numpy()
-
-        self._map(fill, self._chunks(missing))
-        for module, members in missing.items():
-            grams = found[module, "A"].astype(np.float64), found[module, "B"].astype(np.float64)
-            self._grams.put(_set_of(members), grams)
-            known[module] = grams
-        return {module: grams for module, grams in known.items() if grams is not None}
 
     def _paper_parts(self, module: str, chosen: Sequence[tuple[Adapter, float]], settings: MergeSettings) -> list[Part]:
         """Factors trimmed as the method wants them, and PEFT's weights: sqrt(|w s|) on both, the sign on A."""
@@ -283,7 +214,7 @@ class Merger:
 
     def _stack(self, merged: MergedAdapter, parts: Parts, module: str, side: Side, layers: slice) -> None:
         rows = self._gather(parts[module], side, layers, stacked=True)
-        self._run(f"{rows.graph}stack", rows.feeds, merged.address(module, side, layers.start)[0], rows.shape)
+        self._runner.run(f"{rows.graph}stack", rows.feeds, merged.address(module, side, layers.start)[0], rows.shape)
 
     def _combine(self, graph: str, merged: MergedAdapter, parts: Parts, module: str, side: Side, layers: slice) -> None:
         rows = self._gather(parts[module], side, layers, stacked=False)
@@ -292,7 +223,7 @@ class Merger:
         if graph != "linear":
             feeds["ones"] = np.ones_like(weights)
         address, (rank, width) = merged.address(module, side, layers.start)
-        self._run(f"{rows.graph}{graph}", feeds, address, (1, (layers.stop - layers.start) * rank * width))
+        self._runner.run(f"{rows.graph}{graph}", feeds, address, (1, (layers.stop - layers.start) * rank * width))
 
     def _mix(
         self, merged: MergedAdapter, parts: Parts, mixes: Mapping[str, core_space.Mixes], module: str, side: Side,
@@ -307,71 +238,12 @@ class Merger:
         count = layers.stop - layers.start
         shape = np.array([count, mix.shape[2], width], np.int64)
         feeds = {**rows.feeds, "mix": mix[layers].astype(np.float32), "shape": shape}
-        self._run(f"{rows.graph}mix", feeds, address, (count, rank, width))
+        self._runner.run(f"{rows.graph}mix", feeds, address, (count, rank, width))
 
     def _gather(self, parts: Sequence[Part], side: Side, layers: slice, *, stacked: bool) -> Rows:
         if self._resident is not None and self._resident.takes(parts, side):
             return self._resident.gather(parts, side, layers, stacked=stacked)
         return self._host.gather(parts, side, layers, stacked=stacked)
-
-    def _copy(self, given: OrtValue, address: int) -> None:
-        """Copy a (N, n) array of bytes or values to an address of the device."""
-        codes = "uint8" in given.data_type()
-        view = View(given, given.data_ptr(), tuple(given.shape()), np.uint8 if codes else np.float32)
-        self._run("copy_codes" if codes else "copy_values", {"given": view}, address, view.shape, view.dtype)
-
-    def _run(
-        self,
-        graph: str,
-        feeds: Mapping[str, npt.NDArray[Any] | View],
-        address: int,
-        shape: Sequence[int],
-        dtype: type[np.generic] = np.float32,
-    ) -> None:
-        """Run a graph on arrays of the host and on views of the device's memory; write its result to `address`."""
-        session, kind = self._session(graph), self._device.kind
-        binding = session.io_binding()
-        alive = [bind(binding, self._device, name, value) for name, value in feeds.items()]
-        binding.bind_output("merged", kind, 0, dtype, list(shape), address)
-        session.run_with_iobinding(binding)
-        binding.synchronize_outputs()
-        del alive
-
-    def _chunks(self, parts: Parts, *, even_weights: bool = False) -> Iterator[tuple[str, Side, slice]]:
-        return _layer_chunks(parts, _CHUNK[self._device.kind], even_weights=even_weights)
-
-    def _map(self, function: Callable[[T], U], items: Iterable[T]) -> list[U]:
-        """Apply a function to all items, on the cores where the device is a CPU."""
-        return list(map(function, items) if self._threads is None else self._threads.map(function, items))
-
-    def _open(self, graph: str) -> Session:
-        content = (resources.files("edgecompose") / "graphs" / f"{graph}.onnx").read_bytes()
-        threads = 1 if self._device.kind == "cpu" else None
-        return open_session(content, self._device, name=f"merge {graph}", threads=threads)
-
-
-def _trimmed_space(
-    module: str,
-    members: Sequence[tuple[Adapter, float]],
-    grams: Grams,
-    ranks: tuple[int, ...],
-    settings: MergeSettings,
-) -> core_space.CoreSpace:
-    """Shared bases, and the updates in them with the entries dropped that the method drops."""
-    space = core_space.core_space(*grams, ranks)
-    cores = space.cores
-    if settings.method == "core_dare":
-        kept = np.stack([
-            trimming.random_mask(cores.shape[1:], settings.density, f"{adapter.digest}/{module}/{settings.seed}")
-            for adapter, _ in members
-        ])  # fmt: skip
-        return replace(space, cores=cores * kept / settings.density)
-    return replace(space, cores=core_space.prune(cores, trimming.kept_entries(settings.density, cores[0, 0].size)))
-
-
-def _set_of(parts: Sequence[Part]) -> str:
-    """Names the factors of a module in some adapters, in their order."""
-    return "|".join(part.key for part in parts)
 
 
 def _exact_part(adapter: Adapter, name: str, weight: float) -> Part:
@@ -381,28 +253,8 @@ def _exact_part(adapter: Adapter, name: str, weight: float) -> Part:
     return Part(f"{adapter.digest}/{name}", module.a, module.b, scale, np.ones_like(scale))
 
 
-def _ranks(parts: Sequence[Part]) -> tuple[int, ...]:
-    return tuple(part.a.rank for part in parts)
-
-
 def _aligned(values: int) -> int:
     return -(-values // _ALIGNMENT) * _ALIGNMENT
-
-
-def _layer_chunks(parts: Parts, values: int, *, even_weights: bool) -> Iterator[tuple[str, Side, slice]]:
-    """Runs of layers whose rows together have about so many values, and one weight per adapter where wanted."""
-    for module, members in parts.items():
-        for side in SIDES:
-            sides = [p.side(side) for p in members]
-            weights = np.stack([weight for _, weight in sides])
-            a_layer = sum(factor.rank * factor.width for factor, _ in sides)
-            most, layers = max(1, values // a_layer), weights.shape[1]
-            start = 0
-            for stop in range(1, layers + 1):
-                uneven = even_weights and stop < layers and bool((weights[:, stop] != weights[:, start]).any())
-                if stop == layers or stop - start == most or uneven:
-                    yield module, side, slice(start, stop)
-                    start = stop
 
 
 def _named(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[tuple[str, float]]:

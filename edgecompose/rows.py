@@ -12,14 +12,14 @@ first adapter, then of the second, ...) or adapter by adapter. Two sources give 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edgecompose.blend import Side
+from edgecompose.blend import SIDES, Side
 from edgecompose.device import Device, OrtValue, View
 from edgecompose.quantization import Bits, Bytes, QuantizedFactor, dequantize, quantize, unpack, unpack_into
 
@@ -29,6 +29,8 @@ RESIDENT_BLOCK = 32
 _FEWEST_ROWS = 1024
 #: Copies bytes (uint8) or values (float32) of the device to an address of the device.
 Copy = Callable[[OrtValue, int], None]
+#: Values that one run of a graph handles: what it works on should stay in a CPU's last cache.
+_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 25}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,6 +51,10 @@ class Part:
         return (self.a, self.weight_a) if side == "A" else (self.b, self.weight_b)
 
 
+#: The shares of some adapters in each module.
+Parts = dict[str, list[Part]]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
     """What a graph reads of some layers: the beginning of its name, its inputs, and the shape of the values."""
@@ -56,6 +62,31 @@ class Rows:
     graph: str
     feeds: Mapping[str, npt.NDArray[Any] | View]
     shape: tuple[int, ...]
+
+
+#: Rows of one side of a module in some layers.
+Gather = Callable[[Sequence[Part], Side, slice], Rows]
+
+
+def ranks_of(parts: Sequence[Part]) -> tuple[int, ...]:
+    """The rank of each."""
+    return tuple(part.a.rank for part in parts)
+
+
+def layer_chunks(parts: Parts, device: Device, *, even_weights: bool = False) -> Iterator[tuple[str, Side, slice]]:
+    """Runs of layers to be merged at once, of one weight per adapter where wanted."""
+    for module, members in parts.items():
+        for side in SIDES:
+            sides = [p.side(side) for p in members]
+            weights = np.stack([weight for _, weight in sides])
+            a_layer = sum(factor.rank * factor.width for factor, _ in sides)
+            most, layers = max(1, _CHUNK[device.kind] // a_layer), weights.shape[1]
+            start = 0
+            for stop in range(1, layers + 1):
+                uneven = even_weights and stop < layers and bool((weights[:, stop] != weights[:, start]).any())
+                if stop == layers or stop - start == most or uneven:
+                    yield module, side, slice(start, stop)
+                    start = stop
 
 
 class HostRows:

@@ -10,6 +10,7 @@ import pytest
 
 from edgecompose.adapter import Adapter
 from edgecompose.device import choose_device
+from edgecompose.graph_runner import GraphRunner
 from edgecompose.manifest import SlotGroup
 from edgecompose.merging import Merger
 from edgecompose.methods import METHODS, MergeSettings
@@ -82,7 +83,7 @@ def test_rows_are_sent_up_once_and_the_pool_grows() -> None:
 
 def test_beyond_the_limit_rows_are_forgotten_and_sent_up_again() -> None:
     merger, plain = Merger(choose_device("cpu"), resident=True), Merger(choose_device("cpu"))
-    merger._resident = ResidentRows(choose_device("cpu"), merger._copy, limit_bytes=160_000)
+    merger._resident = ResidentRows(choose_device("cpu"), GraphRunner(choose_device("cpu")).copy, limit_bytes=160_000)
     adapters = [make_adapter(f"limit{i}", groups=BLOCKED, rank=32, bits=4) for i in range(9)]
     for start in (0, 3, 6, 0):
         _assert_same(plain, merger, adapters[start : start + 3], MergeSettings())

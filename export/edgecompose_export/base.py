@@ -23,8 +23,9 @@ from edgecompose.decoder import Decoder
 from edgecompose.device import choose_device
 from edgecompose.errors import ExportError
 from edgecompose.generation import log_softmax
-from edgecompose.manifest import BaseSpec, Distance, SlotGroup, value_from_json
+from edgecompose.manifest import BaseSpec, Distance, SlotGroup
 from edgecompose.tokenization import Tokenizer
+from edgecompose.typed_json import value_from_json
 from edgecompose_export.checkpoint import Checkpoint
 from edgecompose_export.cuda_graph import write_cuda_graph
 from edgecompose_export.datasets import read_json

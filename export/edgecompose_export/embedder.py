@@ -18,7 +18,8 @@ from edgecompose.bundle import sha256_of
 from edgecompose.device import choose_device
 from edgecompose.embedder import Embedder
 from edgecompose.errors import ExportError
-from edgecompose.manifest import EmbedderSpec, value_from_json
+from edgecompose.manifest import EmbedderSpec
+from edgecompose.typed_json import value_from_json
 from edgecompose_export.base import calibration_prompts
 from edgecompose_export.datasets import read_json
 

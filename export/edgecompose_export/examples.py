@@ -18,8 +18,9 @@ from usearch.index import Index
 
 from edgecompose.embedder import Embedder
 from edgecompose.errors import ExportError
-from edgecompose.manifest import EmbedderSpec, IndexSpec, check_name, value_from_json
+from edgecompose.manifest import EmbedderSpec, IndexSpec, check_name
 from edgecompose.retrieval import new_index
+from edgecompose.typed_json import value_from_json
 from edgecompose_export.datasets import Example
 
 INDEX_FILE, TABLE_FILE, TEXTS_FILE = "examples.usearch", "examples.json", "examples.jsonl"

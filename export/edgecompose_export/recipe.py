@@ -8,8 +8,9 @@ from pathlib import Path
 
 from edgecompose.composer import merge_settings
 from edgecompose.errors import ExportError
-from edgecompose.manifest import Defaults, check_name, value_from_json
+from edgecompose.manifest import Defaults, check_name
 from edgecompose.quantization import Bits
+from edgecompose.typed_json import value_from_json
 
 
 @dataclass(frozen=True, slots=True)
