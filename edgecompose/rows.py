@@ -77,16 +77,17 @@ def layer_chunks(parts: Parts, device: Device, *, even_weights: bool = False) ->
     """Runs of layers to be merged at once, of one weight per adapter where wanted."""
     for module, members in parts.items():
         for side in SIDES:
-            sides = [p.side(side) for p in members]
-            weights = np.stack([weight for _, weight in sides])
-            a_layer = sum(factor.rank * factor.width for factor, _ in sides)
-            most, layers = max(1, _CHUNK[device.kind] // a_layer), weights.shape[1]
-            start = 0
-            for stop in range(1, layers + 1):
-                uneven = even_weights and stop < layers and bool((weights[:, stop] != weights[:, start]).any())
-                if stop == layers or stop - start == most or uneven:
-                    yield module, side, slice(start, stop)
-                    start = stop
+            sides = [part.side(side) for part in members]
+            layers = len(sides[0][1])
+            most = max(1, _CHUNK[device.kind] // sum(factor.rank * factor.width for factor, _ in sides))
+            cuts = {0, layers}
+            if even_weights:
+                weights = np.stack([weight for _, weight in sides])
+                cuts |= set((np.flatnonzero((weights[:, 1:] != weights[:, :-1]).any(axis=0)) + 1).tolist())
+            ends = sorted(cuts)
+            for first, last in zip(ends, ends[1:], strict=False):
+                for start in range(first, last, most):
+                    yield module, side, slice(start, min(start + most, last))
 
 
 class HostRows:
