@@ -57,15 +57,12 @@ _EVEN = (SlotGroup("q_proj", 3, 64, 96), SlotGroup("k_proj", 3, 96, 32), SlotGro
 _UNEVEN = (SlotGroup("q_proj", 2, 24, 40), SlotGroup("v_proj", 2, 48, 6), SlotGroup("up_proj", 2, 40, 16))
 
 
-@dataclass(frozen=True, slots=True)
-class MethodParity:
-    """The worst of all cases of a method; `error` is infinite, and `worst` says why, where it could not be run."""
+class _Judged:
+    """What was compared, with the error that was found and the one that is allowed."""
 
-    method: str
-    cases: int
+    __slots__ = ()
     error: float
     tolerance: float
-    worst: str
 
     @property
     def passed(self) -> bool:
@@ -74,8 +71,22 @@ class MethodParity:
 
 
 @dataclass(frozen=True, slots=True)
-class DecoderParity:
-    """Logits of a prompt and of some steps after it, on the same tokens; `equal` of `tokens` greedy choices agree."""
+class MethodParity(_Judged):
+    """The worst of all cases of a method; `error` is infinite, and `worst` says why, where it could not be run."""
+
+    method: str
+    cases: int
+    error: float
+    tolerance: float
+    worst: str
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderParity(_Judged):
+    """Logits of a prompt and of some steps after it, on the same tokens.
+
+    `equal` of `tokens` greedy choices agree; they may differ where two logits nearly tie, and are not judged.
+    """
 
     base: str
     blend: str
@@ -85,14 +96,9 @@ class DecoderParity:
     tolerance: float
     worst: str
 
-    @property
-    def passed(self) -> bool:
-        """Whether the logits are within the tolerance (choices may differ where two logits nearly tie)."""
-        return self.error <= self.tolerance
-
 
 @dataclass(frozen=True, slots=True)
-class EmbedderParity:
+class EmbedderParity(_Judged):
     """Vectors of some texts, by the encoder on the device and on the CPU; `error` is the largest difference."""
 
     embedder: str
@@ -100,11 +106,6 @@ class EmbedderParity:
     error: float
     tolerance: float
     worst: str
-
-    @property
-    def passed(self) -> bool:
-        """Whether no vector was beyond the tolerance."""
-        return self.error <= self.tolerance
 
 
 @dataclass(frozen=True, slots=True, eq=False)

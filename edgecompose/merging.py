@@ -31,6 +31,8 @@ Double = npt.NDArray[np.float64]
 _LARGEST_WEIGHT = 1e6
 #: Slots begin at multiples of this many values (64 bytes).
 _ALIGNMENT = 16
+#: Values, signed values, those that agree, and which do.
+_COPIES_OF_A_VOTE = 4
 #: Trimmed codes that are kept for the next blend with the same adapter.
 _TRIMMED_BYTES = 128 << 20
 
@@ -130,7 +132,8 @@ class Merger:
             merged = self._allocate(parts, {m: p[0].a.rank for m, p in parts.items()}, digest, MergeReport(norm_factor))
             kind = settings.method.removeprefix("dare_")
             graph = f"ties_{settings.majority_sign}" if kind == "ties" else "linear"
-            chunks = layer_chunks(parts, self._device, even_weights=True)
+            copies = 1 if graph == "linear" else _COPIES_OF_A_VOTE
+            chunks = layer_chunks(parts, self._device, even_weights=True, copies=copies)
             self._runner.map(lambda item: self._combine(graph, merged, parts, *item), chunks)
         elif settings.method in ("product", "cat"):
             parts = {m: [_exact_part(a, m, w) for a, w in chosen if m in a.modules] for m in modules}

@@ -73,13 +73,20 @@ def ranks_of(parts: Sequence[Part]) -> tuple[int, ...]:
     return tuple(part.a.rank for part in parts)
 
 
-def layer_chunks(parts: Parts, device: Device, *, even_weights: bool = False) -> Iterator[tuple[str, Side, slice]]:
-    """Runs of layers to be merged at once, of one weight per adapter where wanted."""
+def layer_chunks(
+    parts: Parts, device: Device, *, even_weights: bool = False, copies: int = 1
+) -> Iterator[tuple[str, Side, slice]]:
+    """Runs of layers to be merged at once, of one weight per adapter where wanted.
+
+    Args:
+        copies: how many arrays of all values the graph holds at a time.
+    """
     for module, members in parts.items():
         for side in SIDES:
             sides = [part.side(side) for part in members]
             layers = len(sides[0][1])
-            most = max(1, _CHUNK[device.kind] // sum(factor.rank * factor.width for factor, _ in sides))
+            a_layer = copies * sum(factor.rank * factor.width for factor, _ in sides)
+            most = max(1, _CHUNK[device.kind] // a_layer)
             cuts = {0, layers}
             if even_weights:
                 weights = np.stack([weight for _, weight in sides])
