@@ -128,10 +128,11 @@ def random_mask(shape: tuple[int, ...], density: float, seed: str) -> Mask:
 
 def _masked(factor: QuantizedFactor, codes: Codes, keep: Mask) -> QuantizedFactor:
     """The factor with codes of 0 where nothing is kept; `codes` is written to. A product is faster than a choice."""
-    zero, kept = codes.dtype.type(factor.zero_point), keep.reshape(codes.shape)
-    codes -= zero
-    codes *= kept
-    codes += zero
+    zero, kept = factor.zero_point, keep.reshape(codes.shape)
+    integers = codes.view(np.uint16) if factor.bits == 16 else codes  # the bits of 0.0 are 0
+    integers -= integers.dtype.type(zero)
+    integers *= kept
+    integers += integers.dtype.type(zero)
     return replace(factor, codes=pack(codes, factor.bits))
 
 
