@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 
+if sys.platform == "linux" and "usearch.compiled" in sys.modules and "onnxruntime" not in sys.modules:
+    # onnxruntime 1.32 crashes while it loads into a process where usearch 2.26 is loaded; the other order works
+    raise ImportError(
+        "usearch was imported before onnxruntime, which would crash this process; "
+        "import edgecompose (or onnxruntime) before usearch"
+    )
 try:
     import onnxruntime
 except ImportError as error:  # pragma: no cover - depends on the installation

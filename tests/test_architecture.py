@@ -241,3 +241,11 @@ def test_the_help_of_the_export_loads_no_torch() -> None:
     heavy = "sorted({'torch', 'transformers', 'onnx'} & set(sys.modules))"
     done = run_python(f"import sys; import edgecompose_export.cli; print({heavy})")
     assert (done.returncode, done.stdout) == (0, "[]\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="seen on Linux")
+def test_usearch_before_onnxruntime_is_refused_and_does_not_crash() -> None:
+    command = [sys.executable, "-c", "import usearch.index; import edgecompose"]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert finished.returncode == 1
+    assert "import edgecompose (or onnxruntime) before usearch" in finished.stderr

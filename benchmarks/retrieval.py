@@ -1,0 +1,290 @@
+"""Nearest examples at scale: USearch's settings against exact search, hnswlib and Faiss, on the same vectors.
+
+    python benchmarks/retrieval.py models/demo --sizes 10000 100000 [--save DIR]
+
+Vectors are drawn around those of the bundle's index: an example and Gaussian noise whose length is that of the distance
+between near neighbours, at unit norm; queries are drawn the same way. hnswlib and Faiss are measured where they are
+installed (`pip install hnswlib faiss-cpu`). For each: seconds to build, recall@100 against exact float32 search,
+milliseconds a query (median and 99th percentile, one at a time on one thread), size of the file, and milliseconds to
+load it and to open it as a memory map with a first query. Prints a table, and one JSON line last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found as a script, however edgecompose is installed
+
+from benchmarks.speed import machine
+from edgecompose.bundle import Bundle
+from edgecompose.retrieval import open_index
+
+Float = npt.NDArray[np.float32]
+Keys = npt.NDArray[np.int64]
+Search = Callable[[Float], Keys]
+COUNT = 100
+#: Length of the noise around an example: half the distance between vectors of cosine 0.8.
+NOISE = 0.32
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A library and its settings; `connectivity` 0 compares every vector."""
+
+    library: str
+    dtype: str = "f32"
+    connectivity: int = 16
+    expansion_add: int = 128
+    expansion_search: int = 128
+
+    @property
+    def name(self) -> str:
+        """What the table calls it."""
+        graph = f" M={self.connectivity} ef={self.expansion_search}" if self.connectivity else " exact"
+        return f"{self.library} {self.dtype}{graph}"
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One row: times in the units of their names, `file_mb` in 1e6 bytes, None where a library has no such thing."""
+
+    contender: str
+    vectors: int
+    recall: float
+    median_ms: float
+    p99_ms: float
+    build_s: float
+    file_mb: float
+    load_ms: float | None = None
+    mmap_ms: float | None = None
+
+
+def sample(bundle: Path, count: int, seed: int) -> Float:
+    """Vectors (count, dimension) of unit norm, drawn around those of a bundle's index."""
+    opened = Bundle(bundle)
+    spec = opened.manifest.index
+    index = open_index(opened.path(spec.file), spec)
+    keys = [k for t in opened.manifest.tasks.values() for k in range(t.first_key, t.first_key + t.examples)]
+    real = np.asarray(index.get(np.array(keys, np.uint64)), np.float32)
+    rng = np.random.default_rng(seed)
+    noise = rng.standard_normal((count, spec.dimension), np.float32) * np.float32(NOISE / np.sqrt(spec.dimension))
+    vectors = real[rng.integers(0, len(real), count)] + noise
+    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float32)
+
+
+def exact(vectors: Float, queries: Float) -> Keys:
+    """The COUNT nearest of each query, (queries, COUNT), by float32 products over pieces of the vectors."""
+    best = np.full((len(queries), COUNT), -2, np.float32)
+    keys = np.zeros((len(queries), COUNT), np.int64)
+    for start in range(0, len(vectors), 1 << 17):
+        scores = queries @ vectors[start : start + (1 << 17)].T
+        both = np.concatenate([best, scores], axis=1)
+        names = np.concatenate([keys, np.broadcast_to(np.arange(scores.shape[1]) + start, scores.shape)], axis=1)
+        chosen = np.argpartition(-both, COUNT - 1, axis=1)[:, :COUNT]
+        best, keys = np.take_along_axis(both, chosen, 1), np.take_along_axis(names, chosen, 1)
+    return keys
+
+
+def recall(found: Sequence[Keys], wanted: Keys) -> float:
+    """Share of the true COUNT nearest that were found."""
+    return float(np.mean([len(set(f.tolist()) & set(w.tolist())) / COUNT for f, w in zip(found, wanted, strict=True)]))
+
+
+def timed(search: Search, queries: Float) -> tuple[list[Keys], Float]:
+    """What a search finds for each query, and its milliseconds."""
+    for query in queries[:10]:
+        search(query)
+    found, spent = [], np.empty(len(queries), np.float32)
+    for i, query in enumerate(queries):
+        start = time.perf_counter()
+        found.append(search(query))
+        spent[i] = (time.perf_counter() - start) * 1e3
+    return found, spent
+
+
+def measure(contenders: Sequence[Contender], vectors: Float, queries: Float, wanted: Keys) -> list[Result]:
+    """A row for each contender; those that differ in `expansion_search` alone share one graph."""
+    rows = []
+    built: dict[Contender, tuple[Any, float]] = {}
+    for contender in contenders:
+        key = replace(contender, expansion_search=0)
+        if key not in built:
+            built = {}  # let go of the graph before
+            start = time.perf_counter()
+            built[key] = (_LIBRARIES[contender.library].build(contender, vectors), 0.0)
+            built[key] = (built[key][0], time.perf_counter() - start)
+        index, seconds = built[key]
+        library = _LIBRARIES[contender.library]
+        found, spent = timed(library.searcher(contender, index), queries)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "index"
+            library.save(index, path)
+            size = path.stat().st_size / 1e6 if path.exists() else vectors.nbytes / 1e6
+            load, view = library.reopen(contender, path, queries[0])
+        row = Result(
+            contender.name, len(vectors), recall(found, wanted), float(np.median(spent)),
+            float(np.percentile(spent, 99)), seconds, size, load, view,
+        )  # fmt: skip
+        rows.append(row)
+        print(_line(row), flush=True)
+    return rows
+
+
+class _USearch:
+    def build(self, contender: Contender, vectors: Float) -> Any:
+        index = importlib.import_module("usearch.index").Index(
+            ndim=vectors.shape[1], metric="cos", dtype=contender.dtype, connectivity=contender.connectivity or 16,
+            expansion_add=contender.expansion_add, expansion_search=contender.expansion_search,
+        )  # fmt: skip
+        index.add(np.arange(len(vectors), dtype=np.uint64), vectors, threads=os.cpu_count() or 1)
+        return index
+
+    def searcher(self, contender: Contender, index: Any) -> Search:
+        index.expansion_search = contender.expansion_search
+        flat = contender.connectivity == 0
+        return lambda query: np.asarray(index.search(query, COUNT, threads=1, exact=flat).keys, np.int64)
+
+    def save(self, index: Any, path: Path) -> None:
+        index.save(str(path))
+
+    def reopen(self, contender: Contender, path: Path, query: Float) -> tuple[float | None, float | None]:
+        spent = []
+        for view in (False, True):
+            start = time.perf_counter()
+            index = importlib.import_module("usearch.index").Index(
+                path=str(path), view=view, ndim=len(query), metric="cos", dtype=contender.dtype
+            )
+            index.search(query, COUNT, threads=1)
+            spent.append((time.perf_counter() - start) * 1e3)
+        return spent[0], spent[1]
+
+
+class _Numpy:
+    def build(self, contender: Contender, vectors: Float) -> Float:
+        return vectors
+
+    def searcher(self, contender: Contender, index: Float) -> Search:
+        def search(query: Float) -> Keys:
+            scores = index @ query
+            return np.asarray(np.argpartition(-scores, COUNT - 1)[:COUNT], np.int64)
+
+        return search
+
+    def save(self, index: Float, path: Path) -> None:
+        """Nothing: its file is the vectors."""
+
+    def reopen(self, contender: Contender, path: Path, query: Float) -> tuple[float | None, float | None]:
+        return None, None
+
+
+class _Hnswlib:
+    def build(self, contender: Contender, vectors: Float) -> Any:
+        index = importlib.import_module("hnswlib").Index(space="cosine", dim=vectors.shape[1])
+        index.init_index(len(vectors), ef_construction=contender.expansion_add, M=contender.connectivity)
+        index.add_items(vectors, num_threads=os.cpu_count() or 1)
+        return index
+
+    def searcher(self, contender: Contender, index: Any) -> Search:
+        index.set_ef(max(contender.expansion_search, COUNT))
+        return lambda query: np.asarray(index.knn_query(query, COUNT, num_threads=1)[0][0], np.int64)
+
+    def save(self, index: Any, path: Path) -> None:
+        index.save_index(str(path))
+
+    def reopen(self, contender: Contender, path: Path, query: Float) -> tuple[float | None, float | None]:
+        start = time.perf_counter()
+        index = importlib.import_module("hnswlib").Index(space="cosine", dim=len(query))
+        index.load_index(str(path))
+        index.knn_query(query, 1)
+        return (time.perf_counter() - start) * 1e3, None
+
+
+class _Faiss:
+    def build(self, contender: Contender, vectors: Float) -> Any:
+        faiss = importlib.import_module("faiss")
+        if contender.connectivity == 0:
+            index = faiss.IndexFlatIP(vectors.shape[1])
+        else:
+            index = faiss.IndexHNSWFlat(vectors.shape[1], contender.connectivity, faiss.METRIC_INNER_PRODUCT)
+            index.hnsw.efConstruction = contender.expansion_add
+        index.add(vectors)
+        return index
+
+    def searcher(self, contender: Contender, index: Any) -> Search:
+        importlib.import_module("faiss").omp_set_num_threads(1)
+        if contender.connectivity:
+            index.hnsw.efSearch = max(contender.expansion_search, COUNT)
+        return lambda query: np.asarray(index.search(query[None], COUNT)[1][0], np.int64)
+
+    def save(self, index: Any, path: Path) -> None:
+        importlib.import_module("faiss").write_index(index, str(path))
+
+    def reopen(self, contender: Contender, path: Path, query: Float) -> tuple[float | None, float | None]:
+        start = time.perf_counter()
+        importlib.import_module("faiss").read_index(str(path)).search(query[None], COUNT)
+        return (time.perf_counter() - start) * 1e3, None
+
+
+_LIBRARIES: dict[str, Any] = {"usearch": _USearch(), "numpy": _Numpy(), "hnswlib": _Hnswlib(), "faiss": _Faiss()}
+
+
+def contenders(quick: bool) -> list[Contender]:
+    """What is measured; the rivals where they are installed."""
+    rows = [Contender("numpy", connectivity=0), *(Contender("usearch", dtype, 0) for dtype in ("f32", "f16", "i8"))]
+    settings = [("f16", 16), ("i8", 16)] if quick else [("f32", 16), ("f16", 16), ("i8", 16), ("f16", 32)]
+    for dtype, connectivity in settings:
+        rows += [Contender("usearch", dtype, connectivity, 128, ef) for ef in (128, 256, 512)]
+    for library in ("hnswlib", "faiss"):
+        if importlib.util.find_spec(library) is not None:
+            rows += [Contender(library, "f32", 16, 128, ef) for ef in (128, 256, 512)]
+    return rows
+
+
+def _line(row: Result) -> str:
+    reopened = "".join(" " * 9 if value is None else f"{value:9.1f}" for value in (row.load_ms, row.mmap_ms))
+    return (
+        f"{row.vectors:9}  {row.contender:28}{row.recall:8.4f}{row.median_ms:9.3f}{row.p99_ms:9.3f}{row.build_s:9.1f}"
+        f"{row.file_mb:9.1f}{reopened}"
+    )
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000])
+    parser.add_argument("--queries", type=int, default=300)
+    parser.add_argument("--quick", action="store_true", help="fewer settings of USearch")
+    parser.add_argument("--save", type=Path, help="folder for a dated JSON file")
+    options = parser.parse_args()
+    print("  vectors  contender                     recall   median      p99  build s  file MB  load ms  mmap ms")
+    rows: list[Result] = []
+    for size in options.sizes:
+        vectors, queries = sample(options.bundle, size, 1), sample(options.bundle, options.queries, 2)
+        rows += measure(contenders(options.quick), vectors, queries, exact(vectors, queries))
+    date = datetime.now(UTC).strftime("%Y-%m-%d")
+    result = {"rows": [asdict(row) for row in rows], "noise": NOISE, "machine": machine(), "date": date}
+    line = json.dumps(result)
+    if options.save:
+        options.save.mkdir(parents=True, exist_ok=True)
+        (options.save / f"{date}-retrieval.json").write_text(line + "\n", encoding="utf-8")
+    print(line)
+
+
+if __name__ == "__main__":
+    main()
