@@ -1,6 +1,6 @@
 """Nearest examples at scale: USearch's settings against exact search, hnswlib and Faiss, on the same vectors.
 
-    python benchmarks/retrieval.py models/demo --sizes 10000 100000 [--save DIR]
+    python benchmarks/retrieval.py models/demo --sizes 10000 100000 [--only NAME...] [--save FILE]
 
 Vectors are drawn around those of the bundle's index: an example and Gaussian noise whose length is that of the distance
 between near neighbours, at unit norm; queries are drawn the same way. hnswlib and Faiss are measured where they are
@@ -21,7 +21,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -270,20 +269,27 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--queries", type=int, default=300)
     parser.add_argument("--quick", action="store_true", help="fewer settings of USearch")
-    parser.add_argument("--save", type=Path, help="folder for a dated JSON file")
+    parser.add_argument("--only", nargs="+", help="contenders whose names hold one of these, e.g. 'usearch f16 M=16'")
+    parser.add_argument("--save", type=Path, help="JSON file; rows that it holds already are kept or replaced")
     options = parser.parse_args()
     print("  vectors  contender                     recall   median      p99  build s  file MB  load ms  mmap ms")
     rows: list[Result] = []
+    chosen = [c for c in contenders(options.quick) if not options.only or any(o in c.name for o in options.only)]
     for size in options.sizes:
         vectors, queries = sample(options.bundle, size, 1), sample(options.bundle, options.queries, 2)
-        rows += measure(contenders(options.quick), vectors, queries, exact(vectors, queries))
-    date = datetime.now(UTC).strftime("%Y-%m-%d")
-    result = {"rows": [asdict(row) for row in rows], "noise": NOISE, "machine": machine(), "date": date}
-    line = json.dumps(result)
-    if options.save:
-        options.save.mkdir(parents=True, exist_ok=True)
-        (options.save / f"{date}-retrieval.json").write_text(line + "\n", encoding="utf-8")
-    print(line)
+        rows += measure(chosen, vectors, queries, exact(vectors, queries))
+        if options.save:
+            save(options.save, rows)
+    print(json.dumps({"rows": [asdict(row) for row in rows], "noise": NOISE, "machine": machine()}))
+
+
+def save(path: Path, rows: Sequence[Result]) -> None:
+    """Add rows to a file, in the place of those of the same contender and number of vectors."""
+    known = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    merged = {(row["contender"], row["vectors"]): row for row in [*known, *map(asdict, rows)]}
+    result = {"rows": list(merged.values()), "noise": NOISE, "machine": machine()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
