@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -25,16 +24,17 @@ from typing import Any
 
 import numpy as np
 
-from edgecompose.adapter import Adapter, AdapterModule
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found as a script, however edgecompose is installed
+
+from benchmarks.merge import random_adapter
+from benchmarks.speed import machine
 from edgecompose.blend import MergedAdapter
 from edgecompose.decoder import Decoder, Decoding, FoldedDecoder
-from edgecompose.device import Device, choose_device, runtime_version
+from edgecompose.device import Device, choose_device
 from edgecompose.folding import Folding, folded_bytes
-from edgecompose.manifest import BaseSpec, SlotGroup
+from edgecompose.manifest import BaseSpec
 from edgecompose.merging import Merger
 from edgecompose.methods import MergeSettings
-from edgecompose.quantization import QuantizedFactor
-from edgecompose.trimming import thresholds
 from edgecompose.typed_json import value_from_json
 
 PROMPT_TOKENS, TOKENS = 64, 32
@@ -64,7 +64,7 @@ def main() -> None:
 def measure(folder: Path, spec: BaseSpec, ranks: Sequence[int], rounds: int) -> dict[str, Any]:
     """Every number of one base."""
     device, merger = choose_device("cpu"), Merger(choose_device("cpu"))
-    blends = {rank: merger.merge([random_adapter(rank, spec.slots)], [1.0], MergeSettings()) for rank in ranks}
+    blends = {rank: merger.merge([random_adapter(rank, spec.slots, rank, 8)], [1.0], MergeSettings()) for rank in ranks}
     decoder, seconds, memory = timed(lambda: Decoder(folder / spec.graph, spec, device))
     result: dict[str, Any] = {
         "base": spec.source, "precision": spec.precision, "rounds": rounds, "can_fold": spec.folding is not None,
@@ -144,22 +144,6 @@ def break_even(result: dict[str, Any], rank: int) -> float | None:
     return max(0.0, float(cost / gain)) if gain > 0 else None
 
 
-def random_adapter(rank: int, groups: Sequence[SlotGroup]) -> Adapter:
-    """Random 8-bit codes of one rank in every slot."""
-    rng = np.random.default_rng(rank)
-
-    def factor(layers: int, width: int) -> QuantizedFactor:
-        codes = rng.integers(1, 256, (layers, rank, width), dtype=np.uint8)
-        return QuantizedFactor(codes, np.ones((layers, rank, width // 32), np.float16), 1e-4, 8)
-
-    modules = {}
-    for group in groups:
-        a, b = factor(group.layers, group.n_in), factor(group.layers, group.n_out)
-        scaling, ranks = np.ones(group.layers, np.float32), np.full(group.layers, rank, np.int32)
-        modules[group.name] = AdapterModule(a, b, scaling, ranks, np.stack([thresholds(a), thresholds(b)]))
-    return Adapter(f"r{rank}", modules, 8, "", f"r{rank}")
-
-
 def timed(run: Callable[[], Any]) -> tuple[Any, float, float]:
     """What a call returns, its seconds, and by how many MB it left private memory larger (0 where Linux is not)."""
     before, start = private_mb(), time.perf_counter()
@@ -173,17 +157,6 @@ def private_mb() -> float:
     status = Path("/proc/self/status")
     lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
     return sum(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("RssAnon"))
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "processor": names[0] if names else platform.processor(), "cores": os.cpu_count(),
-        "onnxruntime": runtime_version(), "python": platform.python_version(),
-    }  # fmt: skip
 
 
 def print_table(result: dict[str, Any]) -> None:

@@ -14,6 +14,15 @@ T = TypeVar("T")
 _LEAST_USE = 0.5
 
 
+#: What lies in a buffer begins at multiples of so many values (64 bytes).
+_ALIGNMENT = 16
+
+
+def aligned(values: int) -> int:
+    """A number of values, rounded up so that what lies behind them in a buffer begins where vectors may be read."""
+    return -(-values // _ALIGNMENT) * _ALIGNMENT
+
+
 class BufferPool:
     """Flat float32 buffers on one device. Fresh pages cost more than a merge does, so that idle buffers are kept."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -196,7 +197,8 @@ class Composer:
         count = _given(request.neighbours, defaults.neighbours)
         temperature = _given(request.temperature, defaults.temperature)
         share = _given(request.nucleus, defaults.nucleus)
-        key = repr((prompt, count, temperature, share, sorted(request.exclude)))
+        asked = repr((prompt, count, temperature, share, sorted(request.exclude)))
+        key = hashlib.sha256(asked.encode("utf-8", "surrogatepass")).hexdigest()  # no prompt is kept, however long
         known = self._retrievals.get(key)
         if known is not None:
             return known

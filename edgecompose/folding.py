@@ -16,13 +16,10 @@ import numpy as np
 
 from edgecompose.binding import bind_slots, check_graph, slot_axes
 from edgecompose.blend import MergedAdapter
-from edgecompose.buffers import BufferPool
+from edgecompose.buffers import BufferPool, aligned
 from edgecompose.device import Device, IOBinding, OrtValue, open_session
 from edgecompose.errors import GenerationError
 from edgecompose.manifest import BaseSpec, FoldingSpec
-
-#: Weights begin at multiples of this many values (64 bytes).
-_ALIGNMENT = 16
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -108,5 +105,5 @@ def _lay_out(weights: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, tuple[in
     places, end = {}, 0
     for name, shape in weights.items():
         places[name] = (end, shape)
-        end += -(-math.prod(shape) // _ALIGNMENT) * _ALIGNMENT
+        end += aligned(math.prod(shape))
     return places, end

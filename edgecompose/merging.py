@@ -19,7 +19,7 @@ import numpy.typing as npt
 from edgecompose import core_space, trimming
 from edgecompose.adapter import Adapter, AdapterModule
 from edgecompose.blend import SIDES, MergedAdapter, MergedModule, MergeReport, Side
-from edgecompose.buffers import BufferPool, LruCache
+from edgecompose.buffers import BufferPool, LruCache, aligned
 from edgecompose.device import Device, View
 from edgecompose.errors import MergeError
 from edgecompose.graph_runner import GraphRunner
@@ -29,8 +29,6 @@ from edgecompose.rows import HostRows, Part, Parts, ResidentRows, Rows, layer_ch
 
 Double = npt.NDArray[np.float64]
 _LARGEST_WEIGHT = 1e6
-#: Slots begin at multiples of this many values (64 bytes).
-_ALIGNMENT = 16
 #: Values, signed values, those that agree, and which do.
 _COPIES_OF_A_VOTE = 4
 #: Trimmed codes that are kept for the next blend with the same adapter.
@@ -207,9 +205,9 @@ class Merger:
         modules, end = {}, 0
         for name, members in parts.items():
             layers, n_in, n_out = len(members[0].weight_a), members[0].a.width, members[0].b.width
-            start_b = end + _aligned(layers * ranks[name] * n_in)
+            start_b = end + aligned(layers * ranks[name] * n_in)
             modules[name] = MergedModule(layers, ranks[name], n_in, n_out, end, start_b)
-            end = start_b + _aligned(layers * ranks[name] * n_out)
+            end = start_b + aligned(layers * ranks[name] * n_out)
         buffer = self._pool.take(end)
         merged = MergedAdapter(modules, digest, buffer, report)
         weakref.finalize(merged, self._pool.give, buffer).atexit = False
@@ -254,10 +252,6 @@ def _exact_part(adapter: Adapter, name: str, weight: float) -> Part:
     module = adapter.modules[name]
     scale = (np.float32(weight) * module.scaling).astype(np.float32)
     return Part(f"{adapter.digest}/{name}", module.a, module.b, scale, np.ones_like(scale))
-
-
-def _aligned(values: int) -> int:
-    return -(-values // _ALIGNMENT) * _ALIGNMENT
 
 
 def _named(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[tuple[str, float]]:

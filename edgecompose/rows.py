@@ -127,7 +127,8 @@ class HostRows:
             unpack_into(codes[along, across.start * width : across.stop * width], factor, layers)
             in_blocks = slice(across.start * blocks, across.stop * blocks)
             scales[along, in_blocks] = factor.scales[layers].reshape(count, -1)
-            zero_points[along, in_blocks] = factor.zero_point
+            if not half:
+                zero_points[along, in_blocks] = factor.zero_point
             start += factor.rank
         feeds: dict[str, npt.NDArray[Any]] = {
             "codes": codes.reshape(-1, width // blocks), "scales": scales.reshape(-1, blocks),
