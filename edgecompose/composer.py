@@ -32,14 +32,16 @@ from edgecompose.methods import MergeSettings, composition_digest
 from edgecompose.request import STAGES, Answer, Composition, Request, Retrieval
 from edgecompose.retrieval import ExampleIndex
 from edgecompose.tokenization import Tokenizer
-from edgecompose.weighting import adapter_weights, nucleus, task_distribution
+from edgecompose.weighting import WeighSettings, adapter_weights, weigh
+from edgecompose.whitening import load_whitening
 
 Double = npt.NDArray[np.float64]
 N = TypeVar("N", int, float)
 #: Blends that are kept for the next request that wants the same one.
 CACHE_BYTES = 256 << 20
 #: What was found for prompts is kept up to so many bytes, for the next request with the same prompt.
-_RETRIEVAL_BYTES, _NEIGHBOUR_BYTES = 16 << 20, 200
+_RETRIEVAL_BYTES, _NEIGHBOUR_BYTES, _QUERY_BYTES = 16 << 20, 200, 1 << 20
+_WEIGH_FIELDS = dataclasses.fields(WeighSettings)
 
 
 @dataclass(slots=True)
@@ -69,6 +71,7 @@ class Composer:
         self.bundle = bundle
         self.device = device
         self._adapters: dict[str, Adapter] = {}
+        self._queries: LruCache[Float] = LruCache(_QUERY_BYTES, lambda query: query.nbytes)
         self._blends: LruCache[MergedAdapter] = LruCache(cache_bytes, lambda merged: merged.bytes)
         self._retrievals: LruCache[Retrieval] = LruCache(
             _RETRIEVAL_BYTES, lambda found: _NEIGHBOUR_BYTES * len(found.neighbours)
@@ -88,6 +91,7 @@ class Composer:
     def close(self) -> None:
         """Drop the sessions, the index and the adapters; they are loaded again if asked for."""
         self._adapters.clear()
+        self._queries.clear()
         self._blends.clear()
         self._retrievals.clear()
         self._folded.clear()
@@ -103,8 +107,11 @@ class Composer:
     @functools.cached_property
     def index(self) -> ExampleIndex:
         """The training examples."""
-        manifest = self.bundle.manifest
-        return ExampleIndex(self.bundle.path(manifest.index.file), manifest.index, manifest.tasks)
+        manifest, spec = self.bundle.manifest, self.bundle.manifest.index
+        whitening = None
+        if spec.whitening is not None:
+            whitening = load_whitening(self.bundle.path(spec.whitening), manifest.embedder.dimension, spec.dimension)
+        return ExampleIndex(self.bundle.path(spec.file), spec, manifest.tasks, whitening)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -173,12 +180,13 @@ class Composer:
             require_folding(self.bundle.manifest.base)
         with clock.stage("total"):
             composition = self._compose(prompt, request, clock)
-            ids = self._encode(prompt, raw=request.raw)
+            raw = self._is_raw(request, composition.retrieval)
+            ids = self._encode(prompt, raw=raw)
             blend: MergedAdapter | FoldedWeights = composition.merged
             if request.attachment == "fold" and composition.merged.modules:
                 blend = self._fold(composition.merged, clock)
             if request.choices:
-                text, count, scores = self._choose(ids, blend, request, clock)
+                text, count, scores = self._choose(ids, blend, request, clock, raw=raw)
                 on_text(text)
             else:
                 text, count = self._generate(ids, blend, request, clock, on_text)
@@ -193,28 +201,50 @@ class Composer:
     def _retrieve(self, prompt: str, request: Request, clock: _Clock) -> Retrieval:
         if request.weights is not None:
             return Retrieval((), {}, {}, dict(request.weights))
-        defaults = self.bundle.manifest.defaults
-        count = _given(request.neighbours, defaults.neighbours)
-        temperature = _given(request.temperature, defaults.temperature)
-        share = _given(request.nucleus, defaults.nucleus)
-        asked = repr((prompt, count, temperature, share, sorted(request.exclude)))
-        key = hashlib.sha256(asked.encode("utf-8", "surrogatepass")).hexdigest()  # no prompt is kept, however long
+        manifest = self.bundle.manifest
+        count = _given(request.neighbours, manifest.defaults.neighbours)
+        settings = WeighSettings(
+            **{f.name: _given(getattr(request, f.name), getattr(manifest.defaults, f.name)) for f in _WEIGH_FIELDS}
+        )
+        key = _key(repr((prompt, count, settings, sorted(request.exclude))))
         known = self._retrievals.get(key)
         if known is not None:
             return known
         with clock.stage("load"):
             embedder, index = self.embedder, self.index
         with clock.stage("embed"):
-            query = embedder.embed(prompt)
+            query = self._embed(embedder, prompt)
         with clock.stage("retrieve"):
             neighbours = index.search(query, count, exclude=request.exclude)
         with clock.stage("weigh"):
-            distribution = task_distribution(neighbours, temperature)
-            kept = nucleus(distribution, share)
-            weights = adapter_weights(kept, {name: t.adapter for name, t in self.bundle.manifest.tasks.items()})
+            sizes = {name: task.examples for name, task in manifest.tasks.items()}
+            distribution, kept = weigh(neighbours, settings, sizes)
+            weights = adapter_weights(kept, {n: t.adapters for n, t in manifest.tasks.items()}, barred=self._harmful)
         found = Retrieval(tuple(neighbours), distribution, kept, weights)
         self._retrievals.put(key, found)
         return found
+
+    def _embed(self, embedder: Embedder, prompt: str) -> Float:
+        """The prompt's vector, from the cache where another request weighed the same prompt in another way."""
+        key = _key(prompt)
+        query = self._queries.get(key)
+        if query is None:
+            query = embedder.embed(prompt)
+            self._queries.put(key, query)
+        return query
+
+    @functools.cached_property
+    def _harmful(self) -> frozenset[str]:
+        """Adapters that their validation examples speak against."""
+        found = self.bundle.manifest.adapters.items()
+        return frozenset(n for n, a in found if a.admission is not None and a.admission.verdict == "harms")
+
+    def _is_raw(self, request: Request, retrieval: Retrieval) -> bool:
+        """Whether the prompt is sent without the chat template."""
+        if request.raw is not None:
+            return request.raw
+        alone = request.weights is None and not retrieval.nucleus
+        return self.bundle.manifest.defaults.prompt_form == "raw" and not alone
 
     def _compose(self, prompt: str, request: Request, clock: _Clock) -> Composition:
         retrieval = self._retrieve(prompt, request, clock)
@@ -312,11 +342,11 @@ class Composer:
         return "".join(pieces), count
 
     def _choose(
-        self, ids: list[int], blend: MergedAdapter | FoldedWeights, request: Request, clock: _Clock
+        self, ids: list[int], blend: MergedAdapter | FoldedWeights, request: Request, clock: _Clock, *, raw: bool
     ) -> tuple[str, int, dict[str, float]]:
         if len(set(request.choices)) != len(request.choices):
             raise GenerationError("a choice is given twice; give each once")
-        raw = request.raw or not self.tokenizer.has_chat_template
+        raw = raw or not self.tokenizer.has_chat_template
         choices = [self.tokenizer.encode(f" {choice}" if raw else choice) for choice in request.choices]
         decoding, logits = self._read_prompt(ids, blend, max(map(len, choices)), clock)
         with clock.stage("decode"):
@@ -337,6 +367,11 @@ def merge_settings(defaults: Defaults) -> MergeSettings:
 def _size_of_folded(bundle: Bundle) -> int:
     folding = bundle.manifest.base.folding
     return 0 if folding is None else folded_bytes(folding)
+
+
+def _key(text: str) -> str:
+    """What a cache knows a text by: no prompt is kept, however long."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _given(wanted: N | None, default: N) -> N:

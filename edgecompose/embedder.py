@@ -49,9 +49,10 @@ class Embedder:
         feeds = {"input_ids": row, "attention_mask": np.ones_like(row), "token_type_ids": np.zeros_like(row)}
         try:
             (hidden, *_) = self._session.run(None, {k: v for k, v in feeds.items() if k in self._inputs})
-            vector = pool(np.asarray(hidden[0], np.float32), self._spec.pooling)
+            parts = pool(np.asarray(hidden[0], np.float32), self._spec.pooling, self._spec.tail)
         except Exception as error:  # a graph that is no encoder, or one of a shorter window
             raise BundleError(f"the embedder's graph does not do what the manifest says: {error}") from error
+        vector = np.concatenate([normalize(part) if self._spec.normalize else part for part in parts])
         if self._spec.normalize:
             vector = normalize(vector)
         if vector.shape != (self._spec.dimension,) or not np.isfinite(vector).all():
@@ -80,9 +81,13 @@ def head_and_tail(ids: list[int], limit: int) -> list[int]:
     return ids[:head] + ids[len(ids) - (limit - head) :]
 
 
-def pool(hidden: Float, pooling: str) -> Float:
-    """One vector (d,) from token vectors (t, d): their mean, or the first one for 'cls'."""
-    return hidden[0] if pooling == "cls" else np.asarray(hidden.mean(axis=0), np.float32)
+def pool(hidden: Float, pooling: str, tail: int = 0) -> list[Float]:
+    """Vectors (d,) from token vectors (t, d): their mean, or the first one for 'cls'; with `tail` > 0 also the mean of
+    the last `tail` tokens, where a prompt usually says what is to be done.
+    """
+    whole = hidden[0] if pooling == "cls" else hidden.mean(axis=0)
+    parts = [whole, hidden[-tail:].mean(axis=0)] if tail else [whole]
+    return [np.asarray(part, np.float32) for part in parts]
 
 
 def normalize(vector: Float) -> Float:

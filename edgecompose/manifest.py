@@ -13,9 +13,11 @@ from typing import Any, Literal
 from edgecompose.errors import ManifestInvalid, UnsupportedSchema
 from edgecompose.typed_json import value_from_json
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST_FILE = "manifest.json"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+PromptForm = Literal["chat", "raw"]
+Verdict = Literal["helps", "unproven", "harms"]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -122,7 +124,8 @@ class BaseSpec:
 class EmbedderSpec:
     """The sentence encoder: pooling, length in tokens, and whether vectors have unit norm.
 
-    `cosine` is the mean cosine between its vectors and those of its float32 form.
+    `tail` > 0 appends the mean of the last `tail` tokens to the pooled vector, so that `dimension` is twice the encoder's
+    width. `cosine` is the mean cosine between its vectors and those of its float32 form.
     """
 
     graph: str
@@ -133,17 +136,23 @@ class EmbedderSpec:
     max_length: int
     pooling: Literal["mean", "cls"]
     normalize: bool
+    tail: int = 0
     cosine: float = 1.0
     source: str = ""
 
     def __post_init__(self) -> None:
-        if self.dimension < 1 or self.max_length < 8:
-            raise ManifestInvalid("the embedder wants dimension >= 1 and max_length >= 8")
+        if self.dimension < 1 or self.max_length < 8 or self.tail < 0:
+            raise ManifestInvalid("the embedder wants dimension >= 1, max_length >= 8 and tail >= 0")
+        if self.tail and self.dimension % 2:
+            raise ManifestInvalid(f"an embedder with a tail has {self.dimension} dimensions; an even number is wanted")
 
 
 @dataclass(frozen=True, slots=True)
 class IndexSpec:
-    """The USearch file: `vectors` cosine vectors of `dimension` in `dtype`, made by one embedder."""
+    """The USearch file: `vectors` cosine vectors of `dimension` in `dtype`, made by one embedder.
+
+    `whitening` is the file of the map from the embedder's vectors to those of the index, None where they are the same.
+    """
 
     file: str
     vectors: int
@@ -151,24 +160,48 @@ class IndexSpec:
     embedder: str
     dtype: Literal["f16", "f32"] = "f16"
     texts: str | None = None
+    whitening: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TaskSpec:
-    """One task: its adapter, and the keys [first_key, first_key + examples) of its vectors."""
+    """One task: the adapters that serve it with their weights, and the keys [first_key, first_key + examples).
 
-    adapter: str
+    Usually that is the task's own adapter at weight 1; none at all leaves the task to the base.
+    """
+
+    adapters: dict[str, float]
     first_key: int
     examples: int
 
     def __post_init__(self) -> None:
         if self.first_key < 0 or self.examples < 0:
             raise ManifestInvalid("first_key and examples of a task must not be negative")
+        if not all(math.isfinite(weight) for weight in self.adapters.values()):
+            raise ManifestInvalid("a weight of a task's adapter is not finite")
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What an adapter is worth on its task's validation examples, against the base alone.
+
+    `verdict` is 'helps' or 'harms' where the 95 % interval `ci95` of the gain lies above or below 0, else 'unproven'.
+    """
+
+    verdict: Verdict
+    examples: int
+    base: float
+    accuracy: float
+    ci95: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.ci95) != 2 or self.examples < 1:
+            raise ManifestInvalid("admission wants two ends of an interval and at least one example")
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterSpec:
-    """One adapter file: largest rank, bits per weight, relative quantisation error, provenance."""
+    """One adapter file: largest rank, bits per weight, relative quantisation error, provenance, and what it is worth."""
 
     file: str
     rank: int
@@ -176,19 +209,25 @@ class AdapterSpec:
     base: str
     error: float
     source: dict[str, Any] = field(default_factory=dict)
+    admission: Admission | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
     """Settings used where a request names none.
 
-    `neighbours` is the paper's N, `temperature` its T (1 in the paper), `nucleus` its p;
-    `method` and what follows it are the fields of `merging.MergeSettings`.
+    `neighbours` is the paper's N, `temperature` its T (1 in the paper), `nucleus` its p; `size_correction`, `shortcut`
+    and `fallback` are those of `weighting`; `prompt_form` is how a prompt is sent when adapters answer it;
+    `method` and what follows it are the fields of `methods.MergeSettings`.
     """
 
     neighbours: int = 100
     temperature: float = 1.0
     nucleus: float = 0.9
+    size_correction: float = 0.0
+    shortcut: float = 1.0
+    fallback: float = -1.0
+    prompt_form: PromptForm = "chat"
     method: str = "product"
     density: float = 0.5
     majority_sign: Literal["total", "frequency"] = "total"
@@ -203,8 +242,10 @@ class Defaults:
             raise ManifestInvalid("neighbours and max_tokens must be at least 1")
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
             raise ManifestInvalid(f"temperature is {self.temperature}; a positive number is wanted")
-        if not (0 < self.nucleus <= 1 and 0 < self.density <= 1):
-            raise ManifestInvalid("nucleus and density must lie in (0, 1]")
+        if not (0 < self.nucleus <= 1 and 0 < self.density <= 1 and 0 < self.shortcut <= 1):
+            raise ManifestInvalid("nucleus, shortcut and density must lie in (0, 1]")
+        if not (0 <= self.size_correction <= 1 and -1 <= self.fallback <= 1):
+            raise ManifestInvalid("size_correction must lie in [0, 1] and fallback in [-1, 1]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,8 +272,8 @@ class Manifest:
         for name in (*self.tasks, *self.adapters):
             check_name(name)
         for name, task in self.tasks.items():
-            if task.adapter not in self.adapters:
-                raise ManifestInvalid(f"task '{name}' names adapter '{task.adapter}', which is not in the manifest")
+            for adapter in sorted(set(task.adapters) - set(self.adapters)):
+                raise ManifestInvalid(f"task '{name}' names adapter '{adapter}', which is not in the manifest")
         for path in self.files:
             check_path(path)
         missing = sorted(set(self.named_files()) - set(self.files))
@@ -244,7 +285,7 @@ class Manifest:
 
     def named_files(self) -> list[str]:
         """Every file that some part of the manifest refers to."""
-        optional = [self.base.chat_template, self.base.cuda_graph, self.index.texts]
+        optional = [self.base.chat_template, self.base.cuda_graph, self.index.texts, self.index.whitening]
         folding = self.base.folding
         if folding is not None:
             optional += [folding.fold_graph, folding.decoder_graph, folding.cuda_decoder_graph]
@@ -261,7 +302,7 @@ class Manifest:
         total = sum(t.examples for t in self.tasks.values())
         if total != self.index.vectors:
             raise ManifestInvalid(f"tasks count {total} examples, the index {self.index.vectors}")
-        if self.index.dimension != self.embedder.dimension:
+        if self.index.whitening is None and self.index.dimension != self.embedder.dimension:
             raise ManifestInvalid(
                 f"index is {self.index.dimension}-dimensional, the embedder {self.embedder.dimension}-dimensional"
             )

@@ -24,8 +24,10 @@ class Request:
     """What a caller may decide; None takes the bundle's default.
 
     `weights` composes by hand and skips retrieval; `exclude` leaves tasks out of it;
-    `neighbours`, `temperature` and `nucleus` are the paper's N, T and p;
-    `raw` sends the prompt without the chat template; `choices` are scored instead of generating;
+    `neighbours`, `temperature` and `nucleus` are the paper's N, T and p, `size_correction`, `shortcut` and `fallback`
+    those of `weighting.WeighSettings`; `raw` sends the prompt as it is (True) or in the chat template (False), None as
+    the bundle's adapters were trained, and in the chat template where the base answers alone for lack of anything near;
+    `choices` are scored instead of generating;
     `attachment` is how the blend meets the base, 'fold' being for float bases only.
     """
 
@@ -34,11 +36,14 @@ class Request:
     neighbours: int | None = None
     temperature: float | None = None
     nucleus: float | None = None
+    size_correction: float | None = None
+    shortcut: float | None = None
+    fallback: float | None = None
     merge: MergeSettings | None = None
     max_tokens: int | None = None
     sampling: Sampling | None = None
     choices: tuple[str, ...] = ()
-    raw: bool = False
+    raw: bool | None = None
     attachment: Attachment = "attach"
 
     def __post_init__(self) -> None:

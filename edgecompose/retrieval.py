@@ -13,6 +13,7 @@ from usearch.index import Index, MetricKind, ScalarKind
 
 from edgecompose.errors import RetrievalError, UnknownAdapter
 from edgecompose.manifest import IndexSpec, TaskSpec
+from edgecompose.whitening import Whitening
 
 Float = npt.NDArray[np.float32]
 #: Up to so many vectors every one is compared; beyond, USearch's graph is walked.
@@ -34,13 +35,18 @@ class ExampleIndex:
 
     Args:
         path: the index file, whose hash the caller has checked (USearch crashes on a damaged one).
+        whitening: from the embedder's vectors to those of the index; None where they are the same.
 
     Raises:
         RetrievalError: the file is not what the manifest says.
     """
 
-    def __init__(self, path: Path, spec: IndexSpec, tasks: Mapping[str, TaskSpec]) -> None:
+    def __init__(
+        self, path: Path, spec: IndexSpec, tasks: Mapping[str, TaskSpec], whitening: Whitening | None = None
+    ) -> None:
         self._tasks = dict(tasks)
+        self._whitening = whitening
+        self._dimension = spec.dimension if whitening is None else len(whitening.mean)
         spans = sorted((task.first_key, name) for name, task in tasks.items() if task.examples)
         self._starts = [start for start, _ in spans]
         self._names = [name for _, name in spans]
@@ -53,17 +59,17 @@ class ExampleIndex:
         """The `count` most similar examples, most similar first; fewer when the index holds fewer.
 
         Args:
-            query: (dimension,), finite, not zero.
+            query: (dimension of the embedder,), finite, not zero.
             exclude: tasks whose examples are passed over.
 
         Raises:
             RetrievalError: an unusable query, or nothing left to search.
             UnknownAdapter: `exclude` names a task that the bundle does not have.
         """
-        if query.shape != (self._index.ndim,) or not np.isfinite(query).all() or not query.any():
+        if query.shape != (self._dimension,) or not np.isfinite(query).all() or not query.any():
             raise RetrievalError(
                 f"a query of shape {query.shape} cannot be searched; "
-                f"{self._index.ndim} finite numbers, not all zero, are wanted"
+                f"{self._dimension} finite numbers, not all zero, are wanted"
             )
         unknown = sorted(set(exclude) - set(self._tasks))
         if unknown:
@@ -73,6 +79,8 @@ class ExampleIndex:
         if wanted - passed_over < 1:
             raise RetrievalError("no example is left to search; exclude fewer tasks, or add examples to the bundle")
         unit = query / np.linalg.norm(query.astype(np.float64))  # float16 holds no long or short query
+        if self._whitening is not None:
+            unit = self._whitening(unit)
         matches = self._index.search(unit.astype(np.float32), wanted, exact=len(self._index) <= EXACT_BELOW, threads=1)
         found = (
             Neighbour(self._task_of(int(key)), int(key), float(np.clip(1 - distance, -1, 1)))

@@ -3,12 +3,16 @@
 The rule is that of arXiv 2602.21222: w_t is proportional to the sum, over the neighbours of task t, of
 exp(-(1 - cos) / T); the smallest set of tasks whose shares reach p is kept and renormalised.
 The paper has T = 1, which is nearly a vote count.
+
+Beyond the paper: votes divided by a power of the task's number of examples, so that a small task is not drowned; the top
+task alone once its share is high enough; no task at all when even the nearest example is far.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 from edgecompose.errors import RetrievalError
 from edgecompose.retrieval import Neighbour
@@ -17,12 +21,53 @@ from edgecompose.retrieval import Neighbour
 _SLACK = 1e-9
 
 
-def task_distribution(neighbours: Sequence[Neighbour], temperature: float) -> dict[str, float]:
+@dataclass(frozen=True, slots=True)
+class WeighSettings:
+    """How neighbours become weights.
+
+    `temperature` is T, `nucleus` p in (0, 1]. `size_correction` in [0, 1] is the power of a task's number of examples
+    that its votes are divided by. A top share of at least `shortcut` in (0, 1] takes that task alone; a nearest
+    neighbour with a cosine below `fallback` in [-1, 1] takes none, which is the base alone.
+    """
+
+    temperature: float = 1.0
+    nucleus: float = 0.9
+    size_correction: float = 0.0
+    shortcut: float = 1.0
+    fallback: float = -1.0
+
+
+def weigh(
+    neighbours: Sequence[Neighbour], settings: WeighSettings, sizes: Mapping[str, int]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The distribution over tasks, and what is kept of it, renormalised; nothing is kept where nothing is near.
+
+    Args:
+        sizes: number of examples of each task.
+
+    Raises:
+        RetrievalError: no neighbour, or a setting out of range.
+    """
+    power = settings.size_correction
+    priors = {task: size**power for task, size in sizes.items()} if power else {}
+    distribution = task_distribution(neighbours, settings.temperature, priors)
+    if max(n.similarity for n in neighbours) < settings.fallback:
+        return distribution, {}
+    top, share = next(iter(distribution.items()))
+    if share >= settings.shortcut:
+        return distribution, {top: 1.0}
+    return distribution, nucleus(distribution, settings.nucleus)
+
+
+def task_distribution(
+    neighbours: Sequence[Neighbour], temperature: float, priors: Mapping[str, float] | None = None
+) -> dict[str, float]:
     """Share of each task among the neighbours, largest first; the shares sum to 1.
 
     Args:
         neighbours: at least one.
         temperature: T > 0, dimensionless; the smaller, the more the nearest count.
+        priors: what a task's votes are divided by, > 0; 1 for tasks that it lacks.
 
     Raises:
         RetrievalError: no neighbour, or a temperature that is not a positive number.
@@ -36,7 +81,7 @@ def task_distribution(neighbours: Sequence[Neighbour], temperature: float) -> di
     for neighbour in neighbours:
         # relative to the nearest: the same ratios, and no underflow at a low temperature
         score = math.exp((neighbour.similarity - nearest) / temperature)
-        scores[neighbour.task] = scores.get(neighbour.task, 0.0) + score
+        scores[neighbour.task] = scores.get(neighbour.task, 0.0) + score / (priors or {}).get(neighbour.task, 1.0)
     return _normalized(scores)
 
 
@@ -64,11 +109,20 @@ def nucleus(distribution: Mapping[str, float], p: float) -> dict[str, float]:
     return _normalized(kept)
 
 
-def adapter_weights(tasks: Mapping[str, float], adapter_of: Mapping[str, str]) -> dict[str, float]:
-    """Weights of adapters from weights of tasks; tasks that share an adapter add up."""
+def adapter_weights(
+    tasks: Mapping[str, float], adapters_of: Mapping[str, Mapping[str, float]], *, barred: Collection[str] = ()
+) -> dict[str, float]:
+    """Weights of adapters, largest first, from weights of tasks; tasks that share an adapter add up.
+
+    Args:
+        adapters_of: adapter -> weight of each task; a task without any leaves its share to the base.
+        barred: adapters that are passed over, as those that do harm; their share is the base's too.
+    """
     weights: dict[str, float] = {}
     for task, weight in tasks.items():
-        weights[adapter_of[task]] = weights.get(adapter_of[task], 0.0) + weight
+        for adapter, part in adapters_of[task].items():
+            if adapter not in barred:
+                weights[adapter] = weights.get(adapter, 0.0) + weight * part
     return dict(sorted(weights.items(), key=_order))
 
 
