@@ -22,7 +22,7 @@ from tests.fixtures_tiny import TASKS
 ROOT = Path(__file__).parents[1]
 RUNTIME, EXPORT = ROOT / "edgecompose", ROOT / "export" / "edgecompose_export"
 BUILD_TIME = {"torch", "transformers", "peft", "optimum", "onnx", "onnx_ir", "gguf", "edgecompose_export"}
-#: Modules of ours that a module may import; those above it (composer, report, cli) are free.
+#: Modules of ours that a module may import; those above it (composer, evaluator, report, cli) are free.
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "device": {"errors"},
@@ -63,6 +63,9 @@ ARROWS: dict[str, set[str]] = {
     "generation": {"errors", "decoder", "tokenization"},
     "request": {"errors", "blend", "device", "generation", "methods", "retrieval"},
     "peft_folder": {"errors", "blend"},
+    "evaluation": {"errors"},
+    "outcomes": {"errors", "typed_json"},
+    "judgement": {"evaluation", "request"},
 }
 #: The test file of each module that has none of its own name.
 COVERED = {
@@ -70,7 +73,8 @@ COVERED = {
     "edgecompose/composer": "test_bundles_export", "edgecompose/decoder": "test_base_export",
     "edgecompose/console": "test_cli", "edgecompose/methods": "test_merging", "edgecompose/blend": "test_merging",
     "edgecompose/graph_runner": "test_merging", "edgecompose/typed_json": "test_manifest",
-    "edgecompose/mixing": "test_merging",
+    "edgecompose/mixing": "test_merging", "edgecompose/judgement": "test_evaluator",
+    "edgecompose/outcomes": "test_evaluator",
     "edgecompose/binding": "test_folding", "edgecompose/request": "test_cli",
     "edgecompose/device": "test_cli", "edgecompose/errors": "test_architecture", "edgecompose/peft_folder": "test_cli",
     "edgecompose/report": "test_cli", "edgecompose_export/__init__": "test_architecture",
@@ -124,7 +128,7 @@ def test_arrows_point_down() -> None:
     trees = modules(RUNTIME)
     for name, allowed in ARROWS.items():
         assert ours(trees[name]) <= allowed, f"{name} imports {sorted(ours(trees[name]) - allowed)}"
-    assert set(trees) - set(ARROWS) == {"__init__", "__main__", "cli", "composer", "report"}
+    assert set(trees) - set(ARROWS) == {"__init__", "__main__", "cli", "composer", "evaluator", "report"}
 
 
 def test_there_is_no_circle() -> None:
@@ -134,7 +138,7 @@ def test_there_is_no_circle() -> None:
 
 def test_only_the_top_sees_the_composer() -> None:
     importers = {name for name, tree in modules(RUNTIME).items() if "composer" in ours(tree)}
-    assert importers == {"__init__", "cli"}
+    assert importers == {"__init__", "cli", "evaluator"}
     assert {name for name, tree in modules(RUNTIME).items() if ours(tree) & {"report", "cli"}} == {"__main__", "cli"}
 
 
