@@ -99,11 +99,29 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True)
+class Summary:
+    """Standings by contender, and the main one against each of the others that it shares a task with."""
+
+    main: str
+    standings: Mapping[str, Standing]
+    against: Mapping[str, Comparison]
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluation:
     """Judgements by contender, in the order of the examples; `main` is the contender that the others are held to."""
 
     main: str
     judgements: Mapping[str, tuple[Judgement, ...]]
+
+    def summary(self) -> Summary:
+        """What all of them reached."""
+        others = {name: self.against(name) for name in self.judgements if name != self.main}
+        return Summary(
+            self.main,
+            {name: self.standing(name) for name in self.judgements},
+            {name: comparison for name, comparison in others.items() if comparison is not None},
+        )
 
     def standing(self, name: str) -> Standing:
         """What one contender reached."""

@@ -197,6 +197,10 @@ def test_standings_sum_up(bundle: Path) -> None:
     against = found.against("own")
     assert against is not None
     assert against.tasks == 3
+    summary = found.summary()
+    assert summary.main == "retrieved"
+    assert summary.standings == {name: found.standing(name) for name in ("own", "base", "retrieved")}
+    assert summary.against == {name: found.against(name) for name in ("own", "base")}
     assert found.misses(99) == [judged for judged in found.judgements["retrieved"] if not judged.right]
     assert len(found.misses(1)) <= 1
 
