@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import click
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-from edgecompose import __version__, report
+from edgecompose import __version__, report, scoreboard
 from edgecompose import bundle as bundles
 from edgecompose.composer import Composer, open_bundle
 from edgecompose.console import ErrorGroup, progress
 from edgecompose.device import DeviceRequest, has_cuda_provider
 from edgecompose.errors import EdgeComposeError, MergeError
+from edgecompose.eval_charts import require_matplotlib
+from edgecompose.eval_report import write_report
+from edgecompose.evaluation import merge_examples, read_eval_examples
+from edgecompose.evaluator import KINDS, MAX_TOKENS, evaluate, parse_contenders
 from edgecompose.generation import Sampling
 from edgecompose.methods import METHODS, MergeSettings
 from edgecompose.peft_folder import write_peft_folder
@@ -51,13 +55,15 @@ def retrieval_options(command: F) -> F:
     return command
 
 
+adapter_option = click.option(
+    "--adapter", "adapters", multiple=True, metavar="NAME=WEIGHT",
+    help="Compose by hand instead of by retrieval; repeatable.",
+)  # fmt: skip
+
+
 def merge_options(command: F) -> F:
     """Options of every command that merges."""
     options = [
-        click.option(
-            "--adapter", "adapters", multiple=True, metavar="NAME=WEIGHT",
-            help="Compose by hand instead of by retrieval; repeatable.",
-        ),
         click.option("--method", type=click.Choice(list(METHODS)), help="How adapters are merged."),
         click.option("--density", type=click.FloatRange(0, 1, min_open=True), help="Share of entries the prunes keep."),
         click.option("--majority-sign", type=click.Choice(["total", "frequency"]), help="How ties elects a sign."),
@@ -69,10 +75,21 @@ def merge_options(command: F) -> F:
         click.option(
             "--norm-guard/--no-norm-guard", default=None, help="Rescale the blend to the mean norm of its parts."
         ),
-    ]  # fmt: skip
+    ]
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def _parse_methods(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in value.split(","))
+    unknown = [name for name in names if name not in (*KINDS, *METHODS)]
+    if unknown or len(set(names)) < len(names):
+        raise click.BadParameter(
+            f"{value!r} names {repr(unknown[0]) + ', which is unknown' if unknown else 'one twice'}; "
+            f"use some of {', '.join((*KINDS, *METHODS))}"
+        )
+    return names
 
 
 @click.group(cls=ErrorGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -85,6 +102,7 @@ def main() -> None:
 @bundle_argument
 @prompt_argument
 @retrieval_options
+@adapter_option
 @merge_options
 @click.option("--choices", metavar="A,B,...", help="Score these options by log-likelihood instead of generating.")
 @click.option("--choice", "more_choices", multiple=True, metavar="TEXT", help="One option, commas and all; repeatable.")
@@ -147,6 +165,7 @@ def retrieve(bundle: Path, prompt: str, device: str, as_json: bool, **options: A
     "-o", "--output", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder to write."
 )
 @retrieval_options
+@adapter_option
 @merge_options
 @device_option
 @json_option
@@ -164,6 +183,80 @@ def compose(bundle: Path, prompt: str, output: Path, device: str, as_json: bool,
         _print_json({"prompt": text, "files": [str(p) for p in paths], **report.composition_json(composition)})
     else:
         _print_lines([*report.explain_retrieval(composition.retrieval), f"written       {output}"])
+
+
+@main.command("eval")
+@bundle_argument
+@click.argument("data", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option(
+    "--methods",
+    callback=_parse_methods,
+    default="base,own,retrieved",
+    show_default=True,
+    metavar="A,B,...",
+    help="What is compared: base, own (the task's adapter), top1, uniform, retrieved, and any merge method.",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Examples of each task, the first ones.")
+@click.option("--exclude-own", is_flag=True, help="Leave an example's own task out of retrieval, as if it were unseen.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=MAX_TOKENS, show_default=True, help="Of free text.")
+@click.option("--raw", is_flag=True, help="Send prompts as they are, without the chat template.")
+@click.option(
+    "--outcomes",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Keep every answer in this file; run again, and only what is missing is computed.",
+)
+@click.option(
+    "--report",
+    "report_folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write a report with charts to this folder (wants edgecompose[report]), and --outcomes there.",
+)
+@retrieval_options
+@merge_options
+@device_option
+@json_option
+def evaluate_examples(
+    bundle: Path,
+    data: tuple[Path, ...],
+    methods: tuple[str, ...],
+    limit: int | None,
+    exclude_own: bool,
+    outcomes: Path | None,
+    report_folder: Path | None,
+    device: str,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Measure how often answers are right on your own examples: DATA files of JSON lines.
+
+    A line has prompt and answer; choices (the answer is one of them) or aliases (other right answers) if you like;
+    task, by default the file's name up to its first dot.
+
+    \b
+    edgecompose eval models/demo questions.jsonl --methods base,own,top1,retrieved
+    edgecompose eval models/demo questions.jsonl --exclude-own --report report
+    """
+    examples = merge_examples((read_eval_examples(path) for path in data), limit)
+    if report_folder is not None:
+        require_matplotlib()
+        outcomes = outcomes or report_folder / "outcomes.jsonl"
+    with _open(bundle, device) as composer:
+        contenders = parse_contenders(methods, _request(composer, options), exclude_own)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with progress(*columns) as bar:
+            task = bar.add_task("answering", total=len(examples) * len(contenders))
+            found = evaluate(
+                composer, examples, contenders, outcomes=outcomes, advance=lambda count: bar.advance(task, count)
+            )
+        settings = scoreboard.settings_json(composer.bundle.manifest, composer.device, contenders)
+    settings |= {"files": [path.name for path in data], "limit": limit}
+    summary = found.summary()
+    result = scoreboard.evaluation_json(summary, settings)
+    pages = [] if report_folder is None else write_report(found, summary, result, report_folder)
+    if as_json:
+        _print_json(result)
+    else:
+        _print_lines([*scoreboard.describe_evaluation(result), *(f"written       {path}" for path in pages[:1])])
 
 
 @main.command()

@@ -155,9 +155,19 @@ class Composer:
             self._adapters[name] = load_adapter(path, name, base.slots, base.identity)
         return self._adapters[name]
 
-    def retrieve(self, prompt: str, request: Request | None = None) -> Retrieval:
-        """The tasks that a prompt resembles (embed, retrieve, weigh)."""
-        return self._retrieve(prompt, request or Request(), _Clock())
+    def retrieve(
+        self, prompt: str, request: Request | None = None, *, spent: dict[str, float] | None = None
+    ) -> Retrieval:
+        """The tasks that a prompt resembles (embed, retrieve, weigh).
+
+        Args:
+            spent: is given the milliseconds of each stage.
+        """
+        clock = _Clock()
+        found = self._retrieve(prompt, request or Request(), clock)
+        if spent is not None:
+            spent.update(clock.spent)
+        return found
 
     def compose(self, prompt: str, request: Request | None = None) -> Composition:
         """The blend for a prompt, on the device (embed, retrieve, weigh, merge)."""

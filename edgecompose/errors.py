@@ -14,6 +14,7 @@
     ├── DeviceError                     the device that was asked for is not there
     ├── GenerationError                 the prompt or the settings cannot be generated from
     │   └── PromptTooLong               prompt and answer exceed the context of the base
+    ├── EvaluationError                 examples, outcomes or a report of an evaluation cannot be used
     └── ExportError                     input of a build-time command that cannot be exported
 
 A message says what failed, what was found, what was wanted and what to do.
@@ -78,6 +79,10 @@ class GenerationError(EdgeComposeError):
 
 class PromptTooLong(GenerationError):
     """Prompt and answer together exceed the context of the base model."""
+
+
+class EvaluationError(EdgeComposeError):
+    """Examples, outcomes or a report of an evaluation cannot be used."""
 
 
 class ExportError(EdgeComposeError):

@@ -22,7 +22,7 @@ from tests.fixtures_tiny import TASKS
 ROOT = Path(__file__).parents[1]
 RUNTIME, EXPORT = ROOT / "edgecompose", ROOT / "export" / "edgecompose_export"
 BUILD_TIME = {"torch", "transformers", "peft", "optimum", "onnx", "onnx_ir", "gguf", "edgecompose_export"}
-#: Modules of ours that a module may import; those above it (composer, report, cli) are free.
+#: Modules of ours that a module may import; those above it (composer, evaluator, report, scoreboard, cli) are free.
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "device": {"errors"},
@@ -63,6 +63,11 @@ ARROWS: dict[str, set[str]] = {
     "generation": {"errors", "decoder", "tokenization"},
     "request": {"errors", "blend", "device", "generation", "methods", "retrieval"},
     "peft_folder": {"errors", "blend"},
+    "evaluation": {"errors"},
+    "outcomes": {"errors", "typed_json"},
+    "judgement": {"evaluation", "request"},
+    "eval_charts": {"errors", "judgement"},
+    "eval_report": {"eval_charts", "judgement", "request", "scoreboard"},
 }
 #: The test file of each module that has none of its own name.
 COVERED = {
@@ -70,7 +75,9 @@ COVERED = {
     "edgecompose/composer": "test_bundles_export", "edgecompose/decoder": "test_base_export",
     "edgecompose/console": "test_cli", "edgecompose/methods": "test_merging", "edgecompose/blend": "test_merging",
     "edgecompose/graph_runner": "test_merging", "edgecompose/typed_json": "test_manifest",
-    "edgecompose/mixing": "test_merging",
+    "edgecompose/mixing": "test_merging", "edgecompose/judgement": "test_evaluator",
+    "edgecompose/outcomes": "test_evaluator", "edgecompose/scoreboard": "test_eval_report",
+    "edgecompose/eval_charts": "test_eval_report",
     "edgecompose/binding": "test_folding", "edgecompose/request": "test_cli",
     "edgecompose/device": "test_cli", "edgecompose/errors": "test_architecture", "edgecompose/peft_folder": "test_cli",
     "edgecompose/report": "test_cli", "edgecompose_export/__init__": "test_architecture",
@@ -124,7 +131,8 @@ def test_arrows_point_down() -> None:
     trees = modules(RUNTIME)
     for name, allowed in ARROWS.items():
         assert ours(trees[name]) <= allowed, f"{name} imports {sorted(ours(trees[name]) - allowed)}"
-    assert set(trees) - set(ARROWS) == {"__init__", "__main__", "cli", "composer", "report"}
+    top = {"__init__", "__main__", "cli", "composer", "evaluator", "report", "scoreboard"}
+    assert set(trees) - set(ARROWS) == top
 
 
 def test_there_is_no_circle() -> None:
@@ -134,7 +142,7 @@ def test_there_is_no_circle() -> None:
 
 def test_only_the_top_sees_the_composer() -> None:
     importers = {name for name, tree in modules(RUNTIME).items() if "composer" in ours(tree)}
-    assert importers == {"__init__", "cli"}
+    assert importers == {"__init__", "cli", "evaluator", "scoreboard"}
     assert {name for name, tree in modules(RUNTIME).items() if ours(tree) & {"report", "cli"}} == {"__main__", "cli"}
 
 
@@ -144,11 +152,20 @@ def test_onnxruntime_is_imported_in_one_place() -> None:
 
 
 def test_the_runtime_imports_what_it_declares_and_nothing_of_build_time() -> None:
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
-    names = {re.split(r"[<>=\[ ]", requirement)[0] for requirement in declared}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    names = {re.split(r"[<>=\[ ]", requirement)[0] for requirement in project["dependencies"]}
     used = set().union(*(foreign(tree) for tree in modules(RUNTIME).values()))
-    assert used == names | {"onnxruntime"}
+    assert used == names | {"onnxruntime", "matplotlib"}
     assert not used & BUILD_TIME
+
+
+def test_matplotlib_is_an_extra_that_one_module_imports_when_it_draws() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert [re.split(r"[<>=]", requirement)[0] for requirement in extras["report"]] == ["matplotlib"]
+    assert "edgecompose[report]" in extras["test"]
+    assert {name for name, tree in modules(RUNTIME).items() if "matplotlib" in foreign(tree)} == {"eval_charts"}
+    done = run_python("import sys; import edgecompose.cli; print('matplotlib' in sys.modules)")
+    assert (done.returncode, done.stdout) == (0, "False\n")
 
 
 def test_the_export_imports_what_it_declares() -> None:

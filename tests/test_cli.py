@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from edgecompose.request import STAGES
 from tests.fixtures_tiny import ADAPTERS, TASKS, TinyZoo
 
 PROMPT = TASKS["animals"][0]
-COMMANDS = ("run", "retrieve", "compose", "inspect", "verify", "doctor")
+COMMANDS = ("run", "retrieve", "compose", "eval", "inspect", "verify", "doctor")
 RETRIEVAL_KEYS = {"weights", "neighbours", "distribution"}
 
 
@@ -279,7 +280,9 @@ def test_a_folder_that_cannot_be_made_is_a_fault(bundle: Path, tmp_path: Path) -
         ("run", "x", "y", "--density", "0"), ("run", "x", "y", "--method", "average"), ("compose", "x", "y"),
         ("run", "x", "y", "--device", "tpu"), ("run", "x", "y", "--max-tokens", "no"), ("run", "x", "y", "--seed=-1"),
         ("run", "{bundle}", "y", "--adapter", "animals"), ("run", "{bundle}", "y", "--adapter", "animals=much"),
-        ("run", "{bundle}", "y", "--choices", "a,,b"),
+        ("run", "{bundle}", "y", "--choices", "a,,b"), ("eval", "x"), ("eval", "x", "y", "--methods", "best"),
+        ("eval", "x", "y", "--methods", "base,base"), ("eval", "x", "y", "--methods", ""),
+        ("eval", "x", "y", "--limit", "0"), ("eval", "x", "y", "--adapter", "a=1"),
     ],
     ids=" ".join,
 )  # fmt: skip
@@ -302,6 +305,7 @@ def test_the_example_in_the_help_runs(
     monkeypatch.chdir(tmp_path)
     Path("models").mkdir()
     Path("models/demo").symlink_to(bundle)
+    write_questions(Path("questions.jsonl"))
     shown = call(command, "--help")
     assert shown.exit_code == 0
     examples = examples_in(shown.stdout)
@@ -318,6 +322,107 @@ def test_the_help_names_every_command() -> None:
     assert set(main.commands) == set(COMMANDS)
     assert all(f"\n  {command} " in shown for command in COMMANDS)
     assert call("-h").stdout == shown
+
+
+# eval
+
+STANDING_KEYS = {"tasks", "mean_accuracy", "mean_ci95", "timings_ms"}
+
+
+def write_questions(path: Path, *more: Any) -> Path:
+    """Two examples of each task of the bundle, one of another."""
+    rows = [
+        {"task": task, "prompt": f"{prompt}, is it?", "answer": "yes", "choices": ["yes", "no"]}
+        for task, prompts in TASKS.items() for prompt in prompts[:2]
+    ]  # fmt: skip
+    rows += [{"task": "birds", "prompt": "which bird sings?", "answer": "a lark", "aliases": ["lark"]}, *more]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_an_evaluation_as_json_has_the_documented_keys(bundle: Path, tmp_path: Path) -> None:
+    data = write_questions(tmp_path / "questions.jsonl")
+    found = result_of("eval", bundle, data, data)  # a file given twice counts once
+    assert set(found) == {"main", *STANDING_KEYS, "settings", "contenders", "against"}
+    assert found["main"] == "retrieved"
+    assert list(found["contenders"]) == ["base", "own", "retrieved"]
+    for standing in found["contenders"].values():
+        assert set(standing) == {*STANDING_KEYS, "weights", "routing"}
+    assert {key: found[key] for key in STANDING_KEYS} == {
+        key: found["contenders"]["retrieved"][key] for key in STANDING_KEYS
+    }
+    assert {task: score["n"] for task, score in found["tasks"].items()} == {"birds": 1, **dict.fromkeys(TASKS, 2)}
+    assert all(set(score) == {"n", "accuracy", "ci95"} for score in found["tasks"].values())
+    assert found["mean_ci95"][0] <= found["mean_accuracy"] <= found["mean_ci95"][1]
+    assert tuple(found["timings_ms"]) == STAGES
+    assert set(found["against"]) == {"base", "own"}
+    assert set(found["against"]["own"]) == {"tasks", "difference", "ci95", "wins"}
+    assert (found["against"]["own"]["tasks"], found["against"]["base"]["tasks"]) == (3, 4)
+    assert set(found["contenders"]["retrieved"]["routing"]) == {"confusion", "reliability", "calibration_error"}
+    assert found["settings"]["files"] == ["questions.jsonl"] * 2
+    assert found["settings"]["contenders"]["own"] == {"kind": "own", "method": "product", "norm_guard": False}
+
+
+def test_every_option_reaches_the_evaluation(bundle: Path, tmp_path: Path) -> None:
+    data = write_questions(tmp_path / "questions.jsonl")
+    options = (
+        "--methods", "top1, core_ties", "--limit", 1, "--exclude-own", "--raw", "--max-tokens", 2, "--top-n", 9,
+        "--top-p", 1, "--temperature", 0.3, "--density", 0.7, "--norm-guard", "--exclude", "colours",
+    )  # fmt: skip
+    found = result_of("eval", bundle, data, *options)
+    assert found["main"] == "core_ties"
+    assert {task: score["n"] for task, score in found["tasks"].items()} == dict.fromkeys(("birds", *TASKS), 1)
+    settings = found["settings"]
+    wanted = {
+        "limit": 1, "exclude_own": True, "raw": True, "max_tokens": 2, "neighbours": 9, "nucleus": 1.0,
+        "temperature": 0.3, "exclude": ["colours"], "device": "cpu", "bundle": "tiny",
+    }  # fmt: skip
+    assert {key: settings[key] for key in wanted} == wanted
+    assert settings["contenders"]["core_ties"] == {
+        "kind": "retrieved", "method": "core_ties", "density": 0.7, "norm_guard": True,
+    }  # fmt: skip
+    assert found["contenders"]["core_ties"]["weights"]["animals"] == {"numbers": 1.0}
+    assert settings["contenders"]["top1"]["kind"] == "top1"
+
+
+def test_an_evaluation_is_a_table(bundle: Path, tmp_path: Path) -> None:
+    data = write_questions(tmp_path / "questions.jsonl")
+    done = call("eval", bundle, data, "--methods", "own,base")
+    assert (done.exit_code, done.stderr) == (0, "")
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert lines[0] == ["task", "n", "own", "base"]
+    assert [line[0] for line in lines[1:7]] == [*sorted((*TASKS, "birds")), "mean", "95"]
+    assert lines[2][2] == "-"
+    assert done.stdout.splitlines()[-1].startswith("base less own: ")
+
+
+def test_a_report_is_written_and_outcomes_are_kept_beside_it(bundle: Path, tmp_path: Path) -> None:
+    data, report = write_questions(tmp_path / "questions.jsonl"), tmp_path / "deep" / "report"
+    found = result_of("eval", bundle, data, "--report", report)
+    outcomes = (report / "outcomes.jsonl").read_bytes()
+    assert json.loads((report / "result.json").read_text(encoding="utf-8")) == found
+    assert (report / "index.html").is_file()
+    again = call("eval", bundle, data, "--report", report)
+    assert f"written       {report / 'index.html'}" in again.stdout
+    assert (report / "outcomes.jsonl").read_bytes() == outcomes
+    kept = tmp_path / "kept.jsonl"
+    result_of("eval", bundle, data, "--outcomes", kept, "--methods", "base")
+    assert len(kept.read_bytes().splitlines()) == 7
+
+
+def test_what_cannot_be_evaluated_is_a_fault(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_questions(tmp_path / "questions.jsonl")
+    assert str(tmp_path / "absent.jsonl") in fault_of("eval", bundle, tmp_path / "absent.jsonl")
+    bad = write_questions(tmp_path / "bad.jsonl", {"prompt": "x"})
+    assert f"{bad}:8 has no answer" in fault_of("eval", bundle, data, bad)
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    assert "no example remains for 'retrieved'" in fault_of("eval", bundle, empty)
+    assert "is no outcome of an evaluation" in fault_of("eval", bundle, data, "--outcomes", data)
+    assert "no task 'fish'" in fault_of("eval", bundle, data, "--exclude", "fish")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "edgecompose[report]" in fault_of("eval", bundle, data, "--report", tmp_path / "report")
+    assert not (tmp_path / "report").exists()
 
 
 def _is_installed() -> bool:
