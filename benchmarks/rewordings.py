@@ -3,9 +3,10 @@
     python benchmarks/rewordings.py DATA_DIR
 
 Every dataset has one fixed template, which gives it away to a retriever. `fields_of` takes a prompt apart into what the
-template was filled with, and `reword` fills one of five other wordings with it: a0, a1 and a2 to train on, h0 and h1
-held out, which share no four words in a row with those or with any template. They are in `rewordings.toml`. The command
-prints one example of each wording of each task in `<task>.<split>.jsonl`, and the share of prompts taken apart.
+template was filled with, and `reword` fills one of fourteen other wordings with it: a0 to a11 to train on, h0 and h1
+held out, which share no four words in a row with those or with any template, and write options in `HELD_OUT_STYLES`,
+which no other wording does. They are in `rewordings.toml`. The command prints one example of each wording of each task
+in `<task>.<split>.jsonl`, and the share of prompts taken apart.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 #: Names of the wordings to train on, and of those never to train on.
-AUGMENT, HELD_OUT = ("a0", "a1", "a2"), ("h0", "h1")
+AUGMENT, HELD_OUT = tuple(f"a{number}" for number in range(12)), ("h0", "h1")
 SPLITS = ("train", "valid", "test")
 #: What copa asks for, in the dataset's own words.
 CAUSE, EFFECT = "What was the cause of this?", "What happened as a result?"
@@ -102,15 +103,20 @@ def _unstopped(options: Sequence[str]) -> list[str]:
 STYLES: dict[str, Callable[[Sequence[str]], str]] = {
     "dash": _listed(["- "]),
     "star": _listed(["* "]),
+    "bullet": _listed(["\u2022 "]),
+    "arrow": _listed(["-> "]),
     "plain": _listed([""]),
     "letters": _listed([f"{letter}) " for letter in string.ascii_lowercase]),
     "capitals": _listed([f"{letter}. " for letter in string.ascii_uppercase]),
     "numbers": _listed([f"{number}. " for number in range(1, 27)]),
     "inline": _listed([f"({number}) " for number in range(1, 27)], " "),
     "slash": lambda options: " / ".join(_unstopped(options)),
+    "semicolons": lambda options: "; ".join(_unstopped(options)),
     "or": lambda options: _joined(_unstopped(options)),
     "quoted": lambda options: _joined([f'"{option}"' for option in options]),
 }
+#: Those that only held-out wordings use.
+HELD_OUT_STYLES = frozenset({"plain", "capitals", "numbers", "inline", "slash"})
 
 
 class _Options(str):

@@ -17,6 +17,8 @@ from benchmarks.rewordings import (
     CAUSE,
     EFFECT,
     HELD_OUT,
+    HELD_OUT_STYLES,
+    STYLES,
     TEMPLATES,
     WORDINGS,
     content_of,
@@ -111,8 +113,8 @@ def test_what_is_unknown_is_refused() -> None:
     for task in ("mnli", "anli", "arc", "nothing"):
         with pytest.raises(ValueError, match="no task is called"):
             fields_of(task, prompt)
-    with pytest.raises(ValueError, match="no wording is called 'a9', only a0, a1"):
-        reword("snli", prompt, "a9")
+    with pytest.raises(ValueError, match="no wording is called 'a99', only a0, a1"):
+        reword("snli", prompt, "a99")
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -133,7 +135,7 @@ def test_a_wording_of_copa_says_which_it_asks_for(name: str) -> None:
     assert cause != effect
 
 
-def test_every_dataset_has_the_five_wordings() -> None:
+def test_every_dataset_has_all_wordings() -> None:
     assert WORDINGS.keys() == TEMPLATES.keys() == {dataset_of(task) for task in TASKS}
     for dataset, wordings in WORDINGS.items():
         assert sorted(wordings) == sorted(NAMES)
@@ -154,6 +156,16 @@ def test_held_out_wordings_share_no_phrase_with_any_dataset_s_others() -> None:
     for dataset, wordings in WORDINGS.items():
         for name in HELD_OUT:
             assert not sequences(wordings[name], 4) & seen, (dataset, name)
+
+
+def test_held_out_wordings_write_options_as_no_others_do() -> None:
+    def styles(names: tuple[str, ...]) -> set[str]:
+        texts = [wordings[name] for wordings in WORDINGS.values() for name in names]
+        parsed = (part for text in texts for part in string.Formatter().parse(text))
+        return {style or "" for _, field, style, _ in parsed if field == "options"}
+
+    assert styles(HELD_OUT) == HELD_OUT_STYLES
+    assert styles(AUGMENT) == STYLES.keys() - HELD_OUT_STYLES
 
 
 def test_no_phrase_gives_wordings_of_many_datasets_away() -> None:
