@@ -37,6 +37,10 @@ device_option = click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
     help="Where to compute; cuda fails when it cannot be used, auto falls back to cpu and says why.",
 )  # fmt: skip
+form_option = click.option(
+    "--raw/--chat", default=None,
+    help="Send the prompt as it is, or in the chat template; by default as the bundle's adapters were trained.",
+)  # fmt: skip
 
 
 def retrieval_options(command: F) -> F:
@@ -47,6 +51,18 @@ def retrieval_options(command: F) -> F:
         click.option(
             "--temperature", type=click.FloatRange(0, min_open=True),
             help="T of exp(-(1-cos)/T): smaller trusts the nearest neighbours more.",
+        ),
+        click.option(
+            "--size-correction", type=click.FloatRange(0, 1),
+            help="Power of a task's number of examples that its votes are divided by.",
+        ),
+        click.option(
+            "--shortcut", type=click.FloatRange(0, 1, min_open=True),
+            help="Share of the likeliest task at which it is taken alone.",
+        ),
+        click.option(
+            "--fallback", type=click.FloatRange(-1, 1),
+            help="Cosine of the nearest example below which the base answers alone.",
         ),
         click.option("--exclude", multiple=True, metavar="TASK", help="Leave a task out; repeatable."),
     ]  # fmt: skip
@@ -111,7 +127,7 @@ def main() -> None:
 @click.option("--sample-temperature", type=click.FloatRange(0, min_open=True), default=0.8, show_default=True)
 @click.option("--sample-top-p", type=click.FloatRange(0, 1, min_open=True), default=0.95, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of --sample.")
-@click.option("--raw", is_flag=True, help="Send the prompt as it is, without the chat template.")
+@form_option
 @click.option("--fold", is_flag=True, help="Write the blend into a copy of the base's weights (float bases only).")
 @click.option("--explain", is_flag=True, help="Show on stderr how the answer came about.")
 @device_option
@@ -199,7 +215,7 @@ def compose(bundle: Path, prompt: str, output: Path, device: str, as_json: bool,
 @click.option("--limit", type=click.IntRange(min=1), help="Examples of each task, the first ones.")
 @click.option("--exclude-own", is_flag=True, help="Leave an example's own task out of retrieval, as if it were unseen.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=MAX_TOKENS, show_default=True, help="Of free text.")
-@click.option("--raw", is_flag=True, help="Send prompts as they are, without the chat template.")
+@form_option
 @click.option(
     "--outcomes",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -345,7 +361,7 @@ def _request(composer: Composer, options: dict[str, Any]) -> Request:
         neighbours=options["top_n"], temperature=options["temperature"], nucleus=options["top_p"], merge=merge,
         max_tokens=options.get("max_tokens"), sampling=sampling,
         choices=(*_parse_choices(options.get("choices")), *options.get("more_choices", ())),
-        raw=options.get("raw", False), attachment="fold" if options.get("fold") else "attach",
+        raw=options.get("raw"), attachment="fold" if options.get("fold") else "attach",
     )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ from edgecompose.generation import generate, score_choices, stream_text
 from edgecompose.manifest import Defaults
 from edgecompose.merging import Merger
 from edgecompose.methods import MergeSettings, composition_digest
-from edgecompose.request import STAGES, Answer, Composition, Request, Retrieval
+from edgecompose.request import STAGES, WEIGH_NAMES, Answer, Composition, Request, Retrieval
 from edgecompose.retrieval import ExampleIndex
 from edgecompose.tokenization import Tokenizer
 from edgecompose.weighting import WeighSettings, adapter_weights, weigh
@@ -41,7 +41,6 @@ N = TypeVar("N", int, float)
 CACHE_BYTES = 256 << 20
 #: What was found for prompts is kept up to so many bytes, for the next request with the same prompt.
 _RETRIEVAL_BYTES, _NEIGHBOUR_BYTES, _QUERY_BYTES = 16 << 20, 200, 1 << 20
-_WEIGH_FIELDS = dataclasses.fields(WeighSettings)
 
 
 @dataclass(slots=True)
@@ -190,7 +189,7 @@ class Composer:
             require_folding(self.bundle.manifest.base)
         with clock.stage("total"):
             composition = self._compose(prompt, request, clock)
-            raw = self._is_raw(request, composition.retrieval)
+            raw = self.sends_raw(request, composition.retrieval)
             ids = self._encode(prompt, raw=raw)
             blend: MergedAdapter | FoldedWeights = composition.merged
             if request.attachment == "fold" and composition.merged.modules:
@@ -214,7 +213,7 @@ class Composer:
         manifest = self.bundle.manifest
         count = _given(request.neighbours, manifest.defaults.neighbours)
         settings = WeighSettings(
-            **{f.name: _given(getattr(request, f.name), getattr(manifest.defaults, f.name)) for f in _WEIGH_FIELDS}
+            **{name: _given(getattr(request, name), getattr(manifest.defaults, name)) for name in WEIGH_NAMES}
         )
         key = _key(repr((prompt, count, settings, sorted(request.exclude))))
         known = self._retrievals.get(key)
@@ -249,8 +248,8 @@ class Composer:
         found = self.bundle.manifest.adapters.items()
         return frozenset(n for n, a in found if a.admission is not None and a.admission.verdict == "harms")
 
-    def _is_raw(self, request: Request, retrieval: Retrieval) -> bool:
-        """Whether the prompt is sent without the chat template."""
+    def sends_raw(self, request: Request, retrieval: Retrieval) -> bool:
+        """Whether a prompt is sent without the chat template, given what retrieval found for it."""
         if request.raw is not None:
             return request.raw
         alone = request.weights is None and not retrieval.nucleus

@@ -17,7 +17,7 @@ from edgecompose.judgement import Evaluation, Judgement
 from edgecompose.manifest import Manifest
 from edgecompose.methods import METHODS, MergeSettings, composition_digest
 from edgecompose.outcomes import Outcome, OutcomeKey, Outcomes, open_outcomes
-from edgecompose.request import STAGES, Request, Retrieval
+from edgecompose.request import STAGES, WEIGH_NAMES, Request, Retrieval
 
 Kind = Literal["base", "own", "top1", "uniform", "retrieved"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -30,7 +30,8 @@ _NOTHING = Retrieval((), {}, {}, {})
 class Contender:
     """A way to answer.
 
-    `base` takes no adapter, `own` those of the example's task (no examples of tasks that the bundle lacks), `top1`
+    `base` takes no adapter, `own` the one that is called like the example's task, or else those that serve it (no
+    examples of tasks that the bundle lacks), `top1`
     those of the likeliest task, `uniform` those of the nucleus' tasks in equal parts, `retrieved` what the composer
     chooses itself. `exclude_own` leaves the example's task out of retrieval.
     """
@@ -77,8 +78,8 @@ def main_contender(names: Sequence[str]) -> str:
 
 
 def adapters_of(manifest: Manifest, task: str) -> dict[str, float]:
-    """The adapters of a task with their weights; none of a task that the bundle lacks."""
-    return {manifest.tasks[task].adapter: 1.0} if task in manifest.tasks else {}
+    """The adapters that serve a task with their weights; none of a task that the bundle lacks."""
+    return dict(manifest.tasks[task].adapters) if task in manifest.tasks else {}
 
 
 def evaluate(
@@ -130,7 +131,7 @@ class _Routes:
 
     def find(self, request: Request) -> tuple[Retrieval, dict[str, float]]:
         """Retrieval and milliseconds a stage."""
-        key = (request.neighbours, request.temperature, request.nucleus, request.exclude)
+        key = (request.neighbours, request.exclude, *(getattr(request, name) for name in WEIGH_NAMES))
         if key not in self._found:
             spent: dict[str, float] = {}
             self._found[key] = self._composer.retrieve(self._prompt, request, spent=spent), spent
@@ -155,6 +156,7 @@ class _Bench:
         weights = self._weights(contender, example, retrieval)
         if contender.kind != "retrieved":
             request = dataclasses.replace(request, weights=weights)
+        request = dataclasses.replace(request, raw=self._composer.sends_raw(request, retrieval))
         outcome = self._outcome(example, request, weights)
         top = next(iter(retrieval.distribution.items()), (None, None))
         timings = {s: outcome.timings_ms.get(s, 0.0) + spent.get(s, 0.0) for s in STAGES}
@@ -171,7 +173,8 @@ class _Bench:
         if contender.kind == "base":
             return {}
         if contender.kind == "own":
-            return adapters_of(self._manifest, example.task)
+            own = example.task in self._manifest.adapters
+            return {example.task: 1.0} if own else adapters_of(self._manifest, example.task)
         if contender.kind == "retrieved":
             return dict(retrieval.weights)
         tasks = list(retrieval.nucleus) if contender.kind == "uniform" else list(retrieval.distribution)[:1]
@@ -207,7 +210,7 @@ class _Bench:
         # without adapters there is nothing to merge, whatever the method
         composition = composition_digest(digests, weights, settings if weights else MergeSettings())
         return OutcomeKey(
-            self._base(request), example.id, composition, request.raw,
+            self._base(request), example.id, composition, bool(request.raw),
             "choices" if request.choices else "text", None if request.choices else request.max_tokens,
         )  # fmt: skip
 

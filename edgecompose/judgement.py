@@ -92,10 +92,10 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The main contender against another over the `tasks` that both had."""
+    """The main contender against another over the tasks that both had: their means, and task by task."""
 
-    tasks: int
     paired: PairedDifference
+    by_task: Mapping[str, PairedDifference]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +143,10 @@ class Evaluation:
         shared = [task for task in one if task in other]
         if not shared:
             return None
-        return Comparison(len(shared), paired_bootstrap([one[t] for t in shared], [other[t] for t in shared]))
+        return Comparison(
+            paired_bootstrap([one[t] for t in shared], [other[t] for t in shared]),
+            {t: paired_bootstrap([one[t]], [other[t]]) for t in shared},
+        )
 
     def misses(self, count: int) -> list[Judgement]:
         """The first examples that the main contender got wrong."""

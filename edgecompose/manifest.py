@@ -124,8 +124,8 @@ class BaseSpec:
 class EmbedderSpec:
     """The sentence encoder: pooling, length in tokens, and whether vectors have unit norm.
 
-    `tail` > 0 appends the mean of the last `tail` tokens to the pooled vector, so that `dimension` is twice the encoder's
-    width. `cosine` is the mean cosine between its vectors and those of its float32 form.
+    `tail` > 0 appends the mean of the last `tail` tokens to the pooled vector, so that `dimension` is twice the
+    encoder's width. `cosine` is the mean cosine between its vectors and those of its float32 form.
     """
 
     graph: str
@@ -201,7 +201,7 @@ class Admission:
 
 @dataclass(frozen=True, slots=True)
 class AdapterSpec:
-    """One adapter file: largest rank, bits per weight, relative quantisation error, provenance, and what it is worth."""
+    """One adapter file: largest rank, bits per weight, relative quantisation error, provenance, what it is worth."""
 
     file: str
     rank: int

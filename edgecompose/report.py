@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -109,11 +110,12 @@ def manifest_json(manifest: Manifest) -> Json:
             "source": embedder.source, "precision": embedder.precision, "dimension": embedder.dimension,
             "max_length": embedder.max_length, "pooling": embedder.pooling,
         },
-        "tasks": {n: {"adapter": t.adapter, "examples": t.examples} for n, t in sorted(manifest.tasks.items())},
+        "tasks": {n: {"adapters": t.adapters, "examples": t.examples} for n, t in sorted(manifest.tasks.items())},
         "adapters": {
             name: {
                 "rank": a.rank, "bits": a.bits, "bytes": manifest.files[a.file].bytes,
                 "quantization_error": a.error, "source": a.source,
+                "admission": None if a.admission is None else dataclasses.asdict(a.admission),
             }
             for name, a in sorted(manifest.adapters.items())
         },
@@ -204,15 +206,24 @@ def describe_manifest(manifest: Manifest) -> list[str]:
         + fold,
         f"embedder      {embedder['source']}, {embedder['precision']}, {embedder['dimension']} dimensions",
         f"slots         {', '.join(base['slots'])}",
-        "task                  examples  adapter               rank  bits     KB  error",
+        "task                  examples  served by",
     ]
     for name, task in shown["tasks"].items():
-        adapter = shown["adapters"][task["adapter"]]
-        lines.append(
-            f"{name:20}  {task['examples']:8}  {task['adapter']:20}  {adapter['rank']:4}  {adapter['bits']:4}  "
-            f"{adapter['bytes'] / 1e3:5.0f}  {adapter['quantization_error']:.3f}"
-        )
-    return lines
+        served = " + ".join(f"{weight:g} {adapter}" for adapter, weight in task["adapters"].items())
+        lines.append(f"{name:20}  {task['examples']:8}  {served or 'the base alone'}")
+    lines.append("adapter               rank  bits     KB  error  base   with it  verdict (validation examples)")
+    return lines + [_described_adapter(name, adapter) for name, adapter in shown["adapters"].items()]
+
+
+def _described_adapter(name: str, adapter: Mapping[str, Any]) -> str:
+    line = (
+        f"{name:20}  {adapter['rank']:4}  {adapter['bits']:4}  {adapter['bytes'] / 1e3:5.0f}  "
+        f"{adapter['quantization_error']:.3f}"
+    )
+    found = adapter["admission"]
+    if found is None:
+        return line
+    return f"{line}  {found['base']:5.1%}  {found['accuracy']:7.1%}  {found['verdict']} ({found['examples']})"
 
 
 def describe_compatibility(found: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -12,10 +13,13 @@ from edgecompose.errors import GenerationError, RetrievalError
 from edgecompose.generation import Sampling
 from edgecompose.methods import MergeSettings
 from edgecompose.retrieval import Neighbour
+from edgecompose.weighting import WeighSettings
 
 #: How a blend meets the base: as low-rank inputs beside its weights, or written into a copy of them.
 Attachment = Literal["attach", "fold"]
 ATTACHMENTS: tuple[Attachment, ...] = get_args(Attachment)
+#: Fields of a request, and of a bundle's defaults, that are those of `WeighSettings`.
+WEIGH_NAMES = tuple(item.name for item in dataclasses.fields(WeighSettings))
 STAGES = ("load", "embed", "retrieve", "weigh", "merge", "fold", "prefill", "decode", "total")
 
 

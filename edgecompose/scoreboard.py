@@ -7,10 +7,11 @@ from typing import Any
 
 from edgecompose.composer import merge_settings
 from edgecompose.device import Device
-from edgecompose.evaluation import RESAMPLES, Interval
+from edgecompose.evaluation import RESAMPLES, Interval, PairedDifference
 from edgecompose.evaluator import MAX_TOKENS, Contender
 from edgecompose.judgement import Comparison, Routing, Standing, Summary
 from edgecompose.manifest import Manifest
+from edgecompose.request import WEIGH_NAMES
 
 Json = dict[str, Any]
 
@@ -39,16 +40,18 @@ def settings_json(manifest: Manifest, device: Device, contenders: Sequence[Conte
         "bundle": manifest.name,
         "base": {"source": base.source, "identity": base.identity, "precision": base.precision},
         "device": device.kind,
-        "neighbours": request.neighbours or defaults.neighbours,
-        "temperature": request.temperature or defaults.temperature,
-        "nucleus": request.nucleus or defaults.nucleus,
+        **{name: _given(getattr(request, name), getattr(defaults, name)) for name in ("neighbours", *WEIGH_NAMES)},
         "exclude": list(request.exclude),
         "exclude_own": contenders[0].exclude_own,
-        "raw": request.raw,
+        "raw": _given(request.raw, defaults.prompt_form == "raw"),
         "max_tokens": request.max_tokens or MAX_TOKENS,
         "resamples": RESAMPLES,
         "contenders": {contender.name: _contender_json(contender, manifest) for contender in contenders},
     }
+
+
+def _given(wanted: object, default: object) -> object:
+    return default if wanted is None else wanted
 
 
 def _contender_json(contender: Contender, manifest: Manifest) -> Json:
@@ -83,11 +86,16 @@ def routing_json(routing: Routing) -> Json:
 
 
 def comparison_json(found: Comparison) -> Json:
-    """The main contender's mean over shared tasks less another's."""
-    paired = found.paired
+    """The main contender's mean over shared tasks less another's, and its accuracy on each of them less the other's."""
     return {
-        "tasks": found.tasks, "difference": paired.difference, "ci95": list(paired.ci95), "wins": paired.wins
-    }  # fmt: skip
+        "tasks": len(found.by_task),
+        **_paired_json(found.paired),
+        "by_task": {task: _paired_json(paired) for task, paired in found.by_task.items()},
+    }
+
+
+def _paired_json(paired: PairedDifference) -> Json:
+    return {"difference": paired.difference, "ci95": list(paired.ci95), "wins": paired.wins}
 
 
 def describe_evaluation(result: Mapping[str, Any]) -> list[str]:

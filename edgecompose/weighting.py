@@ -4,8 +4,8 @@ The rule is that of arXiv 2602.21222: w_t is proportional to the sum, over the n
 exp(-(1 - cos) / T); the smallest set of tasks whose shares reach p is kept and renormalised.
 The paper has T = 1, which is nearly a vote count.
 
-Beyond the paper: votes divided by a power of the task's number of examples, so that a small task is not drowned; the top
-task alone once its share is high enough; no task at all when even the nearest example is far.
+Beyond the paper: votes divided by a power of the task's number of examples, so that a small task is not drowned; the
+top task alone once its share is high enough; no task at all when even the nearest example is far.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The metric of an index: vectors in which what varies within a task counts little; knows nothing of prompts.
 
-Within-class covariance normalisation (Hatch et al., 2006): with S the mean covariance of the vectors of one task around
-that task's mean, a vector x becomes (x - m) S^(-1/2). Distances between the results are Mahalanobis distances under S: a
-topic, which examples of one task do not share, is scaled down, and the wording of a task, which they do, is not.
+Within-class covariance normalisation (Hatch et al., 2006): with S the mean covariance of the vectors of one task
+around that task's mean, a vector x becomes (x - m) S^(-1/2). Distances between the results are Mahalanobis distances
+under S: a topic, which examples of one task do not share, is scaled down; the wording of a task, which they do, is not.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def write_bundle(root: Path) -> Manifest:
         ),
         embedder=EmbedderSpec("embedder/model.onnx", "embedder/tokenizer.json", "e" * 64, "int8", 8, 64, "mean", True),
         index=IndexSpec("index.usearch", 5, 8, "e" * 64, texts="index.jsonl"),
-        tasks={"alpha": TaskSpec("one", 0, 2), "beta": TaskSpec("two", 2, 3)},
+        tasks={"alpha": TaskSpec({"one": 1.0}, 0, 2), "beta": TaskSpec({"two": 1.0}, 2, 3)},
         adapters={
             "one": AdapterSpec("adapters/one.safetensors", 4, 8, BASE, 0.005, {"task": "alpha"}),
             "two": AdapterSpec("adapters/two.safetensors", 4, 4, BASE, 0.08),

@@ -159,7 +159,7 @@ def test_inspect_describes_a_bundle(bundle: Path) -> None:
     assert set(found) == {
         "name", "schema_version", "created_by", "bytes", "files", "base", "embedder", "tasks", "adapters", "defaults",
     }  # fmt: skip
-    assert (found["name"], found["schema_version"], found["files"]) == ("tiny", 3, len(manifest.files))
+    assert (found["name"], found["schema_version"], found["files"]) == ("tiny", 4, len(manifest.files))
     assert found["bytes"] == sum((bundle / name).stat().st_size for name in manifest.files)
     assert {name: task["examples"] for name, task in found["tasks"].items()} == {n: len(p) for n, p in TASKS.items()}
     assert {name: a["rank"] for name, a in found["adapters"].items()} == {name: a["r"] for name, a in ADAPTERS.items()}
@@ -356,7 +356,7 @@ def test_an_evaluation_as_json_has_the_documented_keys(bundle: Path, tmp_path: P
     assert found["mean_ci95"][0] <= found["mean_accuracy"] <= found["mean_ci95"][1]
     assert tuple(found["timings_ms"]) == STAGES
     assert set(found["against"]) == {"base", "own"}
-    assert set(found["against"]["own"]) == {"tasks", "difference", "ci95", "wins"}
+    assert set(found["against"]["own"]) == {"tasks", "difference", "ci95", "wins", "by_task"}
     assert (found["against"]["own"]["tasks"], found["against"]["base"]["tasks"]) == (3, 4)
     assert set(found["contenders"]["retrieved"]["routing"]) == {"confusion", "reliability", "calibration_error"}
     assert found["settings"]["files"] == ["questions.jsonl"] * 2

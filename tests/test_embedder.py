@@ -26,9 +26,15 @@ def test_an_odd_limit_gives_the_tail_one_more(limit: int, kept: list[int]) -> No
 
 def test_pooling() -> None:
     hidden = np.array([[1, 2], [3, 6], [5, 1]], np.float32)
-    assert pool(hidden, "mean").tolist() == [3, 3]
-    assert pool(hidden, "cls").tolist() == [1, 2]
-    assert pool(hidden, "mean").dtype == np.float32
+    assert np.array_equal(pool(hidden, "mean"), [[3, 3]])
+    assert np.array_equal(pool(hidden, "cls"), [[1, 2]])
+    assert pool(hidden, "mean")[0].dtype == np.float32
+
+
+@pytest.mark.parametrize(("tail", "last"), [(1, [5, 1]), (2, [4, 3.5]), (9, [3, 3])])
+def test_a_tail_is_pooled_once_more(tail: int, last: list[float]) -> None:
+    hidden = np.array([[1, 2], [3, 6], [5, 1]], np.float32)
+    assert np.array_equal(pool(hidden, "mean", tail), np.array([[3, 3], last]))
 
 
 @pytest.mark.parametrize("length", [1e-6, 1.0, 1e6])

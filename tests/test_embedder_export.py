@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,27 +30,29 @@ SHORT = ("the cat sat on a mat", "?", "l'été, 猫 🐈", "two\nlines")
 LONG = " ".join(f"word {i}" for i in range(60))
 
 
-def wanted_vector(source: Path, text: str, *, pooling: str, window: int, unit: bool = True) -> Float:
+def wanted_vector(source: Path, text: str, *, pooling: str, window: int, tail: int = 0, unit: bool = True) -> Float:
     """What transformers and plain torch give."""
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(source / "tokenizer.json"))
     ids = head_and_tail(tokenizer(text)["input_ids"], window)
     model = transformers.BertModel.from_pretrained(source, add_pooling_layer=False, local_files_only=True).eval()
     with torch.no_grad():
         hidden = model(torch.tensor([ids])).last_hidden_state[0]
-    vector = hidden[0] if pooling == "cls" else hidden.mean(0)
-    return np.asarray((torch.nn.functional.normalize(vector, dim=0) if unit else vector).numpy())
+    parts = [hidden[0] if pooling == "cls" else hidden.mean(0)] + ([hidden[-tail:].mean(0)] if tail else [])
+    if unit:
+        parts = [torch.nn.functional.normalize(part, dim=0) / len(parts) ** 0.5 for part in parts]
+    return np.asarray(torch.cat(parts).numpy())
 
 
-def open_exported(zoo: TinyZoo, precision: str, **settings: str) -> Embedder:
+def open_exported(zoo: TinyZoo, precision: str, **settings: Any) -> Embedder:
     embedder, _ = open_embedder(zoo.embedder(precision, **settings)[0])
     return embedder
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize(("pooling", "tail"), [("mean", 4), ("mean", 0), ("cls", 4)])
 @pytest.mark.parametrize("text", [*SHORT, LONG], ids=["words", "mark", "unicode", "lines", "long"])
-def test_a_float_encoder_gives_the_vectors_of_transformers(zoo: TinyZoo, pooling: str, text: str) -> None:
-    found = open_exported(zoo, "f32", pooling=pooling).embed(text)
-    wanted = wanted_vector(zoo.encoder(pooling=pooling), text, pooling=pooling, window=32)
+def test_a_float_encoder_gives_the_vectors_of_transformers(zoo: TinyZoo, pooling: str, tail: int, text: str) -> None:
+    found = open_exported(zoo, "f32", pooling=pooling, tail=tail).embed(text)
+    wanted = wanted_vector(zoo.encoder(pooling=pooling), text, pooling=pooling, window=32, tail=tail)
     assert np.abs(found - wanted).max() <= 1e-4
     assert found.dtype == np.float32
     assert np.linalg.norm(found) == pytest.approx(1, abs=1e-5)
@@ -57,7 +60,7 @@ def test_a_float_encoder_gives_the_vectors_of_transformers(zoo: TinyZoo, pooling
 
 def test_what_the_folder_says_is_recorded(zoo: TinyZoo) -> None:
     _, spec = zoo.embedder("f32", pooling="cls")
-    assert (spec.pooling, spec.normalize, spec.max_length, spec.dimension) == ("cls", True, 32, 32)
+    assert (spec.pooling, spec.normalize, spec.max_length, spec.dimension, spec.tail) == ("cls", True, 32, 64, 4)
     assert (spec.precision, spec.source) == ("f32", "bert-cls")
     assert spec.cosine == pytest.approx(1, abs=1e-5)
     folder, mean = zoo.embedder("f32", pooling="mean")

@@ -196,7 +196,7 @@ def test_standings_sum_up(bundle: Path) -> None:
     assert set(found.standing("own").tasks) == set(TASKS)
     against = found.against("own")
     assert against is not None
-    assert against.tasks == 3
+    assert len(against.by_task) == 3
     summary = found.summary()
     assert summary.main == "retrieved"
     assert summary.standings == {name: found.standing(name) for name in ("own", "base", "retrieved")}

@@ -139,7 +139,7 @@ def test_another_schema_is_refused_whatever_else_it_says(version: Json) -> None:
         (("base", "slots", 0, "layers"), 0), (("base", "context"), 0), (("base", "vocabulary"), 0),
         (("base", "end_tokens"), [1, "2"]), (("tasks", "alpha", "examples"), -1),
         (("tasks", "alpha", "examples"), 3), (("tasks", "alpha", "first_key"), -1),
-        (("tasks", "beta", "first_key"), 1), (("tasks", "alpha", "adapter"), "x"),
+        (("tasks", "beta", "first_key"), 1), (("tasks", "alpha", "adapters"), {"x": 1.0}),
         (("files", "index.usearch", "bytes"), -1), (("files", "index.usearch", "sha256"), "F" * 64),
         (("files", "index.usearch", "sha256"), "f" * 63), (("files", "index.usearch", "sha256"), "f" * 64 + "\n"),
         (("base", "graph"), "base/absent.onnx"), (("index", "texts"), "absent.jsonl"), (("files",), {}),
@@ -195,7 +195,7 @@ def test_a_good_name_is_taken(name: str) -> None:
 
 
 def test_tasks_without_examples_share_no_key(valid: dict[str, Json]) -> None:
-    text = _with(valid, ("tasks", "empty"), {"adapter": "one", "first_key": 2, "examples": 0})
+    text = _with(valid, ("tasks", "empty"), {"adapters": {"one": 1.0}, "first_key": 2, "examples": 0})
     assert manifest_from_json(text).tasks["empty"].examples == 0
 
 

@@ -18,7 +18,7 @@ from tests.factories import write_index
 Float = npt.NDArray[np.float32]
 DIMENSION, COUNTS = 16, {"alpha": 7, "none": 0, "beta": 20, "gamma": 13}
 TASKS = {
-    name: TaskSpec("one", sum(list(COUNTS.values())[:position]), count)
+    name: TaskSpec({"one": 1.0}, sum(list(COUNTS.values())[:position]), count)
     for position, (name, count) in enumerate(COUNTS.items())
 }
 TOTAL = sum(COUNTS.values())

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from edgecompose.errors import RetrievalError
 from edgecompose.retrieval import Neighbour
-from edgecompose.weighting import adapter_weights, nucleus, task_distribution
+from edgecompose.weighting import WeighSettings, adapter_weights, nucleus, task_distribution, weigh
 
 TASKS = ("a", "b", "c", "d", "e")
 NEIGHBOURS = st.lists(
     st.builds(Neighbour, st.sampled_from(TASKS), st.integers(0, 99), st.floats(-1, 1)), min_size=1, max_size=30
 )
+SIZES = {"a": 1, "b": 10, "c": 100, "d": 1000, "e": 7}
 TEMPERATURES = st.floats(0.01, 100)
 SHARES = st.lists(st.floats(1e-6, 1), min_size=1, max_size=7).map(
     lambda raw: {f"t{i}": share / math.fsum(raw) for i, share in enumerate(raw)}
@@ -100,9 +101,49 @@ def test_equal_shares_are_cut_by_name() -> None:
 
 
 def test_tasks_that_share_an_adapter_add_up() -> None:
-    weights = adapter_weights({"a": 0.4, "b": 0.35, "c": 0.25}, {"a": "one", "b": "two", "c": "two", "d": "three"})
+    serving = {"a": {"one": 1.0}, "b": {"two": 1.0}, "c": {"two": 1.0}, "d": {"three": 1.0}}
+    weights = adapter_weights({"a": 0.4, "b": 0.35, "c": 0.25}, serving)
     assert weights == pytest.approx({"two": 0.6, "one": 0.4})
     assert list(weights) == ["two", "one"]
+
+
+def test_a_task_may_be_served_by_a_blend_by_another_or_by_none() -> None:
+    serving = {"a": {"one": 0.75, "two": 0.5}, "b": {"two": 1.0}, "c": {}}
+    weights = adapter_weights({"a": 0.4, "b": 0.2, "c": 0.4}, serving)
+    assert weights == pytest.approx({"two": 0.4, "one": 0.3})
+
+
+def test_what_is_barred_leaves_its_share_to_the_base() -> None:
+    assert adapter_weights({"a": 0.7, "b": 0.3}, {"a": {"a": 1.0}, "b": {"b": 1.0}}, barred=["a"]) == {"b": 0.3}
+
+
+@given(NEIGHBOURS, TEMPERATURES, st.floats(0.1, 1))
+def test_what_is_weighed_by_default_is_the_papers_rule(neighbours: list[Neighbour], t: float, p: float) -> None:
+    distribution, kept = weigh(neighbours, WeighSettings(t, p), SIZES)
+    assert distribution == task_distribution(neighbours, t)
+    assert kept == nucleus(distribution, p)
+
+
+@given(NEIGHBOURS, TEMPERATURES)
+def test_a_size_correction_of_1_counts_shares_of_tasks(neighbours: list[Neighbour], temperature: float) -> None:
+    plain = task_distribution(neighbours, temperature)
+    corrected, _ = weigh(neighbours, WeighSettings(temperature, size_correction=1.0), SIZES)
+    raw = {task: share / SIZES[task] for task, share in plain.items()}
+    assert corrected == pytest.approx({task: share / math.fsum(raw.values()) for task, share in raw.items()})
+    assert math.fsum(corrected.values()) == pytest.approx(1)
+
+
+def test_a_likely_task_is_taken_alone() -> None:
+    neighbours = [Neighbour("a", 0, 0.9), Neighbour("a", 1, 0.9), Neighbour("b", 2, 0.9)]
+    assert weigh(neighbours, WeighSettings(shortcut=0.6), SIZES)[1] == {"a": 1.0}
+    assert set(weigh(neighbours, WeighSettings(shortcut=0.7), SIZES)[1]) == {"a", "b"}
+
+
+def test_far_neighbours_leave_a_prompt_to_the_base() -> None:
+    neighbours = [Neighbour("a", 0, 0.3), Neighbour("b", 1, 0.1)]
+    distribution, kept = weigh(neighbours, WeighSettings(fallback=0.31), SIZES)
+    assert kept == {} and list(distribution) == ["a", "b"]
+    assert weigh(neighbours, WeighSettings(fallback=0.3), SIZES)[1] != {}
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])

@@ -39,8 +39,10 @@ from edgecompose.manifest import (
 from edgecompose.merging import Merger
 from edgecompose.quantization import Bits
 from edgecompose.retrieval import new_index, open_index
+from edgecompose.whitening import load_whitening
 from edgecompose_export import __version__
 from edgecompose_export.adapters import CONFIG_FILE, export_adapter
+from edgecompose_export.admission import read_admission
 from edgecompose_export.base import read_base_spec
 from edgecompose_export.datasets import read_examples
 from edgecompose_export.embedder import open_embedder, read_embedder_spec
@@ -48,7 +50,8 @@ from edgecompose_export.examples import (
     INDEX_FILE,
     TABLE_FILE,
     ExampleTable,
-    add_prompts,
+    add_vectors,
+    embed_prompts,
     embedder_identity,
     prompt_lines,
     read_example_table,
@@ -92,6 +95,9 @@ def build_bundle(
         adapters = {
             name: _place_adapter(root / t.adapter, name, base, work, recipe.bits) for name, t in recipe.tasks.items()
         }
+        if recipe.admission is not None:
+            worth = read_admission(root / recipe.admission)
+            adapters = {name: replace(spec, admission=worth.get(name)) for name, spec in adapters.items()}
         inner = _inner_products(work, base, adapters, {})
         advance("examples")
         table = _place_examples(recipe, root, work)
@@ -140,13 +146,17 @@ def add_task(
     index = open_index(bundle.path(manifest.index.file), manifest.index)
     first = max((t.first_key + t.examples for t in manifest.tasks.values()), default=0)
     done = iter(range(1, len(prompts) + 1))
-    add_prompts(index, _embedder_of(bundle), prompts, first, lambda count: advance(next(done), len(prompts)))
+    vectors = embed_prompts(_embedder_of(bundle), prompts, lambda count: advance(next(done), len(prompts)))
+    known = manifest.index
+    if known.whitening is not None:
+        vectors = load_whitening(bundle.path(known.whitening), manifest.embedder.dimension, known.dimension)(vectors)
+    add_vectors(index, vectors, first)
     texts = None
     if manifest.index.texts is not None:
         texts = bundle.text(manifest.index.texts) + prompt_lines(prompts, first)
     adapters = {**manifest.adapters, name: spec}
     changed = replace(
-        manifest, tasks={**manifest.tasks, name: TaskSpec(name, first, len(prompts))}, adapters=adapters,
+        manifest, tasks={**manifest.tasks, name: TaskSpec({name: 1.0}, first, len(prompts))}, adapters=adapters,
         inner_products=_inner_products(root, manifest.base, adapters, manifest.inner_products),
         **_store_index(root, index, manifest, texts, {spec.file: describe_file(root / spec.file)}),
     )  # fmt: skip
@@ -173,7 +183,7 @@ def remove_task(root: Path, name: str) -> Manifest:
     if manifest.index.texts is not None:
         lines = bundle.text(manifest.index.texts).split("\n")[:-1]  # JSON may hold other line separators
         texts = "".join(f"{line}\n" for line in lines if not _key_in(line, gone))
-    used = {task.adapter for task in tasks.values()}
+    used = set().union(*(task.adapters for task in tasks.values()))
     adapters = {key: spec for key, spec in manifest.adapters.items() if key in used}
     inner = _inner_products(root, manifest.base, adapters, manifest.inner_products)
     changed = replace(
@@ -287,8 +297,9 @@ def _place_examples(recipe: Recipe, root: Path, work: Path) -> ExampleTable:
     if missing:
         raise ExportError(f"'{folder}' has no examples of: {', '.join(missing)}")
     _copy(folder / table.index.file, work / INDEX_FILE)
-    if table.index.texts is not None:
-        _copy(folder / table.index.texts, work / table.index.texts)
+    for optional in (table.index.texts, table.index.whitening):
+        if optional is not None:
+            _copy(folder / optional, work / optional)
     open_index(work / INDEX_FILE, table.index)
     return table
 
@@ -309,8 +320,15 @@ def _take_index(
     (work / TABLE_FILE).unlink(missing_ok=True)
     file = _index_name(work / INDEX_FILE)
     (work / INDEX_FILE).rename(work / file)
-    tasks = {name: TaskSpec(name, span.first_key, span.examples) for name, span in table.tasks.items()}
+    tasks = {
+        name: TaskSpec(_servants(recipe, name), span.first_key, span.examples) for name, span in table.tasks.items()
+    }
     return replace(table.index, file=file), tasks
+
+
+def _servants(recipe: Recipe, name: str) -> dict[str, float]:
+    served_by = recipe.tasks[name].served_by
+    return {name: 1.0} if served_by is None else dict(served_by)
 
 
 def _index_name(path: Path) -> str:

@@ -79,8 +79,15 @@ def base(source: Path, output: Path, precision: Any, accept_distance: bool, as_j
 @click.argument("source", type=PathArgument)
 @click.option("-o", "--output", type=PathArgument, required=True, help="Folder to write.")
 @click.option("--precision", type=click.Choice(["f32", "int8"]), default="int8", show_default=True)
+@click.option(
+    "--tail",
+    type=click.IntRange(min=0),
+    default=32,
+    show_default=True,
+    help="Tokens at the end of a prompt that make a second half of its vector; 0 for none.",
+)
 @json_option
-def embedder(source: Path, output: Path, precision: Any, as_json: bool) -> None:
+def embedder(source: Path, output: Path, precision: Any, tail: int, as_json: bool) -> None:
     """Export a sentence encoder (sentence-transformers folder).
 
     \b
@@ -89,7 +96,7 @@ def embedder(source: Path, output: Path, precision: Any, as_json: bool) -> None:
     from edgecompose_export.embedder import export_embedder
 
     with _steps() as advance:
-        spec = export_embedder(source, output, precision, advance=advance)
+        spec = export_embedder(source, output, precision, tail=tail, advance=advance)
     text = f"{output}: {precision}, {spec.dimension} dimensions, {spec.pooling} pooling, cosine {spec.cosine:.4f}"
     _print(text, spec, as_json)
 
@@ -124,21 +131,31 @@ def adapter(source: Path, base_folder: Path, output: Path, bits: str, as_json: b
 @click.option("--embedder", "embedder_folder", type=PathArgument, required=True, help="Exported embedder.")
 @click.option("-o", "--output", type=PathArgument, required=True, help="Folder to write.")
 @click.option("--keep-text", is_flag=True, help="Write the prompts beside their vectors.")
+@click.option(
+    "--whiten/--no-whiten",
+    default=True,
+    show_default=True,
+    help="Learn from the examples which directions tell tasks apart, and search by those.",
+)
 @json_option
-def examples(tasks: tuple[str, ...], embedder_folder: Path, output: Path, keep_text: bool, as_json: bool) -> None:
-    """Embed the prompts of tasks into an index.
+def examples(
+    tasks: tuple[str, ...], embedder_folder: Path, output: Path, keep_text: bool, whiten: bool, as_json: bool
+) -> None:
+    """Embed the prompts of tasks into an index; a task that is named twice gets the examples of both files.
 
     \b
     edgecompose-export examples snli=snli.jsonl boolq=boolq.jsonl --embedder build/embedder -o build/examples
     """
-    from edgecompose_export.datasets import read_examples
+    from edgecompose_export.datasets import Example, read_examples
     from edgecompose_export.embedder import open_embedder
     from edgecompose_export.examples import write_examples
 
-    named = {name: read_examples(path) for name, path in map(_named_path, tasks)}
+    named: dict[str, list[Example]] = {}
+    for name, path in map(_named_path, tasks):
+        named.setdefault(name, []).extend(read_examples(path))
     loaded, spec = open_embedder(embedder_folder)
     with _bar("embedding", sum(map(len, named.values()))) as advance:
-        table = write_examples(named, loaded, spec, output, keep_text=keep_text, advance=advance)
+        table = write_examples(named, loaded, spec, output, whiten=whiten, keep_text=keep_text, advance=advance)
     counts = ", ".join(f"{name} {span.examples}" for name, span in table.tasks.items())
     _print(f"{output}: {table.index.vectors} vectors ({counts})", table, as_json)
 
@@ -150,7 +167,7 @@ def examples(tasks: tuple[str, ...], embedder_folder: Path, output: Path, keep_t
 @click.option("--rank", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--alpha", type=click.IntRange(min=1), default=16, show_default=True)
 @click.option("--epochs", type=click.IntRange(min=1), default=2, show_default=True)
-@click.option("--learning-rate", type=click.FloatRange(0, min_open=True), default=5e-4, show_default=True)
+@click.option("--learning-rate", type=click.FloatRange(0, min_open=True), default=1e-3, show_default=True)
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Examples a step.")
 @click.option(
     "--max-length", type=click.IntRange(min=8), default=512, show_default=True, help="Longer examples are left out."

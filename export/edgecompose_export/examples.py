@@ -1,7 +1,7 @@
 """Training prompts to vectors in a USearch index, with the table of which keys belong to which task.
 
-The folder holds `examples.usearch` and `examples.json`; prompts are kept (`examples.jsonl`) only on request.
-A task's keys are consecutive: [first_key, first_key + examples).
+The folder holds `examples.usearch`, `examples.json` and, where the vectors are whitened, `whitening.safetensors`;
+prompts are kept (`examples.jsonl`) only on request. A task's keys are consecutive: [first_key, first_key + examples).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 from usearch.index import Index
 
 from edgecompose.embedder import Embedder
@@ -21,9 +22,15 @@ from edgecompose.errors import ExportError
 from edgecompose.manifest import EmbedderSpec, IndexSpec, check_name
 from edgecompose.retrieval import new_index
 from edgecompose.typed_json import value_from_json
+from edgecompose.whitening import Whitening, fit_whitening, save_whitening
 from edgecompose_export.datasets import Example
 
+Float = npt.NDArray[np.float32]
+
 INDEX_FILE, TABLE_FILE, TEXTS_FILE = "examples.usearch", "examples.json", "examples.jsonl"
+WHITENING_FILE = "whitening.safetensors"
+#: Vectors that a whitening is fitted to, taken at even distances; more of them change nothing.
+_FITTED = 50_000
 INDEX_DTYPE: Literal["f16"] = "f16"
 
 
@@ -44,8 +51,9 @@ class ExampleTable:
 
 
 def embedder_identity(spec: EmbedderSpec) -> str:
-    """What vectors depend on: the encoder's weights, precision, pooling, window and normalisation."""
-    return f"{spec.identity}/{spec.precision}/{spec.pooling}/{spec.max_length}/{'unit' if spec.normalize else 'free'}"
+    """What vectors depend on: the encoder's weights, precision, pooling and tail, window and normalisation."""
+    pooling = f"{spec.pooling}+{spec.tail}" if spec.tail else spec.pooling
+    return f"{spec.identity}/{spec.precision}/{pooling}/{spec.max_length}/{'unit' if spec.normalize else 'free'}"
 
 
 def write_examples(
@@ -54,6 +62,7 @@ def write_examples(
     spec: EmbedderSpec,
     output: Path,
     *,
+    whiten: bool = True,
     keep_text: bool = False,
     advance: Callable[[int], None] = lambda count: None,
 ) -> ExampleTable:
@@ -61,6 +70,7 @@ def write_examples(
 
     Args:
         tasks: examples by task name.
+        whiten: search by a metric that is learned from these examples (`edgecompose.whitening`); it wants two tasks.
         keep_text: write the prompts too, for people who want to see what was retrieved.
         advance: called with the number of prompts embedded, as they are.
 
@@ -71,32 +81,60 @@ def write_examples(
         raise ExportError("no task was given; give at least one as NAME=FILE.jsonl")
     if (output / TABLE_FILE).exists():
         raise ExportError(f"'{output}' already holds examples; remove it or give another folder")
-    index = new_index(spec.dimension, INDEX_DTYPE)
     spans: dict[str, KeySpan] = {}
-    for name, examples in tasks.items():
+    labels: list[int] = []
+    for number, (name, examples) in enumerate(tasks.items()):
         check_name(name)
-        spans[name] = KeySpan(len(index), len(examples))
-        add_prompts(index, embedder, [e.prompt for e in examples], len(index), advance)
+        spans[name] = KeySpan(len(labels), len(examples))
+        labels += [number] * len(examples)
+    vectors = embed_prompts(embedder, [e.prompt for examples in tasks.values() for e in examples], advance)
+    whitening = _whitening_of(vectors, labels, spec) if whiten and len(tasks) > 1 else None
+    dimension = spec.dimension if whitening is None else whitening.matrix.shape[1]
+    index = new_index(dimension, INDEX_DTYPE)
+    add_vectors(index, vectors if whitening is None else whitening(vectors), 0)
     output.mkdir(parents=True, exist_ok=True)
     index.save(str(output / INDEX_FILE))
+    if whitening is not None:
+        save_whitening(output / WHITENING_FILE, whitening)
     texts = None
     if keep_text:
         texts = TEXTS_FILE
         prompts = [e.prompt for examples in tasks.values() for e in examples]
         (output / texts).write_text(prompt_lines(prompts, 0), encoding="utf-8")
-    described = IndexSpec(INDEX_FILE, len(index), spec.dimension, embedder_identity(spec), INDEX_DTYPE, texts)
+    described = IndexSpec(
+        INDEX_FILE, len(index), dimension, embedder_identity(spec), INDEX_DTYPE, texts,
+        None if whitening is None else WHITENING_FILE,
+    )  # fmt: skip
     table = ExampleTable(described, spans)
     (output / TABLE_FILE).write_text(json.dumps(dataclasses.asdict(table), indent=1) + "\n", encoding="utf-8")
     return table
 
 
-def add_prompts(
-    index: Index, embedder: Embedder, prompts: Sequence[str], first_key: int, advance: Callable[[int], None]
-) -> None:
-    """Embed prompts and add them under consecutive keys (one thread: the same input gives the same file)."""
-    for key, prompt in enumerate(prompts, start=first_key):
-        index.add(np.uint64(key), embedder.embed(prompt), threads=1)
+def embed_prompts(embedder: Embedder, prompts: Sequence[str], advance: Callable[[int], None]) -> Float:
+    """Vectors (n, dimension) of prompts."""
+    vectors = []
+    for prompt in prompts:
+        vectors.append(embedder.embed(prompt))
         advance(1)
+    return np.stack(vectors)
+
+
+def add_vectors(index: Index, vectors: Float, first_key: int) -> None:
+    """Add vectors (n, dimension of the index) under consecutive keys (one thread: same input, same file)."""
+    index.add(np.arange(first_key, first_key + len(vectors), dtype=np.uint64), vectors, threads=1)
+
+
+def _whitening_of(vectors: Float, labels: Sequence[int], spec: EmbedderSpec) -> Whitening:
+    """A whitening of as many dimensions as the encoder is wide.
+
+    The shrinkage d / (n + d) gives the identity the weight of d examples: little data leaves the metric as it was.
+    """
+    count, width = vectors.shape
+    step = -(-count // _FITTED)
+    return fit_whitening(
+        vectors[::step], labels[::step],
+        shrinkage=width / (count + width), dimension=width // 2 if spec.tail else width,
+    )  # fmt: skip
 
 
 def prompt_lines(prompts: Sequence[str], first_key: int) -> str:

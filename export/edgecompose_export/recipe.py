@@ -15,21 +15,31 @@ from edgecompose.typed_json import value_from_json
 
 @dataclass(frozen=True, slots=True)
 class RecipeTask:
-    """One task of a recipe: an adapter (quantised file or PEFT folder) and, unless indexed already, its examples."""
+    """One task of a recipe: an adapter (quantised file or PEFT folder) and, unless indexed already, its examples.
+
+    `served_by` are the weights of the recipe's adapters (by task) that answer for it, by default its own at 1: another
+    task's adapter, or a blend, may do better on its validation examples.
+    """
 
     adapter: str
     examples: str | None = None
+    served_by: dict[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A recipe file; paths are relative to it. `examples` is a folder made by `edgecompose-export examples`."""
+    """A recipe file; paths are relative to it. `examples` is a folder made by `edgecompose-export examples`.
+
+    `admission` is the JSON of `edgecompose eval --methods base,own --json` on validation examples, which says what each
+    adapter is worth.
+    """
 
     name: str
     base: str
     embedder: str
     tasks: dict[str, RecipeTask]
     examples: str | None = None
+    admission: str | None = None
     bits: Bits = 4
     keep_text: bool = False
     defaults: Defaults = Defaults()
@@ -49,6 +59,9 @@ def read_recipe(path: Path) -> Recipe:
     merge_settings(recipe.defaults)
     if not recipe.tasks:
         raise ExportError(f"recipe '{path.name}' names no task")
-    for name in recipe.tasks:
+    for name, task in recipe.tasks.items():
         check_name(name)
+        unknown = sorted(set(task.served_by or {}) - set(recipe.tasks))
+        if unknown:
+            raise ExportError(f"task '{name}' of '{path.name}' is served by unknown tasks: {', '.join(unknown)}")
     return recipe

@@ -38,7 +38,7 @@ class TrainSettings:
     rank: int = 8
     alpha: int = 16
     epochs: int = 2
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     batch: int = 8
     max_length: int = 512
     prompt_form: PromptForm = "both"

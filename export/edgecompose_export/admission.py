@@ -1,0 +1,45 @@
+"""The admission test of adapters: whether each beats the base on its own task's validation examples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from edgecompose.errors import ExportError
+from edgecompose.manifest import Admission, Verdict
+from edgecompose_export.datasets import read_json
+
+#: The contender that is tested, and the one that it has to beat.
+_OWN, _BASE = "own", "base"
+
+
+def read_admission(path: Path) -> dict[str, Admission]:
+    """Task -> what its adapter is worth, out of the JSON of `edgecompose eval BUNDLE DATA --methods base,own --json`.
+
+    Raises:
+        ExportError: unreadable, or not an evaluation of `own` against `base`.
+    """
+    found = read_json(path)
+    try:
+        own, base = (found["contenders"][name]["tasks"] for name in (_OWN, _BASE))
+        gains = found["against"][_BASE]["by_task"]
+        if found["main"] != _OWN:
+            raise ValueError(f"its main contender is {found['main']!r}")
+        return {task: _admission(score, base[task], gains[task]) for task, score in own.items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ExportError(
+            f"'{path}' is no evaluation of own adapters against the base ({type(error).__name__}: {error}); "
+            "make it with 'edgecompose eval BUNDLE DATA --methods base,own --json'"
+        ) from error
+
+
+def verdict(ci95: tuple[float, float]) -> Verdict:
+    """What an interval of the gain in accuracy says."""
+    low, high = ci95
+    return "helps" if low > 0 else "harms" if high < 0 else "unproven"
+
+
+def _admission(own: Mapping[str, Any], base: Mapping[str, Any], gain: Mapping[str, Any]) -> Admission:
+    low, high = map(float, gain["ci95"])
+    return Admission(verdict((low, high)), int(own["n"]), float(base["accuracy"]), float(own["accuracy"]), (low, high))
