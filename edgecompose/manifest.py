@@ -124,8 +124,8 @@ class BaseSpec:
 class EmbedderSpec:
     """The sentence encoder: pooling, length in tokens, and whether vectors have unit norm.
 
-    `tail` > 0 appends the mean of the last `tail` tokens to the pooled vector, so that `dimension` is twice the
-    encoder's width. `cosine` is the mean cosine between its vectors and those of its float32 form.
+    `ends` > 0 appends the means of the first and of the last `ends` tokens to the pooled vector, so that `dimension` is
+    three times the encoder's width. `cosine` is the mean cosine between its vectors and those of its float32 form.
     """
 
     graph: str
@@ -136,15 +136,15 @@ class EmbedderSpec:
     max_length: int
     pooling: Literal["mean", "cls"]
     normalize: bool
-    tail: int = 0
+    ends: int = 0
     cosine: float = 1.0
     source: str = ""
 
     def __post_init__(self) -> None:
-        if self.dimension < 1 or self.max_length < 8 or self.tail < 0:
-            raise ManifestInvalid("the embedder wants dimension >= 1, max_length >= 8 and tail >= 0")
-        if self.tail and self.dimension % 2:
-            raise ManifestInvalid(f"an embedder with a tail has {self.dimension} dimensions; an even number is wanted")
+        if self.dimension < 1 or self.max_length < 8 or self.ends < 0:
+            raise ManifestInvalid("the embedder wants dimension >= 1, max_length >= 8 and ends >= 0")
+        if self.ends and self.dimension % 3:
+            raise ManifestInvalid(f"an embedder with ends has {self.dimension} dimensions; a multiple of 3 is wanted")
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,15 +91,15 @@ class TinyZoo:
         name = "-".join(["bert", *map(str, settings.values())])
         return self._once(self.root / "encoders" / name, lambda path: tiny.write_encoder(path, **settings))
 
-    def embedder(self, precision: Any = "f32", *, tail: int = 4, **settings: Any) -> tuple[Path, EmbedderSpec]:
+    def embedder(self, precision: Any = "f32", *, ends: int = 4, **settings: Any) -> tuple[Path, EmbedderSpec]:
         """An exported embedder."""
         from edgecompose_export.embedder import export_embedder, read_embedder_spec
 
         source = self.encoder(**settings)
-        folder = self.root / "embedders" / f"{source.name}-{precision}-{tail}"
+        folder = self.root / "embedders" / f"{source.name}-{precision}-{ends}"
         with warnings.catch_warnings():
             ignore_tracer_warnings()
-            self._once(folder, lambda path: export_embedder(source, path, precision, tail=tail))
+            self._once(folder, lambda path: export_embedder(source, path, precision, ends=ends))
         return folder, read_embedder_spec(folder)
 
     def task(self, name: str) -> Path:

@@ -31,10 +31,10 @@ def test_pooling() -> None:
     assert pool(hidden, "mean")[0].dtype == np.float32
 
 
-@pytest.mark.parametrize(("tail", "last"), [(1, [5, 1]), (2, [4, 3.5]), (9, [3, 3])])
-def test_a_tail_is_pooled_once_more(tail: int, last: list[float]) -> None:
+@pytest.mark.parametrize(("ends", "first", "last"), [(1, [1, 2], [5, 1]), (2, [2, 4], [4, 3.5]), (9, [3, 3], [3, 3])])
+def test_both_ends_are_pooled_once_more(ends: int, first: list[float], last: list[float]) -> None:
     hidden = np.array([[1, 2], [3, 6], [5, 1]], np.float32)
-    assert np.array_equal(pool(hidden, "mean", tail), np.array([[3, 3], last]))
+    assert np.array_equal(pool(hidden, "mean", ends), np.array([[3, 3], first, last]))
 
 
 @pytest.mark.parametrize("length", [1e-6, 1.0, 1e6])

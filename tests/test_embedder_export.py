@@ -30,14 +30,16 @@ SHORT = ("the cat sat on a mat", "?", "l'été, 猫 🐈", "two\nlines")
 LONG = " ".join(f"word {i}" for i in range(60))
 
 
-def wanted_vector(source: Path, text: str, *, pooling: str, window: int, tail: int = 0, unit: bool = True) -> Float:
+def wanted_vector(source: Path, text: str, *, pooling: str, window: int, ends: int = 0, unit: bool = True) -> Float:
     """What transformers and plain torch give."""
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(source / "tokenizer.json"))
     ids = head_and_tail(tokenizer(text)["input_ids"], window)
     model = transformers.BertModel.from_pretrained(source, add_pooling_layer=False, local_files_only=True).eval()
     with torch.no_grad():
         hidden = model(torch.tensor([ids])).last_hidden_state[0]
-    parts = [hidden[0] if pooling == "cls" else hidden.mean(0)] + ([hidden[-tail:].mean(0)] if tail else [])
+    parts = [hidden[0] if pooling == "cls" else hidden.mean(0)] + (
+        [hidden[:ends].mean(0), hidden[-ends:].mean(0)] if ends else []
+    )
     if unit:
         parts = [torch.nn.functional.normalize(part, dim=0) / len(parts) ** 0.5 for part in parts]
     return np.asarray(torch.cat(parts).numpy())
@@ -48,11 +50,11 @@ def open_exported(zoo: TinyZoo, precision: str, **settings: Any) -> Embedder:
     return embedder
 
 
-@pytest.mark.parametrize(("pooling", "tail"), [("mean", 4), ("mean", 0), ("cls", 4)])
+@pytest.mark.parametrize(("pooling", "ends"), [("mean", 4), ("mean", 0), ("cls", 4)])
 @pytest.mark.parametrize("text", [*SHORT, LONG], ids=["words", "mark", "unicode", "lines", "long"])
-def test_a_float_encoder_gives_the_vectors_of_transformers(zoo: TinyZoo, pooling: str, tail: int, text: str) -> None:
-    found = open_exported(zoo, "f32", pooling=pooling, tail=tail).embed(text)
-    wanted = wanted_vector(zoo.encoder(pooling=pooling), text, pooling=pooling, window=32, tail=tail)
+def test_a_float_encoder_gives_the_vectors_of_transformers(zoo: TinyZoo, pooling: str, ends: int, text: str) -> None:
+    found = open_exported(zoo, "f32", pooling=pooling, ends=ends).embed(text)
+    wanted = wanted_vector(zoo.encoder(pooling=pooling), text, pooling=pooling, window=32, ends=ends)
     assert np.abs(found - wanted).max() <= 1e-4
     assert found.dtype == np.float32
     assert np.linalg.norm(found) == pytest.approx(1, abs=1e-5)
@@ -60,7 +62,7 @@ def test_a_float_encoder_gives_the_vectors_of_transformers(zoo: TinyZoo, pooling
 
 def test_what_the_folder_says_is_recorded(zoo: TinyZoo) -> None:
     _, spec = zoo.embedder("f32", pooling="cls")
-    assert (spec.pooling, spec.normalize, spec.max_length, spec.dimension, spec.tail) == ("cls", True, 32, 64, 4)
+    assert (spec.pooling, spec.normalize, spec.max_length, spec.dimension, spec.ends) == ("cls", True, 32, 96, 4)
     assert (spec.precision, spec.source) == ("f32", "bert-cls")
     assert spec.cosine == pytest.approx(1, abs=1e-5)
     folder, mean = zoo.embedder("f32", pooling="mean")

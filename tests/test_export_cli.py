@@ -69,7 +69,7 @@ def test_embedder(zoo: TinyZoo, tmp_path: Path) -> None:
         ignore_tracer_warnings()
         done = call("embedder", zoo.encoder(), "-o", tmp_path / "encoder", "--precision", "f32")
         assert done.exit_code == 0, done.output
-        assert "f32, 64 dimensions, mean pooling, cosine" in done.stdout
+        assert "f32, 96 dimensions, mean pooling, cosine" in done.stdout
         found = result_of("embedder", zoo.encoder(), "-o", tmp_path / "int8")
     assert found["precision"] == "int8"
     assert "already holds an exported embedder" in fault_of("embedder", zoo.encoder(), "-o", tmp_path / "int8")

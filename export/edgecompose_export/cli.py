@@ -80,14 +80,14 @@ def base(source: Path, output: Path, precision: Any, accept_distance: bool, as_j
 @click.option("-o", "--output", type=PathArgument, required=True, help="Folder to write.")
 @click.option("--precision", type=click.Choice(["f32", "int8"]), default="int8", show_default=True)
 @click.option(
-    "--tail",
+    "--ends",
     type=click.IntRange(min=0),
     default=32,
     show_default=True,
-    help="Tokens at the end of a prompt that make a second half of its vector; 0 for none.",
+    help="Tokens at each end of a prompt that are also pooled by themselves; 0 for none.",
 )
 @json_option
-def embedder(source: Path, output: Path, precision: Any, tail: int, as_json: bool) -> None:
+def embedder(source: Path, output: Path, precision: Any, ends: int, as_json: bool) -> None:
     """Export a sentence encoder (sentence-transformers folder).
 
     \b
@@ -96,7 +96,7 @@ def embedder(source: Path, output: Path, precision: Any, tail: int, as_json: boo
     from edgecompose_export.embedder import export_embedder
 
     with _steps() as advance:
-        spec = export_embedder(source, output, precision, tail=tail, advance=advance)
+        spec = export_embedder(source, output, precision, ends=ends, advance=advance)
     text = f"{output}: {precision}, {spec.dimension} dimensions, {spec.pooling} pooling, cosine {spec.cosine:.4f}"
     _print(text, spec, as_json)
 

@@ -26,8 +26,8 @@ from edgecompose_export.datasets import read_json
 EmbedderPrecision = Literal["f32", "int8"]
 EMBEDDER_PRECISIONS: tuple[EmbedderPrecision, ...] = get_args(EmbedderPrecision)
 SPEC_FILE = "embedder.json"
-#: Tokens at the end of a prompt, where the question usually is.
-TAIL = 32
+#: Tokens at each end of a prompt, where the question usually is.
+ENDS = 32
 
 
 def export_embedder(
@@ -35,21 +35,21 @@ def export_embedder(
     output: Path,
     precision: EmbedderPrecision = "int8",
     *,
-    tail: int = TAIL,
+    ends: int = ENDS,
     advance: Callable[[str], None] = lambda step: None,
 ) -> EmbedderSpec:
     """Write `encoder.onnx`, `tokenizer.json` and `embedder.json` to `output`.
 
     Args:
         source: a sentence-transformers folder (config.json, modules.json, safetensors, tokenizer.json).
-        tail: tokens at the end of a prompt that are pooled once more by themselves; 0 for none.
+        ends: tokens at each end of a prompt that are pooled once more by themselves; 0 for none.
 
     Raises:
         ExportError: not such a folder, a pooling other than mean or cls, or `output` already holds one.
     """
     if (output / SPEC_FILE).exists():
         raise ExportError(f"'{output}' already holds an exported embedder; remove it or give another folder")
-    spec = describe_encoder(source, precision, tail)
+    spec = describe_encoder(source, precision, ends)
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output, prefix=".build-") as scratch:
         work = Path(scratch)
@@ -68,7 +68,7 @@ def export_embedder(
     return spec
 
 
-def describe_encoder(source: Path, precision: EmbedderPrecision, tail: int = 0) -> EmbedderSpec:
+def describe_encoder(source: Path, precision: EmbedderPrecision, ends: int = 0) -> EmbedderSpec:
     """What the folder of a sentence encoder says of itself."""
     config = _read_json(source / "config.json")
     weights = source / "model.safetensors"
@@ -89,7 +89,7 @@ def describe_encoder(source: Path, precision: EmbedderPrecision, tail: int = 0) 
     bert = _read_json(source / "sentence_bert_config.json", optional=True) or {}
     return EmbedderSpec(
         graph="encoder.onnx", tokenizer="tokenizer.json", identity=sha256_of(weights), precision=precision,
-        dimension=int(sizes["hidden_size"] or 0) * (2 if tail else 1), tail=tail,
+        dimension=int(sizes["hidden_size"] or 0) * (3 if ends else 1), ends=ends,
         max_length=min(int(bert.get("max_seq_length") or positions), positions),
         pooling=pooling, normalize="Normalize" in types or not modules, source=source.name,
     )  # fmt: skip

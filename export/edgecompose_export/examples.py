@@ -51,8 +51,8 @@ class ExampleTable:
 
 
 def embedder_identity(spec: EmbedderSpec) -> str:
-    """What vectors depend on: the encoder's weights, precision, pooling and tail, window and normalisation."""
-    pooling = f"{spec.pooling}+{spec.tail}" if spec.tail else spec.pooling
+    """What vectors depend on: the encoder's weights, precision, pooling and ends, window and normalisation."""
+    pooling = f"{spec.pooling}+{spec.ends}" if spec.ends else spec.pooling
     return f"{spec.identity}/{spec.precision}/{pooling}/{spec.max_length}/{'unit' if spec.normalize else 'free'}"
 
 
@@ -127,13 +127,14 @@ def add_vectors(index: Index, vectors: Float, first_key: int) -> None:
 def _whitening_of(vectors: Float, labels: Sequence[int], spec: EmbedderSpec) -> Whitening:
     """A whitening of as many dimensions as the encoder is wide.
 
-    The shrinkage d / (n + d) gives the identity the weight of d examples: little data leaves the metric as it was.
+    The shrinkage gives the identity the weight of a quarter of an example a dimension: little data leaves the metric as
+    it was.
     """
     count, width = vectors.shape
     step = -(-count // _FITTED)
     return fit_whitening(
         vectors[::step], labels[::step],
-        shrinkage=width / (count + width), dimension=width // 2 if spec.tail else width,
+        shrinkage=width / (4 * count + width), dimension=width // 3 if spec.ends else width,
     )  # fmt: skip
 
 

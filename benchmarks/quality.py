@@ -1,0 +1,145 @@
+"""What composing adapters gives: every way to answer on the same examples, in the pool, left out of it, and unseen.
+
+    python benchmarks/quality.py models/demo DATA_DIR --split valid --limit 50 --plain build/plain \
+        --outcomes build/outcomes.jsonl --save benchmarks/results/quality-valid.json
+
+DATA_DIR holds `<task>.<split>.jsonl`. Three settings: `in-pool`, tasks of the bundle as they are; `left-out`, each task
+of the bundle with its own examples and adapter left out of retrieval; `unseen`, tasks that the bundle lacks. The
+contenders are fixed in `CONTENDERS`. Those of the paper answer from `--plain`, a bundle of the same adapters whose
+index is searched by plain cosine of whole prompts; without it they are left out. Answers are kept in `--outcomes`, so
+that a run that was stopped goes on, and one blend is never computed twice. Prints a table for each setting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+from edgecompose import Composer, Request, open_bundle
+from edgecompose.console import progress
+from edgecompose.evaluation import EvalExample, read_eval_examples
+from edgecompose.evaluator import Contender, Kind, evaluate
+from edgecompose.judgement import Evaluation, Judgement
+from edgecompose.methods import MergeSettings
+from edgecompose.scoreboard import describe_evaluation, evaluation_json, settings_json
+
+Setting = Literal["in-pool", "left-out", "unseen"]
+SETTINGS: tuple[Setting, ...] = ("in-pool", "left-out", "unseen")
+#: The paper's rule: 100 neighbours, T = 1, nucleus over tasks with p = 0.9.
+PAPER = Request(neighbours=100, temperature=1.0, nucleus=0.9, size_correction=0.0, shortcut=1.0, fallback=-1.0)
+MAIN = "ours"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A contender, whether the big table alone has it, and whether it answers from the plain bundle."""
+
+    contender: Contender
+    main: bool = False
+    plain: bool = False
+
+
+def _paper(method: str) -> Entry:
+    return Entry(Contender(f"paper {method}", "retrieved", replace(PAPER, merge=MergeSettings(method))), plain=True)
+
+
+def _ours(name: str, **settings: Any) -> Entry:
+    return Entry(Contender(name, "retrieved", Request(merge=MergeSettings(**settings))))
+
+
+def _kind(kind: Kind, *, main: bool = False) -> Entry:
+    return Entry(Contender(kind, kind), main)
+
+
+CONTENDERS: tuple[Entry, ...] = (
+    _kind("base", main=True), _kind("own", main=True), _kind("top1"), _kind("uniform"),
+    *(_paper(method) for method in ("linear", "cat", "ties", "magnitude_prune")),
+    _ours("ours, svd", method="svd", energy=0.99), _ours("ours, core_ties", method="core_ties"),
+    _ours("ours, core_prune", method="core_prune"), _ours("ours, core_dare", method="core_dare"),
+    _ours("ours, norm guard", method="product", norm_guard=True),
+    Entry(Contender(MAIN, "retrieved"), main=True),
+)  # fmt: skip
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--split", default="valid")
+    parser.add_argument("--limit", type=int, help="examples of a task")
+    parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--tasks", nargs="*", help="these only")
+    parser.add_argument("--contenders", nargs="*", help="these only; 'main' for the main rows")
+    parser.add_argument("--plain", type=Path)
+    parser.add_argument("--outcomes", type=Path)
+    parser.add_argument("--save", type=Path)
+    options = parser.parse_args()
+    results: dict[str, Any] = {"split": options.split, "limit": options.limit, "settings": {}}
+    with open_bundle(options.bundle, device="cpu") as composer:
+        plain = open_bundle(options.plain, device="cpu") if options.plain else None
+        for setting in options.settings:
+            examples = list(read_split(composer, options, setting))
+            entries = chosen(options.contenders, setting, with_plain=plain is not None)
+            found = measure(composer, plain, examples, entries, options.outcomes)
+            settings = settings_json(composer.bundle.manifest, composer.device, [e.contender for e in entries])
+            results["settings"][setting] = evaluation_json(found.summary(), settings)
+            print(f"\n{setting}", *describe_evaluation(results["settings"][setting]), sep="\n", flush=True)
+            if options.save:
+                options.save.write_text(json.dumps(results) + "\n", encoding="utf-8")
+
+
+def read_split(composer: Composer, options: argparse.Namespace, setting: Setting) -> Iterable[EvalExample]:
+    """The examples of a setting's tasks."""
+    pool = composer.bundle.manifest.tasks
+    for path in sorted(options.data.glob(f"*.{options.split}.jsonl")):
+        task = path.name.split(".")[0]
+        if (task in pool) != (setting == "unseen") and (not options.tasks or task in options.tasks):
+            yield from read_eval_examples(path, options.limit)
+
+
+def chosen(names: Sequence[str] | None, setting: Setting, *, with_plain: bool) -> list[Entry]:
+    """The contenders of a run; the main one is always there."""
+    found = []
+    for entry in CONTENDERS:
+        name = entry.contender.name
+        wanted = not names or name in names or ("main" in names and entry.main) or name == MAIN
+        if wanted and (with_plain or not entry.plain) and not (setting == "unseen" and name == "own"):
+            contender = replace(entry.contender, exclude_own=setting == "left-out")
+            found.append(replace(entry, contender=contender))
+    return found
+
+
+def measure(
+    composer: Composer,
+    plain: Composer | None,
+    examples: Sequence[EvalExample],
+    entries: Sequence[Entry],
+    outcomes: Path | None,
+) -> Evaluation:
+    """Have the contenders answer, each from its bundle."""
+    judged: dict[str, tuple[Judgement, ...]] = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with progress(*columns) as bar:
+        for source, uses_plain in ((plain, True), (composer, False)):
+            contenders = [e.contender for e in entries if e.plain == uses_plain]
+            if source is None or not contenders:
+                continue
+            task = bar.add_task("plain" if uses_plain else "main", total=len(examples) * len(contenders))
+            advance = functools.partial(bar.advance, task)
+            judged |= evaluate(source, examples, contenders, outcomes=outcomes, advance=advance).judgements
+    if not judged.get(MAIN):
+        sys.exit("quality: no example of this setting was found; check DATA_DIR and --split")
+    return Evaluation(MAIN, {e.contender.name: judged[e.contender.name] for e in entries})
+
+
+if __name__ == "__main__":
+    main()
