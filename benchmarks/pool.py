@@ -1,0 +1,118 @@
+"""Makes what `models/` ships: trains and quantises an adapter for each task of the pool, and indexes their prompts.
+
+    python benchmarks/pool.py DATA_DIR [--steps train adapters examples] [--models models] [--work build/lora]
+
+DATA_DIR holds `<task>.train.jsonl`. Each step goes on where it was stopped. The index holds the first `INDEXED`
+training prompts of each task twice: as the dataset words them, and in one of the wordings of `rewordings.AUGMENT`,
+drawn at random, so that a prompt is known by more than its dataset's template. Training takes two hours on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.rewordings import AUGMENT, reword
+from edgecompose_export.adapters import export_adapter
+from edgecompose_export.base import read_base_spec
+from edgecompose_export.checkpoint import find_checkpoint
+from edgecompose_export.datasets import Example, read_examples
+from edgecompose_export.embedder import open_embedder
+from edgecompose_export.examples import write_examples
+from edgecompose_export.train import REPORT_FILE, TrainSettings, train_adapter
+
+STEPS = ("train", "adapters", "examples")
+#: Training prompts of a task that the index holds, in each of two wordings.
+INDEXED = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a task is trained on: its first `examples`, `epochs` times, `batch` a step."""
+
+    examples: int
+    epochs: int
+    batch: int
+
+    def settings(self) -> TrainSettings:
+        """Rank 8, alpha 16 and a peak rate of 1e-3 for all; on the prompt as it is, which is how it will be sent."""
+        return TrainSettings(epochs=self.epochs, batch=self.batch, prompt_form="raw")
+
+
+#: Long prompts get fewer examples and smaller batches: a step reads some 700 tokens, and a task trains in minutes.
+POOL: dict[str, Plan] = {
+    "imdb": Plan(300, 1, 4), "yelp": Plan(300, 1, 4), "mnli_matched": Plan(600, 2, 8), "squad": Plan(300, 1, 4),
+    "openbookqa": Plan(600, 2, 8), "boolq": Plan(400, 1, 4), "commonsense_qa": Plan(573, 2, 8), "rte": Plan(450, 2, 8),
+    "copa": Plan(399, 2, 8), "arc_easy": Plan(600, 1, 4), "qnli": Plan(600, 1, 4), "cb": Plan(148, 3, 8),
+    "mrpc": Plan(600, 1, 4), "wic": Plan(600, 2, 8), "story_cloze": Plan(450, 1, 4), "wnli": Plan(338, 2, 8),
+    "anli_r3": Plan(400, 1, 4), "piqa": Plan(450, 1, 4), "cosmos_qa": Plan(300, 1, 4), "multirc": Plan(200, 1, 4),
+    "hellaswag": Plan(200, 1, 4), "snli": Plan(600, 2, 8),
+}  # fmt: skip
+
+
+def main() -> None:
+    """Parse, do the steps."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--steps", nargs="*", choices=STEPS, default=STEPS)
+    parser.add_argument("--models", type=Path, default=Path("models"))
+    parser.add_argument("--work", type=Path, default=Path("build/lora"))
+    parser.add_argument("--build", type=Path, default=Path("build"), help="where the exported base and embedder are")
+    options = parser.parse_args()
+    if "train" in options.steps:
+        train(options.data, options.work, options.build / "models" / "smollm2-135m-instruct")
+    if "adapters" in options.steps:
+        quantise(options.work, options.models / "adapters", options.build / "base")
+    if "examples" in options.steps:
+        index(options.data, options.models / "examples", options.build / "embedder")
+
+
+def train(data: Path, work: Path, source: Path) -> None:
+    """A PEFT folder for each task."""
+    checkpoint = find_checkpoint(source)
+    for task, plan in POOL.items():
+        if (work / task / REPORT_FILE).is_file():
+            continue
+        start = time.monotonic()
+        examples = read_examples(data / f"{task}.train.jsonl", limit=plan.examples)
+        report = train_adapter(checkpoint, examples, work / task, plan.settings())
+        say(f"{task}: {report['steps']} steps, loss {report['final_loss']:.3f}, {time.monotonic() - start:.0f} s")
+
+
+def quantise(work: Path, output: Path, base: Path) -> None:
+    """The 4-bit file of each adapter."""
+    spec = read_base_spec(base)
+    for task in POOL:
+        target = output / f"{task}.safetensors"
+        if (work / task / REPORT_FILE).is_file() and not target.exists():
+            made = export_adapter(work / task, spec, target, 4)
+            say(f"{target}: {target.stat().st_size / 1e6:.1f} MB, error {made.spec.error:.3f}")
+
+
+def index(data: Path, output: Path, folder: Path) -> None:
+    """The index of the prompts of all tasks."""
+    embedder, spec = open_embedder(folder)
+    named = {task: prompts(task, read_examples(data / f"{task}.train.jsonl", limit=INDEXED)) for task in POOL}
+    table = write_examples(named, embedder, spec, output)
+    say(f"{output}: {table.index.vectors} vectors of {table.index.dimension} dimensions")
+
+
+def prompts(task: str, examples: list[Example]) -> list[Example]:
+    """Examples of a task, and each of them once more in other words."""
+    rng = random.Random(task)
+    return [*examples, *(Example(reword(task, e.prompt, rng.choice(AUGMENT)), e.answer) for e in examples)]
+
+
+def say(line: str) -> None:
+    """One line of talk."""
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
