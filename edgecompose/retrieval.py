@@ -17,7 +17,7 @@ from edgecompose.whitening import Whitening
 
 Float = npt.NDArray[np.float32]
 #: Up to so many vectors every one is compared; beyond, USearch's graph is walked.
-EXACT_BELOW = 200_000
+EXACT_BELOW = 20_000
 _SCALARS = {"f16": ScalarKind.F16, "f32": ScalarKind.F32}
 
 

@@ -1,0 +1,91 @@
+"""Writes docs/quality.md out of what `benchmarks/quality.py --save` measured.
+
+    python benchmarks/quality_page.py benchmarks/results/*-quality-*.json -o docs/quality.md
+
+Nothing in that page is written by hand but the words in `INTRODUCTION` and `SETTING_WORDS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+INTRODUCTION = """\
+# What composing adapters gives
+
+Written by `python benchmarks/quality_page.py`; do not edit. Accuracy in per cent; choices are scored by log-likelihood
+a token, free-form answers by exact match with any accepted answer, without case, punctuation and articles. Intervals
+are 95 % bootstrap intervals of the mean over tasks, examples being drawn within each task; differences are paired.
+`base` is the model alone, `own` the adapter trained for the example's task, `top1` the likeliest task's adapter,
+`uniform` equal weights over the tasks that our retrieval keeps. `paper ...` is the rule of arXiv 2602.21222 (100
+neighbours by plain cosine, T = 1, p = 0.9) with PEFT's merge of that name; `ours` are the bundle's defaults.
+"""
+SETTING_WORDS = {
+    "in-pool": "In the pool: the example's own adapter and its task's training prompts are there to be found",
+    "left-out": "Left out: the example's own task is excluded from retrieval",
+    "unseen": "Unseen: tasks without an adapter or any indexed prompt",
+}
+
+
+def main() -> None:
+    """Parse, read, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    options = parser.parse_args()
+    options.output.write_text(page(options.results), encoding="utf-8")
+
+
+def page(paths: Sequence[Path]) -> str:
+    """The page for some result files."""
+    parts = [INTRODUCTION]
+    for path in sorted(paths):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        limit = "all examples" if found["limit"] is None else f"at most {found['limit']} examples a task"
+        parts.append(f"## {found['split'].capitalize()} split, {limit}\n\n`benchmarks/results/{path.name}`\n")
+        parts += [f"### {SETTING_WORDS[name]}\n\n{setting(result)}" for name, result in found["settings"].items()]
+    return "\n".join(parts)
+
+
+def setting(result: Mapping[str, Any]) -> str:
+    """Contenders by their means, then each task."""
+    main = result["main"]
+    lines = [
+        "| contender | tasks | mean | 95 % interval | less than `ours` by | ms an answer |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, found in result["contenders"].items():
+        low, high = found["mean_ci95"]
+        against = result["against"].get(name)
+        less = ""
+        if against is not None:
+            less = f"{points(against['difference'])} ({points(against['ci95'][0])} to {points(against['ci95'][1])})"
+        label = f"**{name}**" if name == main else name
+        mean, spent = percent(found["mean_accuracy"]), found["timings_ms"]["total"]
+        lines.append(
+            f"| {label} | {len(found['tasks'])} | {mean} | {percent(low)} to {percent(high)} | {less} | {spent:.0f} |"
+        )
+    names = list(result["contenders"])
+    lines += ["", f"| task | n | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
+    for task, score in result["contenders"][main]["tasks"].items():
+        cells = [result["contenders"][name]["tasks"].get(task) for name in names]
+        row = " | ".join("" if cell is None else percent(cell["accuracy"]) for cell in cells)
+        lines.append(f"| {task} | {score['n']} | {row} |")
+    return "\n".join(lines) + "\n"
+
+
+def percent(share: float) -> str:
+    """A share in [0, 1] as per cent."""
+    return f"{100 * share:.1f}"
+
+
+def points(difference: float) -> str:
+    """A difference of shares in points, signed."""
+    return f"{100 * difference:+.1f}"
+
+
+if __name__ == "__main__":
+    main()
