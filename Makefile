@@ -8,7 +8,7 @@ BASE := build/base/base.json
 EMBEDDER := build/embedder/embedder.json
 BUNDLE := models/demo/manifest.json
 EXPORTERS := $(addprefix export/edgecompose_export/,base.py checkpoint.py folding.py quantize.py slots.py)
-SHIPPED := models/demo.toml $(wildcard models/adapters/*.safetensors) $(wildcard models/examples/*)
+SHIPPED := models/demo.toml models/admission.json $(wildcard models/adapters/*.safetensors) $(wildcard models/examples/*)
 
 .PHONY: demo test lint bundle bench clean help
 
@@ -51,7 +51,7 @@ $(BASE): $(MODELS)/fetched $(EXPORTERS) | $(INSTALLED)
 	@rm -rf build/base
 	@$(BIN)/edgecompose-export base $(MODELS)/smollm2-135m-instruct --precision int4 -o build/base
 
-$(EMBEDDER): $(MODELS)/fetched | $(INSTALLED)
+$(EMBEDDER): $(MODELS)/fetched export/edgecompose_export/embedder.py | $(INSTALLED)
 	@echo "== exporting the embedder, all-MiniLM-L6-v2, to ONNX in 8 bits (about 10 seconds)"
 	@rm -rf build/embedder
 	@$(BIN)/edgecompose-export embedder $(MODELS)/all-MiniLM-L6-v2 -o build/embedder

@@ -222,7 +222,7 @@ BAD_RECIPES: dict[str, tuple[Callable[[str, TinyZoo], str], str]] = {
     "no task table": (lambda text, zoo: text.split("[tasks.")[0], "lacks fields: tasks"),
     "bad name": (lambda text, zoo: text.replace("[tasks.animals]", '[tasks."../x"]'), r"'\.\./x' is not allowed"),
     "no base": (lambda text, zoo: text.replace("llama-fp32", "absent"), r"absent' holds no base\.json"),
-    "no embedder": (lambda text, zoo: text.replace("bert-f32", "absent"), r"absent' holds no embedder\.json"),
+    "no embedder": (lambda text, zoo: text.replace("bert-f32", "absent"), r"absent-4' holds no embedder\.json"),
     "no adapter": (lambda text, zoo: text.replace("lora/llama/animals", "absent"), "absent' is neither a PEFT folder"),
     "no examples": (lambda text, zoo: text.replace("animals.jsonl", "absent.jsonl"), r"absent\.jsonl' cannot be read"),
     "examples of nobody": (lambda text, zoo: text.replace("examples = ", "# ", 1), "tasks without examples: animals"),
@@ -695,3 +695,66 @@ def test_a_prompt_seen_before_is_neither_embedded_nor_searched_again(
             assert opened.retrieve(prompt, other) != first
         with pytest.raises(AssertionError, match="embedded again"):
             opened.retrieve(TASKS["colours"][0])
+
+
+def test_a_task_is_served_by_whom_the_recipe_names(zoo: TinyZoo, tmp_path: Path) -> None:
+    tasks = {name: task_lines(zoo, name) for name in TASKS}
+    tasks["animals"] += "\nserved_by = { numbers = 0.75, animals = 0.25 }"
+    tasks["colours"] += "\nserved_by = {}"
+    manifest = build_bundle(write_recipe(zoo, tmp_path, tasks=tasks), tmp_path / "out")
+    assert manifest.tasks["animals"].adapters == {"numbers": 0.75, "animals": 0.25}
+    with open_bundle(tmp_path / "out", device="cpu") as opened:
+        found = opened.retrieve(TASKS["animals"][0], Request(neighbours=1))
+        assert found.weights == {"numbers": 0.75, "animals": 0.25}
+        alone = opened.run(TASKS["colours"][0], Request(neighbours=1, max_tokens=4))
+        assert alone.retrieval.nucleus == {"colours": 1.0} and alone.retrieval.weights == {}
+        assert alone.text == opened.run(TASKS["colours"][0], Request(weights={}, max_tokens=4)).text
+
+
+def test_a_task_served_by_an_unknown_one_is_refused(zoo: TinyZoo, tmp_path: Path) -> None:
+    recipe = write_recipe(zoo, tmp_path, tasks={"animals": task_lines(zoo) + "\nserved_by = { birds = 1.0 }"})
+    with pytest.raises(ExportError, match="served by unknown tasks: birds"):
+        build_bundle(recipe, tmp_path / "out")
+
+
+def test_the_admission_test_bars_what_harms(zoo: TinyZoo, tmp_path: Path) -> None:
+    gains = {"animals": [0.1, 0.2], "numbers": [-0.3, -0.1]}
+    tasks = {name: {"n": 9, "accuracy": 0.5} for name in gains}
+    tiny.write_json(tmp_path / "admission.json", {
+        "main": "own", "contenders": {"base": {"tasks": tasks}, "own": {"tasks": tasks}},
+        "against": {"base": {"by_task": {name: {"ci95": ci95} for name, ci95 in gains.items()}}},
+    })  # fmt: skip
+    manifest = build_bundle(write_recipe(zoo, tmp_path, 'admission = "admission.json"'), tmp_path / "out")
+    verdicts = {name: a.admission and a.admission.verdict for name, a in manifest.adapters.items()}
+    assert verdicts == {"animals": "helps", "numbers": "harms", "colours": None}
+    with open_bundle(tmp_path / "out", device="cpu") as opened:
+        assert opened.retrieve(TASKS["animals"][0], Request(neighbours=1)).weights == {"animals": 1.0}
+        barred = opened.retrieve(TASKS["numbers"][0], Request(neighbours=1))
+        assert (dict(barred.nucleus), dict(barred.weights)) == ({"numbers": 1.0}, {})
+        assert opened.compose("", Request(weights={"numbers": 1.0})).merged.modules  # by hand it can be had
+
+
+def test_where_nothing_is_near_the_base_answers_in_its_chat_template(zoo: TinyZoo, tmp_path: Path) -> None:
+    recipe = write_recipe(zoo, tmp_path)
+    text = recipe.read_text(encoding="utf-8").replace("[defaults]", '[defaults]\nprompt_form = "raw"\nfallback = 0.999')
+    recipe.write_text(text, encoding="utf-8")
+    build_bundle(recipe, tmp_path / "out")
+    far = "nothing like the examples, whatever the encoder's weights"
+    with open_bundle(tmp_path / "out", device="cpu") as opened:
+        near = opened.run(TASKS["animals"][0], Request(max_tokens=2))
+        assert near.retrieval.weights and near.prompt_tokens == len(opened.tokenizer.encode(TASKS["animals"][0]))
+        alone = opened.run(far, Request(max_tokens=2))
+        assert alone.retrieval.weights == {} and alone.retrieval.distribution
+        assert alone.prompt_tokens > len(opened.tokenizer.encode(far))
+        assert opened.run(far, Request(max_tokens=2, raw=True)).prompt_tokens == len(opened.tokenizer.encode(far))
+        assert opened.run(far, Request(weights={}, max_tokens=2)).prompt_tokens == len(opened.tokenizer.encode(far))
+
+
+def test_the_index_has_a_metric_of_its_own_unless_told_otherwise(zoo: TinyZoo, tmp_path: Path) -> None:
+    embedder, spec = open_embedder(zoo.embedder()[0])
+    named = {name: read_examples(zoo.task(name)) for name in TASKS}
+    learned = write_examples(named, embedder, spec, tmp_path / "learned")
+    plain = write_examples(named, embedder, spec, tmp_path / "plain", whiten=False)
+    assert (learned.index.dimension, plain.index.dimension) == (spec.dimension // 3, spec.dimension)
+    assert (learned.index.whitening, plain.index.whitening) == ("whitening.safetensors", None)
+    assert not (tmp_path / "plain" / "whitening.safetensors").exists()
