@@ -21,7 +21,7 @@ from edgecompose.errors import EdgeComposeError, MergeError
 from edgecompose.eval_charts import require_matplotlib
 from edgecompose.eval_report import write_report
 from edgecompose.evaluation import merge_examples, read_eval_examples
-from edgecompose.evaluator import KINDS, MAX_TOKENS, evaluate, parse_contenders
+from edgecompose.evaluator import KINDS, MAX_TOKENS, Contender, evaluate, parse_contenders
 from edgecompose.generation import Sampling
 from edgecompose.methods import METHODS, MergeSettings
 from edgecompose.peft_folder import write_peft_folder
@@ -212,6 +212,13 @@ def compose(bundle: Path, prompt: str, output: Path, device: str, as_json: bool,
     metavar="A,B,...",
     help="What is compared: base, own (the task's adapter), top1, uniform, retrieved, and any merge method.",
 )
+@click.option(
+    "--adapter",
+    "by_hand",
+    multiple=True,
+    metavar="NAME=WEIGHT",
+    help="Compare a blend of these as well, 'by hand', the same for every example; repeatable.",
+)
 @click.option("--limit", type=click.IntRange(min=1), help="Examples of each task, the first ones.")
 @click.option("--exclude-own", is_flag=True, help="Leave an example's own task out of retrieval, as if it were unseen.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=MAX_TOKENS, show_default=True, help="Of free text.")
@@ -235,6 +242,7 @@ def evaluate_examples(
     bundle: Path,
     data: tuple[Path, ...],
     methods: tuple[str, ...],
+    by_hand: tuple[str, ...],
     limit: int | None,
     exclude_own: bool,
     outcomes: Path | None,
@@ -257,7 +265,11 @@ def evaluate_examples(
         require_matplotlib()
         outcomes = outcomes or report_folder / "outcomes.jsonl"
     with _open(bundle, device) as composer:
-        contenders = parse_contenders(methods, _request(composer, options), exclude_own)
+        request = _request(composer, options)
+        contenders = parse_contenders(methods, request, exclude_own)
+        weights = _parse_weights(by_hand)
+        if weights is not None:
+            contenders.insert(0, Contender("by hand", "fixed", dataclasses.replace(request, weights=weights)))
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with progress(*columns) as bar:
             task = bar.add_task("answering", total=len(examples) * len(contenders))

@@ -19,8 +19,9 @@ from edgecompose.methods import METHODS, MergeSettings, composition_digest
 from edgecompose.outcomes import Outcome, OutcomeKey, Outcomes, open_outcomes
 from edgecompose.request import STAGES, WEIGH_NAMES, Request, Retrieval
 
-Kind = Literal["base", "own", "top1", "uniform", "retrieved"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+Kind = Literal["base", "own", "top1", "uniform", "retrieved", "fixed"]
+#: Kinds that have a name to be called by; 'fixed' wants weights beside it.
+KINDS: tuple[Kind, ...] = tuple(kind for kind in get_args(Kind) if kind != "fixed")
 #: Longest free-form answer (tokens) where a request names none.
 MAX_TOKENS = 24
 _NOTHING = Retrieval((), {}, {}, {})
@@ -31,9 +32,9 @@ class Contender:
     """A way to answer.
 
     `base` takes no adapter, `own` the one that is called like the example's task, or else those that serve it (no
-    examples of tasks that the bundle lacks), `top1`
-    those of the likeliest task, `uniform` those of the nucleus' tasks in equal parts, `retrieved` what the composer
-    chooses itself. `exclude_own` leaves the example's task out of retrieval.
+    examples of tasks that the bundle lacks), `top1` those of the likeliest task, `uniform` those of the nucleus' tasks
+    in equal parts, `retrieved` what the composer chooses itself, `fixed` the request's weights. `exclude_own` leaves
+    the example's task out of retrieval.
     """
 
     name: str
@@ -42,12 +43,16 @@ class Contender:
     exclude_own: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise EvaluationError(f"contender '{self.name}' is of kind '{self.kind}'; use one of {', '.join(KINDS)}")
+        kinds = get_args(Kind)
+        if self.kind not in kinds:
+            raise EvaluationError(f"contender '{self.name}' is of kind '{self.kind}'; use one of {', '.join(kinds)}")
         if self.request.sampling is not None:
             raise EvaluationError(f"contender '{self.name}' draws tokens at random; an evaluation wants greedy answers")
-        if self.request.choices or self.request.weights is not None:
-            raise EvaluationError(f"contender '{self.name}' has choices or weights; examples and kind decide on them")
+        if self.request.choices or (self.request.weights is None) == (self.kind == "fixed"):
+            raise EvaluationError(
+                f"contender '{self.name}' of kind '{self.kind}' has choices, or weights where its kind decides; "
+                "choices are those of the examples, and only 'fixed' wants weights"
+            )
 
 
 def parse_contenders(names: Sequence[str], request: Request, exclude_own: bool = False) -> list[Contender]:
@@ -172,6 +177,8 @@ class _Bench:
         """The blend that a contender wants: weights of adapters."""
         if contender.kind == "base":
             return {}
+        if contender.kind == "fixed":
+            return dict(contender.request.weights or {})
         if contender.kind == "own":
             own = example.task in self._manifest.adapters
             return {example.task: 1.0} if own else adapters_of(self._manifest, example.task)

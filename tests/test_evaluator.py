@@ -272,3 +272,14 @@ def test_a_blends_name_needs_no_merge(composer: Composer) -> None:
     for name, spec in manifest.adapters.items():
         digest = composition_digest({name: manifest.files[spec.file].sha256}, {name: 1.0}, composer.default_merge)
         assert digest == composer.compose("x", Request(weights={name: 1.0})).merged.digest
+
+
+def test_a_fixed_blend_is_the_same_for_every_example(composer: Composer) -> None:
+    weights = {"numbers": 0.75, "colours": 0.5}
+    found = evaluate(composer, EXAMPLES[:2], [Contender("by hand", "fixed", Request(weights=weights))])
+    for judged in found.judgements["by hand"]:
+        answer = composer.run(judged.example.prompt, Request(weights=weights, choices=judged.example.choices or ()))
+        assert (dict(judged.weights), judged.top_task) == (weights, None)
+        assert judged.example.choices is None or judged.answer == answer.text
+    with pytest.raises(EvaluationError, match="only 'fixed' wants weights"):
+        Contender("x", "fixed")
