@@ -8,7 +8,7 @@ BASE := build/base/base.json
 EMBEDDER := build/embedder/embedder.json
 BUNDLE := models/demo/manifest.json
 EXPORTERS := $(addprefix export/edgecompose_export/,base.py checkpoint.py folding.py quantize.py slots.py)
-SHIPPED := models/demo.toml models/admission.json $(wildcard models/adapters/*.safetensors) $(wildcard models/examples/*)
+SHIPPED := models/demo.toml $(wildcard models/admission.json) $(wildcard models/adapters/*.safetensors) $(wildcard models/examples/*)
 
 .PHONY: demo test lint bundle bench clean help
 

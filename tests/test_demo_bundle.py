@@ -109,4 +109,4 @@ def test_every_shipped_adapter_has_its_row_in_the_table_of_sources() -> None:
     rows = set(re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE))
     shipped = {path.stem for path in (ROOT / "models" / "adapters").glob("*.safetensors")}
     assert rows == shipped
-    assert len(shipped) >= 6
+    assert len(shipped) == 22
