@@ -34,7 +34,7 @@ from edgecompose.scoreboard import describe_evaluation, evaluation_json, setting
 Setting = Literal["in-pool", "left-out", "unseen"]
 SETTINGS: tuple[Setting, ...] = ("in-pool", "left-out", "unseen")
 #: The paper's rule: 100 neighbours, T = 1, nucleus over tasks with p = 0.9.
-PAPER = Request(neighbours=100, temperature=1.0, nucleus=0.9, size_correction=0.0, shortcut=1.0, fallback=-1.0)
+PAPER = Request(neighbours=100, temperature=1.0, nucleus=0.9, size_correction=0.0, shortcut=1.0, fallback=0.0)
 MAIN = "ours"
 
 

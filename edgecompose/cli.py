@@ -61,8 +61,8 @@ def retrieval_options(command: F) -> F:
             help="Share of the likeliest task at which it is taken alone.",
         ),
         click.option(
-            "--fallback", type=click.FloatRange(-1, 1),
-            help="Cosine of the nearest example below which the base answers alone.",
+            "--fallback", type=click.FloatRange(0, 1),
+            help="Share of the likeliest task below which the base answers alone.",
         ),
         click.option("--exclude", multiple=True, metavar="TASK", help="Leave a task out; repeatable."),
     ]  # fmt: skip

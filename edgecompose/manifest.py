@@ -226,7 +226,7 @@ class Defaults:
     nucleus: float = 0.9
     size_correction: float = 0.0
     shortcut: float = 1.0
-    fallback: float = -1.0
+    fallback: float = 0.0
     prompt_form: PromptForm = "chat"
     method: str = "product"
     density: float = 0.5
@@ -244,8 +244,8 @@ class Defaults:
             raise ManifestInvalid(f"temperature is {self.temperature}; a positive number is wanted")
         if not (0 < self.nucleus <= 1 and 0 < self.density <= 1 and 0 < self.shortcut <= 1):
             raise ManifestInvalid("nucleus, shortcut and density must lie in (0, 1]")
-        if not (0 <= self.size_correction <= 1 and -1 <= self.fallback <= 1):
-            raise ManifestInvalid("size_correction must lie in [0, 1] and fallback in [-1, 1]")
+        if not (0 <= self.size_correction <= 1 and 0 <= self.fallback <= 1):
+            raise ManifestInvalid("size_correction and fallback must lie in [0, 1]")
 
 
 @dataclass(frozen=True, slots=True)

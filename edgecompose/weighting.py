@@ -5,7 +5,7 @@ exp(-(1 - cos) / T); the smallest set of tasks whose shares reach p is kept and 
 The paper has T = 1, which is nearly a vote count.
 
 Beyond the paper: votes divided by a power of the task's number of examples, so that a small task is not drowned; the
-top task alone once its share is high enough; no task at all when even the nearest example is far.
+top task alone once its share is high enough; no task at all when no share is.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ class WeighSettings:
     """How neighbours become weights.
 
     `temperature` is T, `nucleus` p in (0, 1]. `size_correction` in [0, 1] is the power of a task's number of examples
-    that its votes are divided by. A top share of at least `shortcut` in (0, 1] takes that task alone; a nearest
-    neighbour with a cosine below `fallback` in [-1, 1] takes none, which is the base alone.
+    that its votes are divided by. A top share of at least `shortcut` in (0, 1] takes that task alone; one below
+    `fallback` in [0, 1] takes none, which is the base alone: votes that spread are those of a prompt like no task.
     """
 
     temperature: float = 1.0
     nucleus: float = 0.9
     size_correction: float = 0.0
     shortcut: float = 1.0
-    fallback: float = -1.0
+    fallback: float = 0.0
 
 
 def weigh(
     neighbours: Sequence[Neighbour], settings: WeighSettings, sizes: Mapping[str, int]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """The distribution over tasks, and what is kept of it, renormalised; nothing is kept where nothing is near.
+    """The distribution over tasks, and what is kept of it, renormalised; nothing where no task stands out.
 
     Args:
         sizes: number of examples of each task.
@@ -51,9 +51,9 @@ def weigh(
     power = settings.size_correction
     priors = {task: size**power for task, size in sizes.items()} if power else {}
     distribution = task_distribution(neighbours, settings.temperature, priors)
-    if max(n.similarity for n in neighbours) < settings.fallback:
-        return distribution, {}
     top, share = next(iter(distribution.items()))
+    if share < settings.fallback:
+        return distribution, {}
     if share >= settings.shortcut:
         return distribution, {top: 1.0}
     return distribution, nucleus(distribution, settings.nucleus)

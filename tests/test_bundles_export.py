@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -734,20 +735,25 @@ def test_the_admission_test_bars_what_harms(zoo: TinyZoo, tmp_path: Path) -> Non
         assert opened.compose("", Request(weights={"numbers": 1.0})).merged.modules  # by hand it can be had
 
 
-def test_where_nothing_is_near_the_base_answers_in_its_chat_template(zoo: TinyZoo, tmp_path: Path) -> None:
+def test_where_no_task_stands_out_the_base_answers_in_its_chat_template(zoo: TinyZoo, tmp_path: Path) -> None:
     recipe = write_recipe(zoo, tmp_path)
-    text = recipe.read_text(encoding="utf-8").replace("[defaults]", '[defaults]\nprompt_form = "raw"\nfallback = 0.999')
+    text = recipe.read_text(encoding="utf-8").replace("[defaults]", '[defaults]\nprompt_form = "raw"\nfallback = 0.9')
     recipe.write_text(text, encoding="utf-8")
     build_bundle(recipe, tmp_path / "out")
-    far = "nothing like the examples, whatever the encoder's weights"
+    prompt, sure, unsure = (
+        TASKS["animals"][0],
+        Request(neighbours=1, max_tokens=2),
+        Request(neighbours=13, max_tokens=2),
+    )
     with open_bundle(tmp_path / "out", device="cpu") as opened:
-        near = opened.run(TASKS["animals"][0], Request(max_tokens=2))
-        assert near.retrieval.weights and near.prompt_tokens == len(opened.tokenizer.encode(TASKS["animals"][0]))
-        alone = opened.run(far, Request(max_tokens=2))
+        plain = len(opened.tokenizer.encode(prompt))
+        near = opened.run(prompt, sure)
+        assert near.retrieval.weights and near.prompt_tokens == plain
+        alone = opened.run(prompt, unsure)
         assert alone.retrieval.weights == {} and alone.retrieval.distribution
-        assert alone.prompt_tokens > len(opened.tokenizer.encode(far))
-        assert opened.run(far, Request(max_tokens=2, raw=True)).prompt_tokens == len(opened.tokenizer.encode(far))
-        assert opened.run(far, Request(weights={}, max_tokens=2)).prompt_tokens == len(opened.tokenizer.encode(far))
+        assert alone.prompt_tokens > plain
+        assert opened.run(prompt, replace(unsure, raw=True)).prompt_tokens == plain
+        assert opened.run(prompt, Request(weights={}, max_tokens=2)).prompt_tokens == plain
 
 
 def test_the_index_has_a_metric_of_its_own_unless_told_otherwise(zoo: TinyZoo, tmp_path: Path) -> None:

@@ -139,11 +139,11 @@ def test_a_likely_task_is_taken_alone() -> None:
     assert set(weigh(neighbours, WeighSettings(shortcut=0.7), SIZES)[1]) == {"a", "b"}
 
 
-def test_far_neighbours_leave_a_prompt_to_the_base() -> None:
-    neighbours = [Neighbour("a", 0, 0.3), Neighbour("b", 1, 0.1)]
-    distribution, kept = weigh(neighbours, WeighSettings(fallback=0.31), SIZES)
-    assert kept == {} and list(distribution) == ["a", "b"]
-    assert weigh(neighbours, WeighSettings(fallback=0.3), SIZES)[1] != {}
+def test_votes_that_spread_leave_a_prompt_to_the_base() -> None:
+    neighbours = [Neighbour("a", 0, 0.3), Neighbour("b", 1, 0.3), Neighbour("c", 2, 0.3), Neighbour("a", 3, 0.3)]
+    distribution, kept = weigh(neighbours, WeighSettings(fallback=0.51), SIZES)
+    assert kept == {} and distribution == pytest.approx({"a": 0.5, "b": 0.25, "c": 0.25})
+    assert weigh(neighbours, WeighSettings(fallback=0.49), SIZES)[1] != {}
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
