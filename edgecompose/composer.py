@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,14 +28,13 @@ from edgecompose.generation import generate, score_choices, stream_text
 from edgecompose.manifest import Defaults
 from edgecompose.merging import Merger
 from edgecompose.methods import MergeSettings, composition_digest
-from edgecompose.request import STAGES, WEIGH_NAMES, Answer, Composition, Request, Retrieval
+from edgecompose.request import STAGES, WEIGH_NAMES, Answer, Composition, Request, Retrieval, given
 from edgecompose.retrieval import ExampleIndex
 from edgecompose.tokenization import Tokenizer
 from edgecompose.weighting import WeighSettings, adapter_weights, weigh
 from edgecompose.whitening import load_whitening
 
 Double = npt.NDArray[np.float64]
-N = TypeVar("N", int, float)
 #: Blends that are kept for the next request that wants the same one.
 CACHE_BYTES = 256 << 20
 #: What was found for prompts is kept up to so many bytes, for the next request with the same prompt.
@@ -211,9 +209,9 @@ class Composer:
         if request.weights is not None:
             return Retrieval((), {}, {}, dict(request.weights))
         manifest = self.bundle.manifest
-        count = _given(request.neighbours, manifest.defaults.neighbours)
+        count = given(request.neighbours, manifest.defaults.neighbours)
         settings = WeighSettings(
-            **{name: _given(getattr(request, name), getattr(manifest.defaults, name)) for name in WEIGH_NAMES}
+            **{name: given(getattr(request, name), getattr(manifest.defaults, name)) for name in WEIGH_NAMES}
         )
         key = _key(repr((prompt, count, settings, sorted(request.exclude))))
         known = self._retrievals.get(key)
@@ -338,7 +336,7 @@ class Composer:
         clock: _Clock,
         on_text: Callable[[str], None],
     ) -> tuple[str, int]:
-        limit = _given(request.max_tokens, self.bundle.manifest.defaults.max_tokens)
+        limit = given(request.max_tokens, self.bundle.manifest.defaults.max_tokens)
         decoding, logits = self._read_prompt(ids, blend, limit, clock)
         end = self.bundle.manifest.base.end_tokens
         tokens = generate(decoding, logits, max_tokens=limit, end_tokens=end, sampling=request.sampling)
@@ -381,10 +379,6 @@ def _size_of_folded(bundle: Bundle) -> int:
 def _key(text: str) -> str:
     """What a cache knows a text by: no prompt is kept, however long."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _given(wanted: N | None, default: N) -> N:
-    return default if wanted is None else wanted
 
 
 def open_bundle(path: str | Path, *, device: DeviceRequest = "auto") -> Composer:

@@ -18,6 +18,7 @@ from edgecompose.manifest import Manifest
 from edgecompose.methods import METHODS, MergeSettings, composition_digest
 from edgecompose.outcomes import Outcome, OutcomeKey, Outcomes, open_outcomes
 from edgecompose.request import STAGES, WEIGH_NAMES, Request, Retrieval
+from edgecompose.weighting import adapter_weights
 
 Kind = Literal["base", "own", "top1", "uniform", "retrieved", "fixed"]
 #: Kinds that have a name to be called by; 'fixed' wants weights beside it.
@@ -185,11 +186,8 @@ class _Bench:
         if contender.kind == "retrieved":
             return dict(retrieval.weights)
         tasks = list(retrieval.nucleus) if contender.kind == "uniform" else list(retrieval.distribution)[:1]
-        weights: dict[str, float] = {}
-        for task in tasks:
-            for name, weight in adapters_of(self._manifest, task).items():
-                weights[name] = weights.get(name, 0.0) + weight / len(tasks)
-        return weights
+        serving = {task: adapters_of(self._manifest, task) for task in tasks}
+        return adapter_weights({task: 1 / len(tasks) for task in tasks}, serving)
 
     def _outcome(self, example: EvalExample, request: Request, weights: Mapping[str, float]) -> Outcome:
         key = self._key(example, request, weights)

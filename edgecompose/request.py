@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 from edgecompose.blend import MergedAdapter, MergeReport
 from edgecompose.device import Device
@@ -21,6 +21,14 @@ ATTACHMENTS: tuple[Attachment, ...] = get_args(Attachment)
 #: Fields of a request, and of a bundle's defaults, that are those of `WeighSettings`.
 WEIGH_NAMES = tuple(item.name for item in dataclasses.fields(WeighSettings))
 STAGES = ("load", "embed", "retrieve", "weigh", "merge", "fold", "prefill", "decode", "total")
+
+
+T = TypeVar("T")
+
+
+def given(wanted: T | None, default: T) -> T:
+    """What a request says, or else the bundle's default."""
+    return default if wanted is None else wanted
 
 
 @dataclass(frozen=True, slots=True)

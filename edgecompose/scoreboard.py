@@ -11,7 +11,7 @@ from edgecompose.evaluation import RESAMPLES, Interval, PairedDifference
 from edgecompose.evaluator import MAX_TOKENS, Contender
 from edgecompose.judgement import Comparison, Routing, Standing, Summary
 from edgecompose.manifest import Manifest
-from edgecompose.request import WEIGH_NAMES
+from edgecompose.request import WEIGH_NAMES, given
 
 Json = dict[str, Any]
 
@@ -40,18 +40,14 @@ def settings_json(manifest: Manifest, device: Device, contenders: Sequence[Conte
         "bundle": manifest.name,
         "base": {"source": base.source, "identity": base.identity, "precision": base.precision},
         "device": device.kind,
-        **{name: _given(getattr(request, name), getattr(defaults, name)) for name in ("neighbours", *WEIGH_NAMES)},
+        **{name: given(getattr(request, name), getattr(defaults, name)) for name in ("neighbours", *WEIGH_NAMES)},
         "exclude": list(request.exclude),
         "exclude_own": contenders[0].exclude_own,
-        "raw": _given(request.raw, defaults.prompt_form == "raw"),
+        "raw": given(request.raw, defaults.prompt_form == "raw"),
         "max_tokens": request.max_tokens or MAX_TOKENS,
         "resamples": RESAMPLES,
         "contenders": {contender.name: _contender_json(contender, manifest) for contender in contenders},
     }
-
-
-def _given(wanted: object, default: object) -> object:
-    return default if wanted is None else wanted
 
 
 def _contender_json(contender: Contender, manifest: Manifest) -> Json:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from usearch.index import Index
 
-from edgecompose.embedder import Embedder
+from edgecompose.embedder import Embedder, normalize
 from edgecompose.errors import ExportError
 from edgecompose.manifest import EmbedderSpec, IndexSpec, check_name
 from edgecompose.retrieval import new_index
@@ -111,10 +111,10 @@ def write_examples(
 
 
 def embed_prompts(embedder: Embedder, prompts: Sequence[str], advance: Callable[[int], None]) -> Float:
-    """Vectors (n, dimension) of prompts."""
+    """Vectors (n, dimension) of prompts, at unit norm as queries are, whether the encoder normalises or not."""
     vectors = []
     for prompt in prompts:
-        vectors.append(embedder.embed(prompt))
+        vectors.append(normalize(embedder.embed(prompt)))
         advance(1)
     return np.stack(vectors)
 
