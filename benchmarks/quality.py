@@ -13,7 +13,6 @@ that a run that was stopped goes on, and one blend is never computed twice. Prin
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -21,10 +20,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-
 from edgecompose import Composer, Request, open_bundle
-from edgecompose.console import progress
+from edgecompose.console import counting
 from edgecompose.evaluation import EvalExample, read_eval_examples
 from edgecompose.evaluator import Contender, Kind, evaluate
 from edgecompose.judgement import Evaluation, Judgement
@@ -127,14 +124,11 @@ def measure(
 ) -> Evaluation:
     """Have the contenders answer, each from its bundle."""
     judged: dict[str, tuple[Judgement, ...]] = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with progress(*columns) as bar:
-        for source, uses_plain in ((plain, True), (composer, False)):
-            contenders = [e.contender for e in entries if e.plain == uses_plain]
-            if source is None or not contenders:
-                continue
-            task = bar.add_task("plain" if uses_plain else "main", total=len(examples) * len(contenders))
-            advance = functools.partial(bar.advance, task)
+    for source, uses_plain in ((plain, True), (composer, False)):
+        contenders = [e.contender for e in entries if e.plain == uses_plain]
+        if source is None or not contenders:
+            continue
+        with counting("plain" if uses_plain else "main", len(examples) * len(contenders)) as advance:
             judged |= evaluate(source, examples, contenders, outcomes=outcomes, advance=advance).judgements
     if not judged.get(MAIN):
         sys.exit("quality: no example of this setting was found; check DATA_DIR and --split")

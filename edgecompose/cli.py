@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import click
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 
 from edgecompose import __version__, report, scoreboard
 from edgecompose import bundle as bundles
 from edgecompose.composer import Composer, open_bundle
-from edgecompose.console import ErrorGroup, progress
+from edgecompose.console import ErrorGroup, counting, progress
 from edgecompose.device import DeviceRequest, has_cuda_provider
 from edgecompose.errors import EdgeComposeError, MergeError
 from edgecompose.eval_charts import require_matplotlib
@@ -270,12 +270,8 @@ def evaluate_examples(
         weights = _parse_weights(by_hand)
         if weights is not None:
             contenders.insert(0, Contender("by hand", "fixed", dataclasses.replace(request, weights=weights)))
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with progress(*columns) as bar:
-            task = bar.add_task("answering", total=len(examples) * len(contenders))
-            found = evaluate(
-                composer, examples, contenders, outcomes=outcomes, advance=lambda count: bar.advance(task, count)
-            )
+        with counting("answering", len(examples) * len(contenders)) as advance:
+            found = evaluate(composer, examples, contenders, outcomes=outcomes, advance=advance)
         settings = scoreboard.settings_json(composer.bundle.manifest, composer.device, contenders)
     settings |= {"files": [path.name for path in data], "limit": limit}
     summary = found.summary()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import Progress, ProgressColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from edgecompose.errors import EdgeComposeError
 
@@ -33,3 +35,12 @@ def progress(*columns: ProgressColumn) -> Progress:
     """A progress display on stderr that vanishes when it is done, and is silent where nobody looks."""
     console = Console(stderr=True)
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+@contextmanager
+def counting(name: str, total: float | None) -> Iterator[Callable[[float], None]]:
+    """A bar of counted work with the time left; what it yields is called with how much was done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with progress(*columns) as bar:
+        task = bar.add_task(name, total=total)
+        yield lambda count: bar.advance(task, count)

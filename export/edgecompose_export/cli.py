@@ -25,7 +25,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-from edgecompose.console import ErrorGroup, progress
+from edgecompose.console import ErrorGroup, counting, progress
 from edgecompose.quantization import Bits
 from edgecompose_export import __version__
 
@@ -154,7 +154,7 @@ def examples(
     for name, path in map(_named_path, tasks):
         named.setdefault(name, []).extend(read_examples(path))
     loaded, spec = open_embedder(embedder_folder)
-    with _bar("embedding", sum(map(len, named.values()))) as advance:
+    with counting("embedding", sum(map(len, named.values()))) as advance:
         table = write_examples(named, loaded, spec, output, whiten=whiten, keep_text=keep_text, advance=advance)
     counts = ", ".join(f"{name} {span.examples}" for name, span in table.tasks.items())
     _print(f"{output}: {table.index.vectors} vectors ({counts})", table, as_json)
@@ -252,7 +252,7 @@ def add_task_command(
     """
     from edgecompose_export.bundles import add_task
 
-    with _bar("embedding", 1) as advance:
+    with counting("embedding", 1) as advance:
         manifest = add_task(
             directory, name, adapter_path, examples_file, bits=_bits(bits), advance=lambda done, of: advance(1 / of)
         )
@@ -329,14 +329,6 @@ def _steps() -> Iterator[Callable[[str], None]]:
 
         yield advance
         finish()
-
-
-@contextmanager
-def _bar(name: str, total: int | None) -> Iterator[Callable[[float], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with progress(*columns) as bar:
-        task = bar.add_task(name, total=total)
-        yield lambda count: bar.advance(task, count)
 
 
 @contextmanager
