@@ -5,8 +5,9 @@
 Vectors are drawn around those of the bundle's index: an example and Gaussian noise whose length is that of the distance
 between near neighbours, at unit norm; queries are drawn the same way. hnswlib and Faiss are measured where they are
 installed (`pip install hnswlib faiss-cpu`). For each: seconds to build, recall@100 against exact float32 search,
-milliseconds a query (median and 99th percentile, one at a time on one thread), size of the file, and milliseconds to
-load it and to open it as a memory map with a first query. Prints a table, and one JSON line last.
+milliseconds a query (median and 99th percentile, one at a time on one thread), size of the file, memory that loading it
+takes, and milliseconds to load it and to open it as a memory map as the runtime does, each with a first query. Prints a
+table, and one JSON line last.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from edgecompose.retrieval import open_index
 Float = npt.NDArray[np.float32]
 Keys = npt.NDArray[np.int64]
 Search = Callable[[Float], Keys]
+#: Memory (1e6 bytes) and milliseconds of loading a file, milliseconds of mapping it.
+Reopened = tuple[float | None, float | None, float | None]
 COUNT = 100
 #: Length of the noise around an example: half the distance between vectors of cosine 0.8.
 NOISE = 0.32
@@ -54,13 +57,14 @@ class Contender:
     @property
     def name(self) -> str:
         """What the table calls it."""
-        graph = f" M={self.connectivity} ef={self.expansion_search}" if self.connectivity else " exact"
+        built = "" if self.expansion_add == 128 else f" efc={self.expansion_add}"
+        graph = f" M={self.connectivity}{built} ef={self.expansion_search}" if self.connectivity else " exact"
         return f"{self.library} {self.dtype}{graph}"
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One row: times in the units of their names, `file_mb` in 1e6 bytes, None where a library has no such thing."""
+    """One row: times in the units of their names, sizes in 1e6 bytes, None where a library has no such thing."""
 
     contender: str
     vectors: int
@@ -69,6 +73,7 @@ class Result:
     p99_ms: float
     build_s: float
     file_mb: float
+    memory_mb: float | None = None
     load_ms: float | None = None
     mmap_ms: float | None = None
 
@@ -77,7 +82,7 @@ def sample(bundle: Path, count: int, seed: int) -> Float:
     """Vectors (count, dimension) of unit norm, drawn around those of a bundle's index."""
     opened = Bundle(bundle)
     spec = opened.manifest.index
-    index = open_index(opened.path(spec.file), spec)
+    index = open_index(opened.path(spec.file), spec, editable=True)
     keys = [k for t in opened.manifest.tasks.values() for k in range(t.first_key, t.first_key + t.examples)]
     real = np.asarray(index.get(np.array(keys, np.uint64)), np.float32)
     rng = np.random.default_rng(seed)
@@ -134,14 +139,32 @@ def measure(contenders: Sequence[Contender], vectors: Float, queries: Float, wan
             path = Path(folder) / "index"
             library.save(index, path)
             size = path.stat().st_size / 1e6 if path.exists() else vectors.nbytes / 1e6
-            load, view = library.reopen(contender, path, queries[0])
+            reopened = library.reopen(contender, path, queries[0])
         row = Result(
             contender.name, len(vectors), recall(found, wanted), float(np.median(spent)),
-            float(np.percentile(spent, 99)), seconds, size, load, view,
+            float(np.percentile(spent, 99)), seconds, size, *reopened,
         )  # fmt: skip
         rows.append(row)
         print(_line(row), flush=True)
     return rows
+
+
+def reading(load: Callable[[], Any]) -> tuple[float | None, float]:
+    """Memory (1e6 bytes, Linux) and milliseconds that loading takes; what was loaded is let go of."""
+    before, start = resident(), time.perf_counter()
+    loaded = load()
+    spent = (time.perf_counter() - start) * 1e3
+    after = resident()
+    del loaded
+    return None if before is None or after is None else (after - before) / 1e6, spent
+
+
+def resident() -> int | None:
+    """Bytes of this process that lie in memory; None where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return None
 
 
 class _USearch:
@@ -161,16 +184,16 @@ class _USearch:
     def save(self, index: Any, path: Path) -> None:
         index.save(str(path))
 
-    def reopen(self, contender: Contender, path: Path, query: Float) -> tuple[float | None, float | None]:
-        spent = []
-        for view in (False, True):
-            start = time.perf_counter()
-            index = importlib.import_module("usearch.index").Index(
-                path=str(path), view=view, ndim=len(query), metric="cos", dtype=contender.dtype
-            )
+    def reopen(self, contender: Contender, path: Path, query: Float) -> Reopened:
+        kind = importlib.import_module("usearch.index").Index
+
+        def load(*, view: bool) -> Any:
+            index = kind(ndim=len(query), metric="cos", dtype=contender.dtype, enable_key_lookups=not view)
+            (index.view if view else index.load)(str(path))
             index.search(query, COUNT, threads=1)
-            spent.append((time.perf_counter() - start) * 1e3)
-        return spent[0], spent[1]
+            return index
+
+        return *reading(lambda: load(view=False)), reading(lambda: load(view=True))[1]
 
 
 class _Numpy:
@@ -187,8 +210,8 @@ class _Numpy:
     def save(self, index: Float, path: Path) -> None:
         """Nothing: its file is the vectors."""
 
-    def reopen(self, contender: Contender, path: Path, query: Float) -> tuple[float | None, float | None]:
-        return None, None
+    def reopen(self, contender: Contender, path: Path, query: Float) -> Reopened:
+        return None, None, None
 
 
 class _Hnswlib:
@@ -205,12 +228,14 @@ class _Hnswlib:
     def save(self, index: Any, path: Path) -> None:
         index.save_index(str(path))
 
-    def reopen(self, contender: Contender, path: Path, query: Float) -> tuple[float | None, float | None]:
-        start = time.perf_counter()
-        index = importlib.import_module("hnswlib").Index(space="cosine", dim=len(query))
-        index.load_index(str(path))
-        index.knn_query(query, 1)
-        return (time.perf_counter() - start) * 1e3, None
+    def reopen(self, contender: Contender, path: Path, query: Float) -> Reopened:
+        def load() -> Any:
+            index = importlib.import_module("hnswlib").Index(space="cosine", dim=len(query))
+            index.load_index(str(path))
+            index.knn_query(query, 1)
+            return index
+
+        return *reading(load), None
 
 
 class _Faiss:
@@ -233,10 +258,13 @@ class _Faiss:
     def save(self, index: Any, path: Path) -> None:
         importlib.import_module("faiss").write_index(index, str(path))
 
-    def reopen(self, contender: Contender, path: Path, query: Float) -> tuple[float | None, float | None]:
-        start = time.perf_counter()
-        importlib.import_module("faiss").read_index(str(path)).search(query[None], COUNT)
-        return (time.perf_counter() - start) * 1e3, None
+    def reopen(self, contender: Contender, path: Path, query: Float) -> Reopened:
+        def load() -> Any:
+            index = importlib.import_module("faiss").read_index(str(path))
+            index.search(query[None], COUNT)
+            return index
+
+        return *reading(load), None
 
 
 _LIBRARIES: dict[str, Any] = {"usearch": _USearch(), "numpy": _Numpy(), "hnswlib": _Hnswlib(), "faiss": _Faiss()}
@@ -248,6 +276,7 @@ def contenders(quick: bool) -> list[Contender]:
     settings = [("f16", 16), ("i8", 16)] if quick else [("f32", 16), ("f16", 16), ("i8", 16), ("f16", 32)]
     for dtype, connectivity in settings:
         rows += [Contender("usearch", dtype, connectivity, 128, ef) for ef in (128, 256, 512)]
+    rows += [Contender("usearch", "f16", 32, 256, ef) for ef in (128, 192, 256, 512)]
     for library in ("hnswlib", "faiss"):
         if importlib.util.find_spec(library) is not None:
             rows += [Contender(library, "f32", 16, 128, ef) for ef in (128, 256, 512)]
@@ -255,7 +284,8 @@ def contenders(quick: bool) -> list[Contender]:
 
 
 def _line(row: Result) -> str:
-    reopened = "".join(" " * 9 if value is None else f"{value:9.1f}" for value in (row.load_ms, row.mmap_ms))
+    values = (row.memory_mb, row.load_ms, row.mmap_ms)
+    reopened = "".join(" " * 9 if value is None else f"{value:9.1f}" for value in values)
     return (
         f"{row.vectors:9}  {row.contender:28}{row.recall:8.4f}{row.median_ms:9.3f}{row.p99_ms:9.3f}{row.build_s:9.1f}"
         f"{row.file_mb:9.1f}{reopened}"
@@ -272,7 +302,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="contenders whose names hold one of these, e.g. 'usearch f16 M=16'")
     parser.add_argument("--save", type=Path, help="JSON file; rows that it holds already are kept or replaced")
     options = parser.parse_args()
-    print("  vectors  contender                     recall   median      p99  build s  file MB  load ms  mmap ms")
+    print(f"  vectors  {'contender':28}  recall   median      p99  build s  file MB   mem MB  load ms  mmap ms")
     rows: list[Result] = []
     chosen = [c for c in contenders(options.quick) if not options.only or any(o in c.name for o in options.only)]
     for size in options.sizes:

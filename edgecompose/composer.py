@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -226,10 +226,19 @@ class Composer:
         with clock.stage("weigh"):
             sizes = {name: task.examples for name, task in manifest.tasks.items()}
             distribution, kept = weigh(neighbours, settings, sizes)
-            weights = adapter_weights(kept, {n: t.adapters for n, t in manifest.tasks.items()}, barred=self._harmful)
+            weights = self.adapters_for(kept, request.exclude)
         found = Retrieval(tuple(neighbours), distribution, kept, weights)
         self._retrievals.put(key, found)
         return found
+
+    def adapters_for(self, tasks: Mapping[str, float], exclude: Collection[str] = ()) -> dict[str, float]:
+        """Weights of adapters from weights of tasks, those that do harm passed over.
+
+        Args:
+            exclude: tasks left out; each takes the adapter of its name along, whatever else that serves.
+        """
+        serving = {name: task.adapters for name, task in self.bundle.manifest.tasks.items()}
+        return adapter_weights(tasks, serving, barred=self._harmful.union(exclude))
 
     def _embed(self, embedder: Embedder, prompt: str) -> Float:
         """The prompt's vector, from the cache where another request weighed the same prompt in another way."""

@@ -18,7 +18,6 @@ from edgecompose.manifest import Manifest
 from edgecompose.methods import METHODS, MergeSettings, composition_digest
 from edgecompose.outcomes import Outcome, OutcomeKey, Outcomes, open_outcomes
 from edgecompose.request import STAGES, WEIGH_NAMES, Request, Retrieval
-from edgecompose.weighting import adapter_weights
 
 Kind = Literal["base", "own", "top1", "uniform", "retrieved", "fixed"]
 #: Kinds that have a name to be called by; 'fixed' wants weights beside it.
@@ -159,7 +158,7 @@ class _Bench:
         request = _request(contender, example, here)
         retrieves = contender.kind in ("top1", "uniform", "retrieved")
         retrieval, spent = routes.find(request) if retrieves else (_NOTHING, {})
-        weights = self._weights(contender, example, retrieval)
+        weights = self._weights(contender, example, request, retrieval)
         if contender.kind != "retrieved":
             request = dataclasses.replace(request, weights=weights)
         request = dataclasses.replace(request, raw=self._composer.sends_raw(request, retrieval))
@@ -174,8 +173,10 @@ class _Bench:
             timings,
         )  # fmt: skip
 
-    def _weights(self, contender: Contender, example: EvalExample, retrieval: Retrieval) -> dict[str, float]:
-        """The blend that a contender wants: weights of adapters."""
+    def _weights(
+        self, contender: Contender, example: EvalExample, request: Request, retrieval: Retrieval
+    ) -> dict[str, float]:
+        """The blend that a contender wants for a request: weights of adapters."""
         if contender.kind == "base":
             return {}
         if contender.kind == "fixed":
@@ -186,8 +187,7 @@ class _Bench:
         if contender.kind == "retrieved":
             return dict(retrieval.weights)
         tasks = list(retrieval.nucleus) if contender.kind == "uniform" else list(retrieval.distribution)[:1]
-        serving = {task: adapters_of(self._manifest, task) for task in tasks}
-        return adapter_weights({task: 1 / len(tasks) for task in tasks}, serving)
+        return self._composer.adapters_for({task: 1 / len(tasks) for task in tasks}, request.exclude)
 
     def _outcome(self, example: EvalExample, request: Request, weights: Mapping[str, float]) -> Outcome:
         key = self._key(example, request, weights)

@@ -96,13 +96,17 @@ class ExampleIndex:
         return name
 
 
-def new_index(dimension: int, dtype: str) -> Index:
-    """An empty cosine index."""
-    return Index(ndim=dimension, metric="cos", dtype=dtype)
+def new_index(dimension: int, dtype: str, *, editable: bool = True) -> Index:
+    """An empty cosine index; one that is not `editable` cannot find vectors by key."""
+    return Index(ndim=dimension, metric="cos", dtype=dtype, enable_key_lookups=editable)
 
 
-def open_index(path: Path, spec: IndexSpec) -> Index:
-    """Load an index and compare it with its description (USearch itself accepts any mismatch).
+def open_index(path: Path, spec: IndexSpec, *, editable: bool = False) -> Index:
+    """Open an index and compare it with its description (USearch itself accepts any mismatch).
+
+    Args:
+        editable: read it into memory, for vectors to be added and fetched by key. Otherwise the file is mapped, read
+            as a search walks it, and only searched: finding vectors by key wants a table of all keys.
 
     Raises:
         RetrievalError: unreadable, or of another size, dimension or type than `spec` says.
@@ -111,10 +115,10 @@ def open_index(path: Path, spec: IndexSpec) -> Index:
         described = Index.metadata(str(path)) or {}
     except (RuntimeError, ValueError, OSError) as error:
         raise RetrievalError(f"index '{path.name}' cannot be read: {error}; export the bundle again") from error
-    index = new_index(spec.dimension, spec.dtype)
+    index = new_index(spec.dimension, spec.dtype, editable=editable)
     try:
         if described:
-            index.load(str(path))
+            (index.load if editable else index.view)(str(path))
     except (RuntimeError, ValueError, OSError) as error:
         raise RetrievalError(f"index '{path.name}' cannot be loaded: {error}; export the bundle again") from error
     kinds = (described.get("kind_metric"), described.get("kind_scalar"))

@@ -116,13 +116,16 @@ def adapter_weights(
 
     Args:
         adapters_of: adapter -> weight of each task; a task without any leaves its share to the base.
-        barred: adapters that are passed over, as those that do harm; their share is the base's too.
+        barred: adapters that are passed over, as those that do harm; what else serves a task takes their part of its
+            share, and the base where nothing does.
     """
     weights: dict[str, float] = {}
     for task, weight in tasks.items():
-        for adapter, part in adapters_of[task].items():
-            if adapter not in barred:
-                weights[adapter] = weights.get(adapter, 0.0) + weight * part
+        allowed = {name: part for name, part in adapters_of[task].items() if name not in barred}
+        left = math.fsum(allowed.values())
+        grown = math.fsum(adapters_of[task].values()) / left if left > 0 else 1.0
+        for adapter, part in allowed.items():
+            weights[adapter] = weights.get(adapter, 0.0) + weight * part * grown
     return dict(sorted(weights.items(), key=_order))
 
 

@@ -710,6 +710,8 @@ def test_a_task_is_served_by_whom_the_recipe_names(zoo: TinyZoo, tmp_path: Path)
         alone = opened.run(TASKS["colours"][0], Request(neighbours=1, max_tokens=4))
         assert alone.retrieval.nucleus == {"colours": 1.0} and alone.retrieval.weights == {}
         assert alone.text == opened.run(TASKS["colours"][0], Request(weights={}, max_tokens=4)).text
+        left_out = opened.retrieve(TASKS["animals"][0], Request(neighbours=1, exclude=("numbers",)))
+        assert left_out.weights == {"animals": 1.0}  # whose other part goes with the task that is left out
 
 
 def test_a_task_served_by_an_unknown_one_is_refused(zoo: TinyZoo, tmp_path: Path) -> None:

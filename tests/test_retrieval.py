@@ -141,6 +141,15 @@ def test_an_index_of_another_number_type_is_refused(tmp_path: Path, spec: IndexS
         open_index(tmp_path / spec.file, replace(spec, dtype="f16"))
 
 
+def test_what_is_mapped_is_what_is_read(tmp_path: Path, spec: IndexSpec) -> None:
+    mapped, read = (open_index(tmp_path / spec.file, spec, editable=editable) for editable in (False, True))
+    for query in _vectors()[:5]:
+        found, wanted = mapped.search(query, 7, threads=1), read.search(query, 7, threads=1)
+        np.testing.assert_array_equal(found.keys, wanted.keys)
+        np.testing.assert_array_equal(found.distances, wanted.distances)
+    np.testing.assert_allclose(np.asarray(read.get(np.array([3], np.uint64)))[0], _vectors()[3], atol=1e-6)
+
+
 def test_an_index_of_another_metric_is_refused(tmp_path: Path) -> None:
     other = Index(ndim=DIMENSION, metric="l2sq", dtype="f32")
     other.add(np.arange(TOTAL), _vectors(), threads=1)

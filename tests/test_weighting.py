@@ -117,6 +117,12 @@ def test_what_is_barred_leaves_its_share_to_the_base() -> None:
     assert adapter_weights({"a": 0.7, "b": 0.3}, {"a": {"a": 1.0}, "b": {"b": 1.0}}, barred=["a"]) == {"b": 0.3}
 
 
+def test_what_else_serves_a_task_takes_the_part_of_what_is_barred() -> None:
+    serving = {"a": {"a": 0.5, "b": 0.25, "c": 0.25}, "d": {"d": 0.8}}
+    weights = adapter_weights({"a": 0.6, "d": 0.4}, serving, barred=["a"])
+    assert weights == pytest.approx({"b": 0.3, "c": 0.3, "d": 0.32})
+
+
 @given(NEIGHBOURS, TEMPERATURES, st.floats(0.1, 1))
 def test_what_is_weighed_by_default_is_the_papers_rule(neighbours: list[Neighbour], t: float, p: float) -> None:
     distribution, kept = weigh(neighbours, WeighSettings(t, p), SIZES)

@@ -143,7 +143,7 @@ def add_task(
         raise ExportError(f"bundle '{root}' already has a task '{name}'; remove it first, or give another name")
     prompts = [e.prompt for e in read_examples(examples)]
     spec = _place_adapter(adapter, name, manifest.base, root, bits)
-    index = open_index(bundle.path(manifest.index.file), manifest.index)
+    index = open_index(bundle.path(manifest.index.file), manifest.index, editable=True)
     first = max((t.first_key + t.examples for t in manifest.tasks.values()), default=0)
     done = iter(range(1, len(prompts) + 1))
     vectors = embed_prompts(_embedder_of(bundle), prompts, lambda count: advance(next(done), len(prompts)))
@@ -173,7 +173,7 @@ def remove_task(root: Path, name: str) -> Manifest:
     if len(manifest.tasks) == 1:
         raise ExportError(f"'{name}' is the only task of bundle '{root}'; a bundle needs one")
     tasks = {key: task for key, task in manifest.tasks.items() if key != name}
-    old = open_index(bundle.path(manifest.index.file), manifest.index)
+    old = open_index(bundle.path(manifest.index.file), manifest.index, editable=True)
     index = new_index(manifest.index.dimension, manifest.index.dtype)
     for task in tasks.values():
         keys = np.arange(task.first_key, task.first_key + task.examples, dtype=np.uint64)
