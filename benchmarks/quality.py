@@ -3,8 +3,9 @@
     python benchmarks/quality.py models/demo DATA_DIR --split valid --limit 50 --plain build/plain \
         --outcomes build/outcomes.jsonl --save benchmarks/results/quality-valid.json
 
-DATA_DIR holds `<task>.<split>.jsonl`. Three settings: `in-pool`, tasks of the bundle as they are; `left-out`, each task
-of the bundle with its own examples and adapter left out of retrieval; `unseen`, tasks that the bundle lacks. The
+DATA_DIR holds `<task>.<split>.jsonl`. Four settings: `in-pool`, tasks of the bundle as they are; `left-out`, each task
+of the bundle with its own examples and adapter left out; `unseen`, tasks that the bundle lacks; `reworded`, tasks of
+the bundle in the two wordings of `rewordings.HELD_OUT` by turns, which neither index nor adapters have seen. The
 contenders are fixed in `CONTENDERS`. Those of the paper answer from `--plain`, a bundle of the same adapters whose
 index is searched by plain cosine of whole prompts; without it they are left out. Answers are kept in `--outcomes`, so
 that a run that was stopped goes on, and one blend is never computed twice. Prints a table for each setting.
@@ -13,13 +14,17 @@ that a run that was stopped goes on, and one blend is never computed twice. Prin
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found as a script, however edgecompose is installed
+
+from benchmarks.rewordings import HELD_OUT, reword
 from edgecompose import Composer, Request, open_bundle
 from edgecompose.console import counting
 from edgecompose.evaluation import EvalExample, read_eval_examples
@@ -28,8 +33,8 @@ from edgecompose.judgement import Evaluation, Judgement
 from edgecompose.methods import MergeSettings
 from edgecompose.scoreboard import describe_evaluation, evaluation_json, settings_json
 
-Setting = Literal["in-pool", "left-out", "unseen"]
-SETTINGS: tuple[Setting, ...] = ("in-pool", "left-out", "unseen")
+Setting = Literal["in-pool", "left-out", "unseen", "reworded"]
+SETTINGS: tuple[Setting, ...] = get_args(Setting)
 #: The paper's rule: 100 neighbours, T = 1, nucleus over tasks with p = 0.9.
 PAPER = Request(neighbours=100, temperature=1.0, nucleus=0.9, size_correction=0.0, shortcut=1.0, fallback=0.0)
 MAIN = "ours"
@@ -100,7 +105,14 @@ def read_split(composer: Composer, options: argparse.Namespace, setting: Setting
     for path in sorted(options.data.glob(f"*.{options.split}.jsonl")):
         task = path.name.split(".")[0]
         if (task in pool) != (setting == "unseen") and (not options.tasks or task in options.tasks):
-            yield from read_eval_examples(path, options.limit)
+            examples = read_eval_examples(path, options.limit)
+            yield from reworded(examples) if setting == "reworded" else examples
+
+
+def reworded(examples: Iterable[EvalExample]) -> Iterable[EvalExample]:
+    """The same examples, asked in the held-out wordings by turns."""
+    for example, wording in zip(examples, itertools.cycle(HELD_OUT), strict=False):
+        yield replace(example, prompt=reword(example.task, example.prompt, wording))
 
 
 def chosen(names: Sequence[str] | None, setting: Setting, *, with_plain: bool) -> list[Entry]:

@@ -27,6 +27,7 @@ SETTING_WORDS = {
     "in-pool": "In the pool: the example's own adapter and its task's training prompts are there to be found",
     "left-out": "Left out: the example's own task is excluded from retrieval",
     "unseen": "Unseen: tasks without an adapter or any indexed prompt",
+    "reworded": "Reworded: tasks of the pool, asked in two wordings that neither index nor adapters have seen",
 }
 
 

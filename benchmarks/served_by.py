@@ -1,32 +1,37 @@
 """Which adapters serve each task best, by its validation examples (LoRAuter's idea, arXiv 2601.21795).
 
-    python benchmarks/served_by.py models/demo DATA_DIR --limit 100 --outcomes build/outcomes.jsonl
+    python benchmarks/served_by.py models/demo DATA_DIR --outcomes build/outcomes.jsonl
 
-DATA_DIR holds `<task>.<split>.jsonl`. Within each group of kindred tasks every task tries each adapter of the group
-alone, its own with each of the others at equal weights, and all of them at equal weights. What beats the own adapter is
-named when the paired bootstrap finds it better in at least `--sure` of its resamples; the lines are those of a recipe.
+DATA_DIR holds `<task>.<split>.jsonl`. Every task tries no adapter, its own at half its strength, its own with each of
+its kindred (`KINDRED`) at equal weights, and all of those at equal weights, on the first half of its examples; the best
+of them then meets the own adapter on the second half, which no choice has seen. It is named, as a line of a recipe,
+when it is ahead there too and the paired bootstrap over all of them has it ahead in `--sure` of its resamples.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from edgecompose import Composer, Request, open_bundle
-from edgecompose.evaluation import read_eval_examples
+from edgecompose.evaluation import EvalExample, read_eval_examples
 from edgecompose.evaluator import Contender, evaluate
 from edgecompose.judgement import Evaluation
 
-#: Kindred tasks; a task tries the adapters of its group.
-GROUPS = (
-    ("anli_r3", "cb", "mnli_matched", "rte", "snli", "wnli", "qnli", "mrpc"),
-    ("arc_easy", "openbookqa", "commonsense_qa", "piqa", "copa"),
-    ("cosmos_qa", "hellaswag", "story_cloze", "copa"),
-    ("boolq", "multirc", "qnli"),
-    ("imdb", "yelp"),
-)
+#: Task -> the tasks whose adapters may help: those of one kind of question and one set of answers.
+KINDRED: dict[str, tuple[str, ...]] = {
+    "anli_r3": ("mnli_matched", "cb", "snli"), "cb": ("mnli_matched", "anli_r3", "snli"),
+    "mnli_matched": ("snli", "anli_r3"), "snli": ("mnli_matched",),
+    "rte": ("qnli", "mnli_matched", "wnli"), "wnli": ("rte", "mrpc"), "qnli": ("rte", "mrpc", "boolq"),
+    "mrpc": ("wic", "rte", "qnli"), "wic": ("mrpc", "wnli"), "boolq": ("multirc", "qnli"), "multirc": ("boolq", "qnli"),
+    "arc_easy": ("openbookqa", "commonsense_qa"), "openbookqa": ("arc_easy", "commonsense_qa"),
+    "commonsense_qa": ("arc_easy", "openbookqa"), "cosmos_qa": ("story_cloze", "arc_easy"),
+    "piqa": ("arc_easy", "story_cloze"), "copa": ("story_cloze", "commonsense_qa"),
+    "story_cloze": ("hellaswag", "copa"), "hellaswag": ("story_cloze", "cosmos_qa"),
+    "imdb": ("yelp",), "yelp": ("imdb",), "squad": ("boolq",),
+}  # fmt: skip
 
 
 def main() -> None:
@@ -41,25 +46,19 @@ def main() -> None:
     parser.add_argument("--sure", type=float, default=0.95)
     options = parser.parse_args()
     with open_bundle(options.bundle, device="cpu") as composer:
-        for task in options.tasks or sorted(composer.bundle.manifest.tasks):
+        for task in options.tasks or KINDRED:
             examples = read_eval_examples(options.data / f"{task}.{options.split}.jsonl", options.limit)
-            contenders = list(candidates(composer, task))
-            if len(contenders) > 1:
-                best(task, evaluate(composer, examples, contenders, outcomes=options.outcomes), options.sure)
+            line = best(composer, task, examples, options.outcomes, options.sure)
+            print(line, flush=True)
 
 
-def candidates(composer: Composer, task: str) -> Iterator[Contender]:
+def candidates(task: str) -> list[Contender]:
     """The blends that a task tries, its own adapter last."""
-    group = sorted(
-        {name for names in GROUPS if task in names for name in names} & set(composer.bundle.manifest.adapters)
-    )
-    others = [name for name in group if name != task]
-    for name in others:
-        yield fixed({name: 1.0})
-        yield fixed({task: 0.5, name: 0.5})
-    if len(others) > 1:
-        yield fixed(dict.fromkeys(group, 1 / len(group)))
-    yield fixed({task: 1.0})
+    kindred = KINDRED[task]
+    blends: list[dict[str, float]] = [{}, {task: 0.5}, *({task: 0.5, name: 0.5} for name in kindred)]
+    if len(kindred) > 1:
+        blends.append(dict.fromkeys((task, *kindred), 1 / (1 + len(kindred))))
+    return [fixed(weights) for weights in (*blends, {task: 1.0})]
 
 
 def fixed(weights: Mapping[str, float]) -> Contender:
@@ -68,16 +67,30 @@ def fixed(weights: Mapping[str, float]) -> Contender:
     return Contender(name, "fixed", Request(weights=weights))
 
 
-def best(task: str, found: Evaluation, sure: float) -> None:
-    """Print what was reached, and the recipe's line where another blend is surely better."""
-    own = found.main
-    standings = sorted(found.judgements, key=lambda name: -(found.standing(name).mean or 0.0))
-    for name in standings:
-        print(f"{task:16} {100 * (found.standing(name).mean or 0):5.1f}  {name}", file=sys.stderr, flush=True)
-    top = standings[0]
-    against = Evaluation(top, found.judgements).against(own)
-    if top != own and against is not None and against.paired.wins >= sure:
-        print(f"{task} = {{ served_by = {{ {top} }} }}  # {100 * against.paired.difference:+.1f} points", flush=True)
+def best(composer: Composer, task: str, examples: Sequence[EvalExample], outcomes: Path | None, sure: float) -> str:
+    """The recipe's line of a task, its own adapter where no other blend is surely better."""
+    contenders = candidates(task)
+    half = len(examples) // 2
+    first = evaluate(composer, examples[:half], contenders, outcomes=outcomes)
+    by_name = {contender.name: contender for contender in contenders}
+    means = {name: first.standing(name).mean or 0.0 for name in by_name}
+    for name in sorted(means, key=lambda name: -means[name]):
+        print(f"{task:16} {100 * means[name]:5.1f}  {name or 'base alone'}", file=sys.stderr, flush=True)
+    own = contenders[-1].name
+    chosen = max(means, key=lambda name: (means[name], name == own))
+    if chosen == own:
+        return f"{task}: its own adapter"
+    pair = [by_name[own], by_name[chosen]]
+    unseen, whole = (
+        Evaluation(chosen, evaluate(composer, part, pair, outcomes=outcomes).judgements).against(own)
+        for part in (examples[half:], examples)
+    )
+    if unseen is None or whole is None:
+        raise ValueError(f"no example of {task}")
+    ahead = f"{100 * whole.paired.difference:+.1f} points, {100 * unseen.paired.difference:+.1f} on the second half"
+    if unseen.paired.difference > 0 and whole.paired.wins >= sure:
+        return f"{task} = {{ served_by = {{ {chosen} }} }}  # {ahead}"
+    return f"{task}: its own adapter; {chosen or 'base alone'} {ahead}"
 
 
 if __name__ == "__main__":
