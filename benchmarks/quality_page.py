@@ -69,6 +69,7 @@ def setting(result: Mapping[str, Any]) -> str:
         lines.append(
             f"| {label} | {len(found['tasks'])} | {mean} | {percent(low)} to {percent(high)} | {less} | {spent:.0f} |"
         )
+    lines += ["", *routing(result["contenders"][main]["routing"]["confusion"])]
     names = list(result["contenders"])
     lines += ["", f"| task | n | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
     for task, score in result["contenders"][main]["tasks"].items():
@@ -76,6 +77,19 @@ def setting(result: Mapping[str, Any]) -> str:
         row = " | ".join("" if cell is None else percent(cell["accuracy"]) for cell in cells)
         lines.append(f"| {task} | {score['n']} | {row} |")
     return "\n".join(lines) + "\n"
+
+
+def routing(confusion: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """One line: how often the likeliest task is the example's own; none where that cannot be."""
+    asked = {task: sum(found.values()) for task, found in confusion.items()}
+    hits = {task: found.get(task, 0) / asked[task] for task, found in confusion.items()}
+    if not any(hits.values()):
+        return []
+    low = ", ".join(
+        f"{task} {percent(hit)}" for task, hit in sorted(hits.items(), key=lambda item: item[1]) if hit < 0.9
+    )
+    mean = sum(hits.values()) / len(hits)
+    return [f"Likeliest task is the example's own: {percent(mean)} %, mean over tasks (below 90: {low or 'none'})."]
 
 
 def percent(share: float) -> str:

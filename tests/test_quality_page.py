@@ -1,0 +1,42 @@
+"""The page of results is written out of what was measured."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.quality import reworded
+from benchmarks.quality_page import page, routing
+from edgecompose.evaluation import EvalExample
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+
+
+def test_every_figure_of_a_result_is_on_the_page() -> None:
+    paths = sorted(RESULTS.glob("*-quality-*-unseen.json"))
+    text = page(paths)
+    for path in paths:
+        for result in json.loads(path.read_text(encoding="utf-8"))["settings"].values():
+            for name, found in result["contenders"].items():
+                assert f"{name} |" in text or f"**{name}** |" in text
+                assert f"| {100 * found['mean_accuracy']:.1f} |" in text
+            for task in result["contenders"][result["main"]]["tasks"]:
+                assert f"| {task} |" in text
+
+
+def test_routing_says_how_often_the_own_task_is_on_top() -> None:
+    (line,) = routing({"a": {"a": 3, "b": 1}, "b": {"b": 4}})
+    assert "87.5 %" in line and "a 75.0" in line and "b " not in line.split("below 90")[1]
+    assert routing({"a": {"b": 2}}) == []  # left out or unseen: it cannot be its own
+
+
+def test_reworded_examples_keep_their_answers() -> None:
+    prompt = "A photo is described as: A dog runs.\nIs it then true that: A cat sits.\nSay yes, maybe or no.\nAnswer:"
+    examples = [EvalExample("snli", prompt, "no", ("yes", "maybe", "no"))] * 2
+    first, second = reworded(examples)
+    assert first.prompt != second.prompt
+    for found in (first, second):
+        assert found.prompt != prompt and "A dog runs." in found.prompt and "A cat sits." in found.prompt
+        assert (found.answer, found.choices) == ("no", ("yes", "maybe", "no"))
+    with pytest.raises(ValueError, match="not a prompt of snli"):
+        list(reworded([EvalExample("snli", "else", "no")]))
