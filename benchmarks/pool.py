@@ -1,8 +1,9 @@
 """Makes what `models/` ships: trains and quantises an adapter for each task of the pool, and indexes their prompts.
 
-    python benchmarks/pool.py DATA_DIR [--steps train adapters examples] [--models models] [--work build/lora]
+    python benchmarks/pool.py DATA_DIR [--steps train adapters examples table] [--models models] [--work build/lora]
 
-DATA_DIR holds `<task>.train.jsonl`. Each step goes on where it was stopped. The index holds the first `INDEXED`
+DATA_DIR holds `<task>.train.jsonl`. Each step goes on where it was stopped; `table` writes the rows of
+`models/SOURCES.md` once `models/admission.json` is there. The index holds the first `INDEXED`
 training prompts of each task twice: as the dataset words them, and in one of the wordings of `rewordings.AUGMENT`,
 drawn at random, so that a prompt is known by more than its dataset's template. Training takes two hours on two cores.
 """
@@ -10,6 +11,7 @@ drawn at random, so that a prompt is known by more than its dataset's template. 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import sys
 import time
@@ -20,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.rewordings import AUGMENT, reword
 from edgecompose_export.adapters import export_adapter
+from edgecompose_export.admission import read_admission
 from edgecompose_export.base import read_base_spec
 from edgecompose_export.checkpoint import find_checkpoint
 from edgecompose_export.datasets import Example, read_examples
@@ -27,22 +30,23 @@ from edgecompose_export.embedder import open_embedder
 from edgecompose_export.examples import write_examples
 from edgecompose_export.train import REPORT_FILE, TrainSettings, train_adapter
 
-STEPS = ("train", "adapters", "examples")
+STEPS = ("train", "adapters", "examples", "table")
 #: Training prompts of a task that the index holds, in each of two wordings.
 INDEXED = 300
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a task is trained on: its first `examples`, `epochs` times, `batch` a step."""
+    """What a task is trained on: its first `examples`, `epochs` times, `batch` a step, at a peak learning rate."""
 
     examples: int
     epochs: int
     batch: int
+    rate: float = 1e-3
 
     def settings(self) -> TrainSettings:
-        """Rank 8, alpha 16 and a peak rate of 1e-3 for all; on the prompt as it is, which is how it will be sent."""
-        return TrainSettings(epochs=self.epochs, batch=self.batch, prompt_form="raw")
+        """Rank 8 and alpha 16 for all; on the prompt as it is, which is how it will be sent."""
+        return TrainSettings(epochs=self.epochs, batch=self.batch, learning_rate=self.rate, prompt_form="raw")
 
 
 #: Long prompts get fewer examples and smaller batches: a step reads some 700 tokens, and a task trains in minutes.
@@ -71,6 +75,8 @@ def main() -> None:
         quantise(options.work, options.models / "adapters", options.build / "base")
     if "examples" in options.steps:
         index(options.data, options.models / "examples", options.build / "embedder")
+    if "table" in options.steps:
+        write_table(options.models, options.work)
 
 
 def train(data: Path, work: Path, source: Path) -> None:
@@ -107,6 +113,26 @@ def prompts(task: str, examples: list[Example]) -> list[Example]:
     """Examples of a task, and each of them once more in other words."""
     rng = random.Random(task)
     return [*examples, *(Example(reword(task, e.prompt, rng.choice(AUGMENT)), e.answer) for e in examples)]
+
+
+def write_table(models: Path, work: Path) -> None:
+    """Put what each adapter was trained on and what it is worth into the table of `SOURCES.md`."""
+    page, admission = models / "SOURCES.md", models / "admission.json"
+    lines = page.read_text(encoding="utf-8").splitlines()
+    family = {cells[1]: cells[2] for cells in (line.split("|") for line in lines) if len(cells) > 3}
+    kept = [line for line in lines if not line.startswith("| `")]
+    at = next(number for number, line in enumerate(kept) if line.startswith("| adapter")) + 2
+    rows = []
+    for task, found in sorted(read_admission(admission).items()):
+        report = json.loads((work / task / REPORT_FILE).read_text(encoding="utf-8"))
+        low, high = (f"{100 * bound:+.1f}" for bound in found.ci95)
+        trained = (f"{report[name]}" for name in ("examples", "epochs", "batch", "learning_rate", "steps"))
+        worth = f"{100 * (found.accuracy - found.base):+.1f} ({low} to {high}, n = {found.examples})"
+        rows.append(
+            f"| `{task}` |{family[f' `{task}` ']}| {' | '.join(trained)} | {report['final_loss']:.3f} "
+            f"| {100 * found.base:.1f} | {100 * found.accuracy:.1f} | {worth} | {found.verdict} |"
+        )
+    page.write_text("\n".join([*kept[:at], *rows, *kept[at:]]) + "\n", encoding="utf-8")
 
 
 def say(line: str) -> None:
