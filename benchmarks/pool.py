@@ -1,11 +1,13 @@
 """Makes what `models/` ships: trains and quantises an adapter for each task of the pool, and indexes their prompts.
 
-    python benchmarks/pool.py DATA_DIR [--steps train adapters examples table] [--models models] [--work build/lora]
+    python benchmarks/pool.py DATA_DIR [--steps train adapters examples plain table] [--work build/lora]
 
-DATA_DIR holds `<task>.train.jsonl`. Each step goes on where it was stopped; `table` writes the rows of
-`models/SOURCES.md` once `models/admission.json` is there. The index holds the first `INDEXED`
+DATA_DIR holds `<task>.train.jsonl`. Each step goes on where it was stopped. The index holds the first `INDEXED`
 training prompts of each task twice: as the dataset words them, and in one of the wordings of `rewordings.AUGMENT`,
-drawn at random, so that a prompt is known by more than its dataset's template. Training takes two hours on two cores.
+drawn at random, so that a prompt is known by more than its dataset's template. `plain` makes `build/plain`, a bundle of
+the same adapters that retrieves as arXiv 2602.21222 does: the cosine of whole prompts, every training prompt once.
+`table` writes the rows of `models/SOURCES.md` once `models/admission.json` is there; what an adapter was trained on
+stays as it stands where its training was not done here. Training takes two hours on two cores.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import json
 import random
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,13 +27,14 @@ from benchmarks.rewordings import AUGMENT, reword
 from edgecompose_export.adapters import export_adapter
 from edgecompose_export.admission import read_admission
 from edgecompose_export.base import read_base_spec
+from edgecompose_export.bundles import build_bundle
 from edgecompose_export.checkpoint import find_checkpoint
 from edgecompose_export.datasets import Example, read_examples
-from edgecompose_export.embedder import open_embedder
+from edgecompose_export.embedder import export_embedder, open_embedder
 from edgecompose_export.examples import write_examples
 from edgecompose_export.train import REPORT_FILE, TrainSettings, train_adapter
 
-STEPS = ("train", "adapters", "examples", "table")
+STEPS = ("train", "adapters", "examples", "plain", "table")
 #: Training prompts of a task that the index holds, in each of two wordings.
 INDEXED = 300
 
@@ -75,6 +79,8 @@ def main() -> None:
         quantise(options.work, options.models / "adapters", options.build / "base")
     if "examples" in options.steps:
         index(options.data, options.models / "examples", options.build / "embedder")
+    if "plain" in options.steps:
+        build_plain(options.data, options.models, options.build)
     if "table" in options.steps:
         write_table(options.models, options.work)
 
@@ -115,24 +121,47 @@ def prompts(task: str, examples: list[Example]) -> list[Example]:
     return [*examples, *(Example(reword(task, e.prompt, rng.choice(AUGMENT)), e.answer) for e in examples)]
 
 
+def build_plain(data: Path, models: Path, build: Path) -> None:
+    """A bundle whose index is that of the paper, of the adapters that are shipped."""
+    folder, output = build / "plain-embedder", build / "plain-examples"
+    export_embedder(build / "models" / "all-MiniLM-L6-v2", folder, ends=0)
+    embedder, spec = open_embedder(folder)
+    named = {task: read_examples(data / f"{task}.train.jsonl") for task in POOL}
+    table = write_examples(named, embedder, spec, output, whiten=False)
+    adapters = (models / "adapters").resolve()
+    tasks = [f"{task} = {{ adapter = {json.dumps(str(adapters / f'{task}.safetensors'))} }}" for task in POOL]
+    recipe = build / "plain.toml"
+    head = ['name = "plain"', 'base = "base"', f'embedder = "{folder.name}"', f'examples = "{output.name}"']
+    recipe.write_text("\n".join([*head, "[defaults]", 'prompt_form = "raw"', "[tasks]", *tasks]) + "\n", "utf-8")
+    build_bundle(recipe, build / "plain", force=True)
+    say(f"{build / 'plain'}: {table.index.vectors} vectors of {table.index.dimension} dimensions")
+
+
 def write_table(models: Path, work: Path) -> None:
     """Put what each adapter was trained on and what it is worth into the table of `SOURCES.md`."""
     page, admission = models / "SOURCES.md", models / "admission.json"
     lines = page.read_text(encoding="utf-8").splitlines()
-    family = {cells[1]: cells[2] for cells in (line.split("|") for line in lines) if len(cells) > 3}
+    known = {cells[1].strip(" `"): cells[2:9] for cells in (line.split("|") for line in lines) if len(cells) > 9}
     kept = [line for line in lines if not line.startswith("| `")]
     at = next(number for number, line in enumerate(kept) if line.startswith("| adapter")) + 2
     rows = []
     for task, found in sorted(read_admission(admission).items()):
-        report = json.loads((work / task / REPORT_FILE).read_text(encoding="utf-8"))
         low, high = (f"{100 * bound:+.1f}" for bound in found.ci95)
-        trained = (f"{report[name]}" for name in ("examples", "epochs", "batch", "learning_rate", "steps"))
         worth = f"{100 * (found.accuracy - found.base):+.1f} ({low} to {high}, n = {found.examples})"
+        trained = _training(known[task], work / task / REPORT_FILE)
         rows.append(
-            f"| `{task}` |{family[f' `{task}` ']}| {' | '.join(trained)} | {report['final_loss']:.3f} "
-            f"| {100 * found.base:.1f} | {100 * found.accuracy:.1f} | {worth} | {found.verdict} |"
+            f"| `{task}` |{trained}| {100 * found.base:.1f} | {100 * found.accuracy:.1f} | {worth} | {found.verdict} |"
         )
     page.write_text("\n".join([*kept[:at], *rows, *kept[at:]]) + "\n", encoding="utf-8")
+
+
+def _training(cells: Sequence[str], report: Path) -> str:
+    """The cells of a row that tell its family and its training, anew where its training was done here."""
+    if not report.is_file():
+        return "|".join(cells)
+    found = json.loads(report.read_text(encoding="utf-8"))
+    values = (f"{found[name]}" for name in ("examples", "epochs", "batch", "learning_rate", "steps"))
+    return f"{cells[0]}| {' | '.join(values)} | {found['final_loss']:.3f} "
 
 
 def say(line: str) -> None:

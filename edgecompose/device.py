@@ -135,7 +135,7 @@ def open_session(graph: Path | bytes, device: Device, *, name: str, threads: int
     Args:
         graph: path of an .onnx file (whose hash the caller has checked), or its bytes.
         name: what the graph is, for messages.
-        threads: intra-op threads; None lets ONNX Runtime take one per core.
+        threads: intra-op threads; None takes one per core, of those that this process may run on.
 
     Raises:
         BundleError: ONNX Runtime refuses the graph.
@@ -143,6 +143,8 @@ def open_session(graph: Path | bytes, device: Device, *, name: str, threads: int
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    if threads is None and usable_cores() < (os.cpu_count() or 1):
+        threads = usable_cores()  # ONNX Runtime counts the machine's, and two threads on one core wait for each other
     if threads is not None:
         options.intra_op_num_threads = threads
     source = graph if isinstance(graph, bytes) else str(graph)
