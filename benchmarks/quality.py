@@ -7,8 +7,9 @@ DATA_DIR holds `<task>.<split>.jsonl`. Four settings: `in-pool`, tasks of the bu
 of the bundle with its own examples and adapter left out; `unseen`, tasks that the bundle lacks; `reworded`, tasks of
 the bundle in the two wordings of `rewordings.HELD_OUT` by turns, which neither index nor adapters have seen. The
 contenders are fixed in `CONTENDERS`. Those of the paper answer from `--plain`, a bundle of the same adapters whose
-index is searched by plain cosine of whole prompts; without it they are left out. Answers are kept in `--outcomes`, so
-that a run that was stopped goes on, and one blend is never computed twice. Prints a table for each setting.
+index is searched by plain cosine of whole prompts (`python benchmarks/pool.py DATA_DIR --steps plain`); without it they
+are left out. Answers are kept in `--outcomes`, so that a run that was stopped goes on, and one blend is never computed
+twice. Prints a table for each setting.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ MAIN = "ours"
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A contender, whether the big table alone has it, and whether it answers from the plain bundle."""
+    """A contender, whether it is a main row (answers all examples), and whether it answers from the plain bundle."""
 
     contender: Contender
     main: bool = False
@@ -53,21 +54,20 @@ def _paper(method: str) -> Entry:
     return Entry(Contender(f"paper {method}", "retrieved", replace(PAPER, merge=MergeSettings(method))), plain=True)
 
 
-def _ours(name: str, **settings: Any) -> Entry:
-    return Entry(Contender(name, "retrieved", Request(merge=MergeSettings(**settings))))
+def _ours(name: str, *, main: bool = False, **settings: Any) -> Entry:
+    return Entry(Contender(name, "retrieved", Request(merge=MergeSettings(**settings))), main)
 
 
-def _kind(kind: Kind, *, main: bool = False) -> Entry:
-    return Entry(Contender(kind, kind), main)
+def _kind(kind: Kind) -> Entry:
+    return Entry(Contender(kind, kind), main=True)
 
 
 CONTENDERS: tuple[Entry, ...] = (
-    _kind("base", main=True), _kind("own", main=True), _kind("top1"), _kind("uniform"),
+    _kind("base"), _kind("own"), _kind("top1"), _kind("uniform"),
     *(_paper(method) for method in ("linear", "cat", "ties", "magnitude_prune")),
-    _ours("ours, svd", method="svd", energy=0.99), _ours("ours, core_ties", method="core_ties"),
-    _ours("ours, core_prune", method="core_prune"), _ours("ours, core_dare", method="core_dare"),
-    _ours("ours, norm guard", method="product", norm_guard=True),
-    Entry(Contender(MAIN, "retrieved"), main=True),
+    _ours("ours, linear", main=True, method="linear"), _ours("ours, svd", method="svd", energy=0.99),
+    _ours("ours, core_ties", method="core_ties"), _ours("ours, core_prune", method="core_prune"),
+    _ours("ours, core_dare", method="core_dare"), Entry(Contender(MAIN, "retrieved"), main=True),
 )  # fmt: skip
 
 
