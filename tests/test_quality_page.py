@@ -27,6 +27,8 @@ def test_every_figure_of_a_result_is_on_the_page() -> None:
 def test_routing_says_how_often_the_own_task_is_on_top() -> None:
     (line,) = routing({"a": {"a": 3, "b": 1}, "b": {"b": 4}})
     assert "87.5 %" in line and "a 75.0" in line and "b " not in line.split("below 90")[1]
+    (line,) = routing({"rte": {"rte": 2, "wnli": 1, "yelp": 1}})
+    assert "own: 50.0 %" in line and "twin: 75.0 %" in line
     assert routing({"a": {"b": 2}}) == []  # left out or unseen: it cannot be its own
 
 
