@@ -132,7 +132,9 @@ def compose_time(folder: Path, device: Device, prompt: str, rounds: int) -> Comp
             bind(f"{prompt} {next(numbers)}")
 
         def bind(text: str) -> None:
-            composer.decoder.start(composer.compose(text, request).merged, min(256, composer.decoder.spec.context))
+            composer.model.decoder.start(
+                composer.compose(text, request).merged, min(256, composer.model.decoder.spec.context)
+            )
 
         return ComposeTime(device.kind, time_rounds(new, rounds), time_rounds(lambda: bind(prompt), rounds))
 

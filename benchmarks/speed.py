@@ -95,12 +95,15 @@ def measure_compose(composer: Composer, runs: int = 30) -> dict[str, float]:
         cached.append((time.perf_counter() - start) * 1e3)
     result = {name: statistics.median(spent) for name, spent in stages.items()}
     result |= {"new_best": min(stages["new"]), "cached": statistics.median(cached)}
-    return result | {"prompt_tokens": len(composer.tokenizer.encode(PROMPT)), "rank": float(_rank_of(composer, names))}
+    return result | {
+        "prompt_tokens": len(composer.model.tokenizer.encode(PROMPT)),
+        "rank": float(_rank_of(composer, names)),
+    }
 
 
 def measure_decode(composer: Composer, gguf: Path, rounds: int, tokens: int = 32) -> dict[str, Any]:
     """Tokens a second of each contender, taking turns: the median over rounds, and ratios to llama.cpp."""
-    ids = composer.tokenizer.encode(composer.tokenizer.chat([{"role": "user", "content": SHORT}]))
+    ids = composer.model.tokenizer.encode(composer.model.tokenizer.chat([{"role": "user", "content": SHORT}]))
     weights = dict.fromkeys(_three(composer), 1 / 3)
     blend = composer.compose(SHORT, Request(weights=weights)).merged
     one = composer.compose(SHORT, Request(weights={next(iter(weights)): 1.0})).merged
@@ -189,11 +192,11 @@ def _rank_of(composer: Composer, names: list[str]) -> int:
 
 
 def _bind(composer: Composer, merged: MergedAdapter) -> None:
-    composer.decoder.start(merged, 256)
+    composer.model.decoder.start(merged, 256)
 
 
 def _decoder_steps(composer: Composer, ids: list[int], merged: MergedAdapter) -> Step:
-    decoding = composer.decoder.start(merged, 512)
+    decoding = composer.model.decoder.start(merged, 512)
     state = [int(decoding.forward(ids)[0].argmax())]
 
     def step() -> None:

@@ -1,17 +1,22 @@
 """EdgeCompose: answers a prompt with a base model and a blend of LoRA adapters chosen by retrieval, offline."""
 
-from edgecompose.composer import Composer, open_bundle
+from edgecompose.chat import Chat
+from edgecompose.composer import Composer, Generation, open_bundle
+from edgecompose.conversation import Message
 from edgecompose.errors import EdgeComposeError
-from edgecompose.generation import Sampling
 from edgecompose.methods import MergeSettings
 from edgecompose.request import Answer, Composition, Request, Retrieval
+from edgecompose.sampling import Sampling
 
 __all__ = [
     "Answer",
+    "Chat",
     "Composer",
     "Composition",
     "EdgeComposeError",
+    "Generation",
     "MergeSettings",
+    "Message",
     "Request",
     "Retrieval",
     "Sampling",

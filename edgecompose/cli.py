@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -14,6 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 
 from edgecompose import __version__, report, scoreboard
 from edgecompose import bundle as bundles
+from edgecompose.chat import Chat
 from edgecompose.composer import Composer, open_bundle
 from edgecompose.console import ErrorGroup, counting, progress
 from edgecompose.device import DeviceRequest, has_cuda_provider
@@ -22,10 +23,10 @@ from edgecompose.eval_charts import require_matplotlib
 from edgecompose.eval_report import write_report
 from edgecompose.evaluation import merge_examples, read_eval_examples
 from edgecompose.evaluator import KINDS, MAX_TOKENS, Contender, evaluate, parse_contenders
-from edgecompose.generation import Sampling
 from edgecompose.methods import METHODS, MergeSettings
 from edgecompose.peft_folder import write_peft_folder
-from edgecompose.request import Request
+from edgecompose.request import Answer, Request
+from edgecompose.sampling import Sampling
 
 F = TypeVar("F", bound=Callable[..., Any])
 _STANDARD_INPUT = "-"
@@ -97,6 +98,36 @@ def merge_options(command: F) -> F:
     return command
 
 
+def generation_options(command: F) -> F:
+    """Options of every command that generates."""
+    options = [
+        click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer, in tokens."),
+        click.option("--stop", multiple=True, metavar="TEXT", help="Text that the answer ends before; repeatable."),
+        click.option("--sample", is_flag=True, help="Draw tokens at random instead of taking the likeliest."),
+        click.option(
+            "--sample-temperature", type=click.FloatRange(0), default=0.8, show_default=True,
+            help="Of --sample: divides the logits.",
+        ),
+        click.option(
+            "--sample-top-p", type=click.FloatRange(0, 1, min_open=True), default=0.95, show_default=True,
+            help="Of --sample: the fewest tokens whose probabilities reach it.",
+        ),
+        click.option("--top-k", type=click.IntRange(0), default=0, help="Of --sample: the k likeliest tokens; 0 all."),
+        click.option(
+            "--min-p", type=click.FloatRange(0, 1), default=0.0,
+            help="Of --sample: tokens at least that times as likely as the likeliest.",
+        ),
+        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of --sample."),
+        click.option(
+            "--repetition-penalty", type=click.FloatRange(0, min_open=True), default=1.0,
+            help="Above 1, what was said before is less likely; with or without --sample.",
+        ),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def _parse_methods(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in value.split(","))
     unknown = [name for name in names if name not in (*KINDS, *METHODS)]
@@ -122,11 +153,8 @@ def main() -> None:
 @merge_options
 @click.option("--choices", metavar="A,B,...", help="Score these options by log-likelihood instead of generating.")
 @click.option("--choice", "more_choices", multiple=True, metavar="TEXT", help="One option, commas and all; repeatable.")
-@click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer, in tokens.")
-@click.option("--sample", is_flag=True, help="Draw tokens at random instead of taking the likeliest.")
-@click.option("--sample-temperature", type=click.FloatRange(0, min_open=True), default=0.8, show_default=True)
-@click.option("--sample-top-p", type=click.FloatRange(0, 1, min_open=True), default=0.95, show_default=True)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of --sample.")
+@generation_options
+@click.option("--truncate", is_flag=True, help="Leave out the beginning of a prompt that is too long, and say so.")
 @form_option
 @click.option("--fold", is_flag=True, help="Write the blend into a copy of the base's weights (float bases only).")
 @click.option("--explain", is_flag=True, help="Show on stderr how the answer came about.")
@@ -146,11 +174,80 @@ def run(bundle: Path, prompt: str, explain: bool, device: str, as_json: bool, **
         answer = composer.run(text, request, on_text=_print_piece if streams else _ignore)
     if streams:
         click.echo()
+    _say_what_was_left_out(answer)
     if explain:
-        for line in report.explain_answer(answer):
-            click.echo(line, err=True)
+        _explain(answer)
     if as_json:
         _print_json(report.answer_json(answer))
+
+
+@main.command()
+@bundle_argument
+@click.option("--system", metavar="TEXT", help="Message that the conversation begins with.")
+@click.option(
+    "--query", type=click.Choice(["last", "first"]), default="last", show_default=True,
+    help="The message that adapters are chosen by: the last, anew at each turn, or the first.",
+)  # fmt: skip
+@retrieval_options
+@adapter_option
+@merge_options
+@generation_options
+@click.option("--explain", is_flag=True, help="Show on stderr how each answer came about.")
+@device_option
+@json_option
+def chat(bundle: Path, system: str | None, explain: bool, device: str, as_json: bool, **options: Any) -> None:
+    """Talk: each line of standard input is a message; history is kept, adapters are chosen at each turn.
+
+    Ctrl-C ends an answer, an empty line or the end of the input the conversation; /new begins another.
+
+    \b
+    edgecompose chat models/demo
+    printf 'Hello!\\nWho are you?\\n' | edgecompose chat models/demo --json
+    """
+    with _open(bundle, device) as composer:
+        talk = Chat(composer, _request(composer, {**options, "truncate": True}), system=system)
+        for line in _messages():
+            if line == "/new":
+                talk.reset()
+                continue
+            try:
+                answer = talk.say(line, on_text=_ignore if as_json else _print_piece)
+            except KeyboardInterrupt:
+                click.echo()
+                click.echo("edgecompose: the answer was ended", err=True)
+                continue
+            if as_json:
+                _print_json(report.answer_json(answer))
+            else:
+                click.echo()
+            _say_what_was_left_out(answer)
+            if explain:
+                _explain(answer)
+
+
+def _messages() -> Iterator[str]:
+    """Lines of standard input up to an empty one, asked for at a terminal."""
+    asks = sys.stdin.isatty()
+    while True:
+        if asks:
+            click.echo("> ", nl=False, err=True)
+        try:
+            line = sys.stdin.buffer.readline().decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise EdgeComposeError(f"standard input is not UTF-8 ({error}); give UTF-8 text") from error
+        if not line:
+            return
+        yield line
+
+
+def _say_what_was_left_out(answer: Answer) -> None:
+    if answer.dropped_tokens:
+        click.echo(f"edgecompose: the first {answer.dropped_tokens} tokens did not fit and were left out", err=True)
+
+
+def _explain(answer: Answer) -> None:
+    for line in report.explain_answer(answer):
+        click.echo(line, err=True)
 
 
 @main.command()
@@ -361,16 +458,25 @@ def _request(composer: Composer, options: dict[str, Any]) -> Request:
     merge = dataclasses.replace(
         composer.default_merge, **{name: given[name] for name in names if given.get(name) is not None}
     )
-    sampling = None
-    if options.get("sample"):
-        sampling = Sampling(options["sample_temperature"], options["sample_top_p"], options["seed"])
     return Request(
         weights=_parse_weights(options.get("adapters", ())), exclude=options["exclude"],
         neighbours=options["top_n"], temperature=options["temperature"], nucleus=options["top_p"], merge=merge,
-        max_tokens=options.get("max_tokens"), sampling=sampling,
+        max_tokens=options.get("max_tokens"), sampling=_sampling(options), stop=options.get("stop", ()),
+        query=options.get("query", "last"), overflow="truncate" if options.get("truncate") else "refuse",
         choices=(*_parse_choices(options.get("choices")), *options.get("more_choices", ())),
         raw=options.get("raw"), attachment="fold" if options.get("fold") else "attach",
     )  # fmt: skip
+
+
+def _sampling(options: dict[str, Any]) -> Sampling | None:
+    """How tokens are drawn; None for the likeliest, always."""
+    penalty = options.get("repetition_penalty", 1.0)
+    if options.get("sample"):
+        return Sampling(
+            options["sample_temperature"], options["sample_top_p"], options["seed"], options["top_k"],
+            options["min_p"], penalty,
+        )  # fmt: skip
+    return Sampling(temperature=0, repetition_penalty=penalty) if penalty != 1 else None
 
 
 def _parse_weights(pairs: tuple[str, ...]) -> dict[str, float] | None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -19,21 +17,24 @@ from edgecompose.adapter import Adapter, load_adapter
 from edgecompose.blend import MergedAdapter
 from edgecompose.buffers import LruCache
 from edgecompose.bundle import Bundle
-from edgecompose.decoder import Decoder, Decoding, Float, FoldedDecoder, decoder_graph
+from edgecompose.clock import Clock
+from edgecompose.conversation import Message, Prompt, conversation, query_text
 from edgecompose.device import Device, DeviceRequest, choose_device
 from edgecompose.embedder import Embedder, embedder_device
 from edgecompose.errors import GenerationError
-from edgecompose.folding import FoldedWeights, Folding, folded_bytes, require_folding
-from edgecompose.generation import generate, score_choices, stream_text
+from edgecompose.folding import FoldedWeights, require_folding
+from edgecompose.generation import Finish
+from edgecompose.language_model import Blend, Encoded, LanguageModel
 from edgecompose.manifest import Defaults
 from edgecompose.merging import Merger
 from edgecompose.methods import MergeSettings, composition_digest
-from edgecompose.request import STAGES, WEIGH_NAMES, Answer, Composition, Request, Retrieval, given
+from edgecompose.request import WEIGH_NAMES, Answer, Composition, Request, Retrieval, given
 from edgecompose.retrieval import ExampleIndex
 from edgecompose.tokenization import Tokenizer
 from edgecompose.weighting import WeighSettings, adapter_weights, weigh
 from edgecompose.whitening import load_whitening
 
+Float = npt.NDArray[np.float32]
 Double = npt.NDArray[np.float64]
 #: Blends that are kept for the next request that wants the same one.
 CACHE_BYTES = 256 << 20
@@ -41,25 +42,57 @@ CACHE_BYTES = 256 << 20
 _RETRIEVAL_BYTES, _NEIGHBOUR_BYTES, _QUERY_BYTES = 16 << 20, 200, 1 << 20
 
 
-@dataclass(slots=True)
-class _Clock:
-    """Milliseconds spent in each stage."""
+class Generation:
+    """An answer that is being written: iterate over its pieces of text, then read `answer`.
 
-    spent: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    Closing it, or leaving its `with` block, stops the model at the token it is at. Not for use by two threads at once.
+    """
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+    def __init__(self, composition: Composition, pieces: Generator[str, None, Answer]) -> None:
+        self.composition = composition
+        self._pieces = pieces
+        self._answer: Answer | None = None
+
+    def __iter__(self) -> Generation:
+        return self
+
+    def __next__(self) -> str:
         try:
-            yield
-        finally:
-            self.spent[name] += (time.perf_counter() - start) * 1e3
+            return next(self._pieces)
+        except StopIteration as ended:
+            if ended.value is not None:
+                self._answer = ended.value
+            raise
+
+    def __enter__(self) -> Generation:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop, wherever the answer is."""
+        self._pieces.close()
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer and how it came about.
+
+        Raises:
+            GenerationError: it was not written to its end.
+        """
+        if self._answer is None:
+            raise GenerationError("the answer is not complete; read all of its pieces first")
+        return self._answer
 
 
 class Composer:
     """An opened bundle on a device. Parts are loaded when first needed; `close` lets go of them.
 
-    Blends are kept up to `cache_bytes`; folded bases up to `folded_cache_bytes`, by default the last one that was used.
+    Safe between threads: answers of several threads are those of one. Blends are kept up to `cache_bytes`; folded bases
+    up to `folded_cache_bytes`, by default the last one that was used.
     """
 
     def __init__(
@@ -73,9 +106,8 @@ class Composer:
         self._retrievals: LruCache[Retrieval] = LruCache(
             _RETRIEVAL_BYTES, lambda found: _NEIGHBOUR_BYTES * len(found.neighbours)
         )
-        self._folded: LruCache[FoldedWeights] = LruCache(
-            _size_of_folded(bundle) if folded_cache_bytes is None else folded_cache_bytes, lambda folded: folded.bytes
-        )
+        self.model = LanguageModel(bundle, device, folded_cache_bytes=folded_cache_bytes)
+        self._loading = threading.RLock()
 
     def __enter__(self) -> Composer:
         return self
@@ -87,13 +119,14 @@ class Composer:
 
     def close(self) -> None:
         """Drop the sessions, the index and the adapters; they are loaded again if asked for."""
-        self._adapters.clear()
-        self._queries.clear()
-        self._blends.clear()
-        self._retrievals.clear()
-        self._folded.clear()
-        for part in ("embedder", "index", "decoder", "tokenizer", "merger", "folding", "folded_decoder"):
-            self.__dict__.pop(part, None)
+        with self._loading:
+            self.model.close()
+            self._adapters.clear()
+            self._queries.clear()
+            self._blends.clear()
+            self._retrievals.clear()
+            for part in ("embedder", "index", "merger"):
+                self.__dict__.pop(part, None)
 
     @functools.cached_property
     def embedder(self) -> Embedder:
@@ -111,67 +144,45 @@ class Composer:
         return ExampleIndex(self.bundle.path(spec.file), spec, manifest.tasks, whitening)
 
     @functools.cached_property
-    def tokenizer(self) -> Tokenizer:
-        """The base's tokenizer and chat template."""
-        spec = self.bundle.manifest.base
-        template = None if spec.chat_template is None else self.bundle.text(spec.chat_template)
-        return Tokenizer(self.bundle.path(spec.tokenizer), chat_template=template)
-
-    @functools.cached_property
-    def decoder(self) -> Decoder:
-        """The base model."""
-        spec = self.bundle.manifest.base
-        return Decoder(self._beside_decoder(decoder_graph(spec, self.device)), spec, self.device)
-
-    @functools.cached_property
-    def folding(self) -> Folding:
-        """The fold graph of a float base."""
-        spec = self.bundle.manifest.base
-        return Folding(self._beside_decoder(require_folding(spec).fold_graph), spec, self.device)
-
-    @functools.cached_property
-    def folded_decoder(self) -> FoldedDecoder:
-        """The decoder that reads folded weights."""
-        spec = self.bundle.manifest.base
-        return FoldedDecoder(self._beside_decoder(decoder_graph(spec, self.device, folded=True)), spec, self.device)
-
-    @functools.cached_property
     def merger(self) -> Merger:
         """The merge engine."""
         return Merger(self.device)
 
     def warm_up(self) -> None:
         """Load everything that an answer needs."""
-        _ = (self.embedder, self.index, self.tokenizer, self.decoder, self.merger)
+        with self._loading:
+            _ = (self.embedder, self.index, self.model.tokenizer, self.model.decoder, self.merger)
 
     def adapter(self, name: str) -> Adapter:
         """One adapter of the bundle, read and checked once."""
-        if name not in self._adapters:
-            base = self.bundle.manifest.base
-            path = self.bundle.adapter_file(name)
-            self._adapters[name] = load_adapter(path, name, base.slots, base.identity)
-        return self._adapters[name]
+        with self._loading:
+            if name not in self._adapters:
+                base = self.bundle.manifest.base
+                path = self.bundle.adapter_file(name)
+                self._adapters[name] = load_adapter(path, name, base.slots, base.identity)
+            return self._adapters[name]
 
     def retrieve(
-        self, prompt: str, request: Request | None = None, *, spent: dict[str, float] | None = None
+        self, prompt: Prompt, request: Request | None = None, *, spent: dict[str, float] | None = None
     ) -> Retrieval:
         """The tasks that a prompt resembles (embed, retrieve, weigh).
 
         Args:
             spent: is given the milliseconds of each stage.
         """
-        clock = _Clock()
-        found = self._retrieve(prompt, request or Request(), clock)
+        clock, request = Clock(), request or Request()
+        found = self._retrieve(query_text(conversation(prompt), request.query), request, clock)
         if spent is not None:
             spent.update(clock.spent)
         return found
 
-    def compose(self, prompt: str, request: Request | None = None) -> Composition:
+    def compose(self, prompt: Prompt, request: Request | None = None) -> Composition:
         """The blend for a prompt, on the device (embed, retrieve, weigh, merge)."""
-        return self._compose(prompt, request or Request(), _Clock())
+        request = request or Request()
+        return self._compose(query_text(conversation(prompt), request.query), request, Clock())
 
     def run(
-        self, prompt: str, request: Request | None = None, *, on_text: Callable[[str], None] = lambda text: None
+        self, prompt: Prompt, request: Request | None = None, *, on_text: Callable[[str], None] = lambda text: None
     ) -> Answer:
         """Answer a prompt.
 
@@ -181,31 +192,93 @@ class Composer:
         Raises:
             EdgeComposeError: of the stage that failed.
         """
-        request = request or Request()
-        clock = _Clock()
+        with self.generate(prompt, request) as generation:
+            for piece in generation:
+                on_text(piece)
+            return generation.answer
+
+    def score(self, prompt: Prompt, choices: Sequence[str], request: Request | None = None) -> dict[str, float]:
+        """Mean log-likelihood (nats a token) of each of some answers to a prompt.
+
+        Raises:
+            GenerationError: no choice, an empty one, or one given twice.
+            EdgeComposeError: of the stage that failed.
+        """
+        if not choices:
+            raise GenerationError("no choice was given to score; give one or more")
+        scores = self.run(prompt, dataclasses.replace(request or Request(), choices=tuple(choices))).choices
+        return dict(scores or {})
+
+    def generate(self, prompt: Prompt, request: Request | None = None) -> Generation:
+        """Compose the blend for a prompt, read the prompt under it, and give an iterator over the answer.
+
+        Args:
+            prompt: text, or the messages of a conversation.
+
+        Raises:
+            EdgeComposeError: of the stage that failed.
+        """
+        request, messages = request or Request(), conversation(prompt)
+        clock = Clock()
         if request.attachment == "fold":
             require_folding(self.bundle.manifest.base)
         with clock.stage("total"):
-            composition = self._compose(prompt, request, clock)
-            raw = self.sends_raw(request, composition.retrieval)
-            ids = self._encode(prompt, raw=raw)
-            blend: MergedAdapter | FoldedWeights = composition.merged
-            if request.attachment == "fold" and composition.merged.modules:
-                blend = self._fold(composition.merged, clock)
-            if request.choices:
-                text, count, scores = self._choose(ids, blend, request, clock, raw=raw)
-                on_text(text)
-            else:
-                text, count = self._generate(ids, blend, request, clock, on_text)
-                scores = None
+            query = query_text(messages, request.query)
+            composition = self._compose(query, request, clock)
+            with clock.stage("load"):
+                tokenizer = self.model.tokenizer
+            raw = self.sends_raw(request, composition.retrieval, messages)
+            choices = _encode_choices(tokenizer, request.choices, raw=raw)
+            limit = given(request.max_tokens, self.bundle.manifest.defaults.max_tokens)
+            room = max(map(len, choices), default=limit)
+            encoded = self.model.encode(messages, room, raw=raw, overflow=request.overflow)
+            blend = self.model.attach(composition.merged, fold=request.attachment == "fold", clock=clock)
+        pieces = self._answer(query, request, composition, encoded, choices, limit, blend, clock)
+        return Generation(composition, pieces)
+
+    def _answer(
+        self,
+        query: str,
+        request: Request,
+        composition: Composition,
+        encoded: Encoded,
+        choices: Sequence[Sequence[int]],
+        limit: int,
+        blend: Blend,
+        clock: Clock,
+    ) -> Generator[str, None, Answer]:
+        """Read the prompt, then the pieces of the answer one by one; returns all that there is to know of it."""
+        scores: dict[str, float] | None = None
+        finish: Finish = "stop"
+        if choices:
+            with clock.stage("total"):
+                scores = dict(zip(request.choices, self.model.choose(encoded, choices, blend, clock), strict=True))
+            text, count = max(scores, key=scores.__getitem__), sum(map(len, choices))
+            yield text
+        else:
+            pieces, written = [], self.model.write(
+                encoded, blend, clock, max_tokens=limit, sampling=request.sampling, stop=request.stop,
+                reuse=request.reuse,
+            )  # fmt: skip
+            try:
+                while True:
+                    with clock.stage("total"):
+                        pieces.append(next(written))
+                    yield pieces[-1]
+            except StopIteration as ended:
+                count, finish = ended.value
+            finally:
+                written.close()
+            text = "".join(pieces)
         return Answer(
-            prompt, text, composition.retrieval, composition.settings, composition.merged.digest,
-            self.device, clock.spent, len(ids), count, scores, composition.merged.report,
+            query, text, composition.retrieval, composition.settings, composition.merged.digest,
+            self.device, clock.spent, len(encoded.ids), count, scores, composition.merged.report,
             "fold" if isinstance(blend, FoldedWeights) else "attach",
             None if request.weights is not None else embedder_device(self.bundle.manifest.embedder, self.device),
+            finish, encoded.dropped,
         )  # fmt: skip
 
-    def _retrieve(self, prompt: str, request: Request, clock: _Clock) -> Retrieval:
+    def _retrieve(self, prompt: str, request: Request, clock: Clock) -> Retrieval:
         if request.weights is not None:
             return Retrieval((), {}, {}, dict(request.weights))
         manifest = self.bundle.manifest
@@ -217,7 +290,7 @@ class Composer:
         known = self._retrievals.get(key)
         if known is not None:
             return known
-        with clock.stage("load"):
+        with clock.stage("load"), self._loading:
             embedder, index = self.embedder, self.index
         with clock.stage("embed"):
             query = self._embed(embedder, prompt)
@@ -255,14 +328,21 @@ class Composer:
         found = self.bundle.manifest.adapters.items()
         return frozenset(n for n, a in found if a.admission is not None and a.admission.verdict == "harms")
 
-    def sends_raw(self, request: Request, retrieval: Retrieval) -> bool:
-        """Whether a prompt is sent without the chat template, given what retrieval found for it."""
+    def sends_raw(self, request: Request, retrieval: Retrieval, messages: Sequence[Message] = ()) -> bool:
+        """Whether a prompt is sent without the chat template, given what retrieval found for it.
+
+        Args:
+            messages: the conversation; one of several messages is sent in the chat template unless told otherwise.
+        """
         if request.raw is not None:
             return request.raw
+        if len(messages) > 1:
+            return False
         alone = request.weights is None and not retrieval.nucleus
-        return self.bundle.manifest.defaults.prompt_form == "raw" and not alone
+        trained_raw = self.bundle.manifest.defaults.prompt_form == "raw"
+        return (trained_raw and not alone) or not self.model.tokenizer.has_chat_template
 
-    def _compose(self, prompt: str, request: Request, clock: _Clock) -> Composition:
+    def _compose(self, prompt: str, request: Request, clock: Clock) -> Composition:
         retrieval = self._retrieve(prompt, request, clock)
         settings = request.merge or self.default_merge
         with clock.stage("load"):
@@ -279,29 +359,11 @@ class Composer:
         merged = self._blends.get(digest)
         if merged is None:
             inner = self.inner_products(list(weights)) if settings.norm_guard else None
-            merged = self.merger.merge(adapters, list(weights.values()), settings, inner)
+            with self._loading:
+                merger = self.merger
+            merged = merger.merge(adapters, list(weights.values()), settings, inner)
             self._blends.put(digest, merged)
         return merged
-
-    def _fold(self, merged: MergedAdapter, clock: _Clock) -> FoldedWeights:
-        """The base with a blend in its weights, from the cache where it is there."""
-        with clock.stage("load"):
-            folding = self.folding
-        with clock.stage("fold"):
-            folded = self._folded.get(merged.digest)
-            if folded is None:
-                # what goes is let go of first, so that its memory is used again
-                self._folded.make_room(_size_of_folded(self.bundle))
-                folded = folding.fold(merged)
-                self._folded.put(merged.digest, folded)
-        return folded
-
-    def _beside_decoder(self, graph: str) -> Path:
-        """Checked path of a graph that reads the decoder's data file, which is checked as well."""
-        data = f"{self.bundle.manifest.base.graph}.data"
-        if data in self.bundle.manifest.files:
-            self.bundle.path(data)
-        return self.bundle.path(graph)
 
     def inner_products(self, names: Sequence[str]) -> Double:
         """Inner products (K, K) of adapters' updates, as the manifest has them, or else computed from the factors."""
@@ -316,60 +378,6 @@ class Composer:
         """The bundle's method and parameters."""
         return merge_settings(self.bundle.manifest.defaults)
 
-    def _encode(self, prompt: str, *, raw: bool) -> list[int]:
-        if not raw and self.tokenizer.has_chat_template:
-            prompt = self.tokenizer.chat([{"role": "user", "content": prompt}])
-        ids = self.tokenizer.encode(prompt)
-        if not ids:
-            raise GenerationError("the prompt is empty; give some text")
-        return ids
-
-    def _read_prompt(
-        self, ids: Sequence[int], blend: MergedAdapter | FoldedWeights, room: int, clock: _Clock
-    ) -> tuple[Decoding, Float]:
-        with clock.stage("load"):
-            start: Callable[[int], Decoding]
-            if isinstance(blend, FoldedWeights):
-                start = functools.partial(self.folded_decoder.start, blend)
-            else:
-                start = functools.partial(self.decoder.start, blend)
-        with clock.stage("prefill"):
-            decoding = start(len(ids) + room)
-            return decoding, decoding.forward(ids)[0]
-
-    def _generate(
-        self,
-        ids: list[int],
-        blend: MergedAdapter | FoldedWeights,
-        request: Request,
-        clock: _Clock,
-        on_text: Callable[[str], None],
-    ) -> tuple[str, int]:
-        limit = given(request.max_tokens, self.bundle.manifest.defaults.max_tokens)
-        decoding, logits = self._read_prompt(ids, blend, limit, clock)
-        end = self.bundle.manifest.base.end_tokens
-        tokens = generate(decoding, logits, max_tokens=limit, end_tokens=end, sampling=request.sampling)
-        pieces, count = [], 0
-        with clock.stage("decode"):
-            for token, piece in stream_text(tokens, self.tokenizer):
-                count += token >= 0
-                pieces.append(piece)
-                on_text(piece)
-        return "".join(pieces), count
-
-    def _choose(
-        self, ids: list[int], blend: MergedAdapter | FoldedWeights, request: Request, clock: _Clock, *, raw: bool
-    ) -> tuple[str, int, dict[str, float]]:
-        if len(set(request.choices)) != len(request.choices):
-            raise GenerationError("a choice is given twice; give each once")
-        raw = raw or not self.tokenizer.has_chat_template
-        choices = [self.tokenizer.encode(f" {choice}" if raw else choice) for choice in request.choices]
-        decoding, logits = self._read_prompt(ids, blend, max(map(len, choices)), clock)
-        with clock.stage("decode"):
-            scores = score_choices(decoding, logits, choices)
-        ranked = dict(zip(request.choices, scores, strict=True))
-        return max(ranked, key=ranked.__getitem__), sum(map(len, choices)), ranked
-
 
 def merge_settings(defaults: Defaults) -> MergeSettings:
     """How a bundle merges where a request names nothing.
@@ -380,9 +388,11 @@ def merge_settings(defaults: Defaults) -> MergeSettings:
     return MergeSettings(**{item.name: getattr(defaults, item.name) for item in dataclasses.fields(MergeSettings)})
 
 
-def _size_of_folded(bundle: Bundle) -> int:
-    folding = bundle.manifest.base.folding
-    return 0 if folding is None else folded_bytes(folding)
+def _encode_choices(tokenizer: Tokenizer, choices: Sequence[str], *, raw: bool) -> list[list[int]]:
+    """Token ids of each choice, as it would follow the prompt."""
+    if len(set(choices)) != len(choices):
+        raise GenerationError("a choice is given twice; give each once")
+    return [tokenizer.encode(f" {choice}" if raw else choice) for choice in choices]
 
 
 def _key(text: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -54,28 +53,32 @@ class Decoder:
         self._idle: list[_Seat] = []
         self._lock = threading.RLock()  # a sequence may be collected, and vacate its seat, at any moment
 
-    def start(self, adapter: MergedAdapter, capacity: int) -> Decoding:
+    def start(self, adapter: MergedAdapter, capacity: int, *, reserve: int | None = None) -> Decoding:
         """Begin a sequence of at most `capacity` tokens under one blend.
+
+        Args:
+            reserve: tokens that caches have room for at once, by default all; for more they grow.
 
         Raises:
             PromptTooLong: `capacity` exceeds the context of the base.
         """
-        _check_capacity(capacity, self.spec)
-        decoding = Decoding(self._session, self.spec, self._seat(adapter, capacity), capacity)
-        weakref.finalize(decoding, self._vacate, decoding.seat).atexit = False
+        check_capacity(capacity, self.spec)
+        seat = self._seat(adapter, capacity if reserve is None else min(capacity, reserve))
+        decoding = Decoding(self._session, self.spec, seat, capacity)
+        weakref.finalize(decoding, self._vacate, seat).atexit = False
         return decoding
 
     def _seat(self, adapter: MergedAdapter, capacity: int) -> _Seat:
         """Where an earlier sequence under the same blend sat, or a new seat: binding hundreds of slots takes 2 ms."""
         with self._lock:
-            fits = [s for s in self._idle if s.blend.digest == adapter.digest and capacity <= s.capacity]
-            if fits:
-                self._idle = [s for s in self._idle if s is not fits[0]]
-                return fits[0]
-        room = min(-(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP, self.spec.context)
-        seat = _new_seat(self._session, self.spec, self.device, adapter, room)
-        bind_slots(seat.binding, adapter, self.device)
-        return seat
+            found = next((s for s in self._idle if s.blend.digest == adapter.digest), None)
+            if found is not None:
+                self._idle = [s for s in self._idle if s is not found]
+        if found is None:
+            found = _Seat(self._session, self.spec, self.device, adapter)
+            bind_slots(found.binding, adapter, self.device)
+        found.grow(capacity, kept=0)
+        return found
 
     def _vacate(self, seat: _Seat) -> None:
         with self._lock:
@@ -93,39 +96,72 @@ class FoldedDecoder:
         check_graph(self._session, "folded decoder", inputs, {"logits": {2: spec.vocabulary}})
         _cache_dtype(self._session)
 
-    def start(self, weights: FoldedWeights, capacity: int) -> Decoding:
+    def start(self, weights: FoldedWeights, capacity: int, *, reserve: int | None = None) -> Decoding:
         """Begin a sequence of at most `capacity` tokens with weights that a blend was folded into.
+
+        Args:
+            reserve: tokens that caches have room for at once, by default all; for more they grow.
 
         Raises:
             PromptTooLong: `capacity` exceeds the context of the base.
         """
-        _check_capacity(capacity, self.spec)
-        seat = _new_seat(self._session, self.spec, self.device, weights, capacity)
+        check_capacity(capacity, self.spec)
+        seat = _Seat(self._session, self.spec, self.device, weights)
         weights.bind_inputs(seat.binding, self.device)
+        seat.grow(capacity if reserve is None else min(capacity, reserve), kept=0)
         return Decoding(self._session, self.spec, seat, capacity)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class _Seat:
     """A binding of a decoder's session, the caches bound to it, and the blend whose memory it reads."""
 
-    binding: IOBinding
-    cache: list[OrtValue]
-    blend: MergedAdapter | FoldedWeights
-    capacity: int
+    def __init__(self, session: Session, spec: BaseSpec, device: Device, blend: MergedAdapter | FoldedWeights) -> None:
+        self.binding: IOBinding = session.io_binding()
+        self.blend = blend
+        self.capacity = 0
+        self._spec = spec
+        self._dtype = _cache_dtype(session)
+        # Attention in float32 has no CUDA kernel, so ONNX Runtime runs it on the CPU whatever the device. A cache on
+        # the device would then be copied to the CPU when it is bound and never again: the prompt would be right and
+        # every later step wrong. On the host it is right, and slow: queries, keys and values are copied at every step.
+        self._place = _HOST if self._dtype is np.float32 else device
+        self._caches: dict[str, OrtValue] = {}
+
+    def grow(self, capacity: int, *, kept: int) -> None:
+        """Make room for `capacity` tokens at least, of which the first `kept` stay in the caches."""
+        if capacity <= self.capacity:
+            return
+        wanted = max(capacity, 2 * self.capacity)
+        self.capacity = min(-(-wanted // _CAPACITY_STEP) * _CAPACITY_STEP, self._spec.context)
+        for layer in range(self._spec.layers):
+            for part in ("key", "value"):
+                name = f"{layer}.{part}"
+                buffer = self._grown(self._caches.get(name), kept)
+                self.binding.bind_ortvalue_input(f"past_key_values.{name}", buffer)
+                self.binding.bind_ortvalue_output(f"present.{name}", buffer)
+                self._caches[name] = buffer
+
+    def _grown(self, old: OrtValue, kept: int) -> OrtValue:
+        """One cache of the present capacity with the first `kept` tokens of the old one."""
+        shape = (1, self._spec.kv_heads, self.capacity, self._spec.head_size)
+        if not kept:
+            return self._place.empty(shape, self._dtype)
+        values = np.empty(shape, self._dtype)
+        values[:, :, :kept] = old.numpy()[:, :, :kept]
+        return self._place.place(values)
 
 
 class Decoding:
-    """One sequence: its key-value cache, bound once, and the blend that every entry of it was made with.
+    """One sequence: its tokens, their key-value cache, and the blend that every entry of it was made with.
 
-    The cache is one buffer of each layer that attention reads and extends in place, so it is never copied. Its element
-    type, float32 or float16, is the graph's.
+    The cache is one buffer of each layer that attention reads and extends in place; it is copied only when it grows, to
+    twice its length. Its element type, float32 or float16, is the graph's.
     """
 
     def __init__(self, session: Session, spec: BaseSpec, seat: _Seat, capacity: int) -> None:
         self.seat = seat
         self.composition = seat.blend.digest
-        self.length = 0
+        self.tokens: list[int] = []
         self._session, self._spec, self._capacity = session, spec, capacity
         self._binding = seat.binding
         self._past = _HOST.empty((1,), np.int32)
@@ -133,6 +169,11 @@ class Decoding:
         self._shape = (0, 0)
         self._ids: OrtValue = None
         self._logits: OrtValue = None
+
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return len(self.tokens)
 
     def forward(self, ids: Sequence[int], *, kept: int = 1) -> Float:
         """Append tokens and return the logits of the last `kept` of them.
@@ -155,9 +196,10 @@ class Decoding:
         row = np.array([ids], np.int64)
         if row.min() < 0 or row.max() >= self._spec.vocabulary:
             raise GenerationError(f"token id {int(row.max())} is outside the vocabulary of {self._spec.vocabulary}")
+        self.seat.grow(self.length + count, kept=self.length)
         self._resize(count, kept)
         self._ids.update_inplace(row)
-        self.length += count
+        self.tokens += ids
         self._past.update_inplace(np.array([self.length - 1], np.int32))
         self._total.update_inplace(np.array(self.length, np.int32))
         self._bind_step()
@@ -168,7 +210,16 @@ class Decoding:
         """Forget all tokens after the first `length`; their cache entries are overwritten."""
         if not 0 <= length <= self.length:
             raise GenerationError(f"a sequence of {self.length} tokens cannot be rewound to {length}")
-        self.length = length
+        del self.tokens[length:]
+
+    def extend(self, capacity: int) -> None:
+        """Allow the sequence up to `capacity` tokens.
+
+        Raises:
+            PromptTooLong: that exceeds the context of the base.
+        """
+        check_capacity(capacity, self._spec)
+        self._capacity = capacity
 
     def _resize(self, count: int, kept: int) -> None:
         """Make ids and logits of another shape (a bound output of a stale shape is an error)."""
@@ -197,36 +248,17 @@ def _sequence_axes(spec: BaseSpec) -> dict[str, dict[int, int]]:
     return {**{name: {} for name in names}, **{name: {1: spec.kv_heads, 3: spec.head_size} for name in caches}}
 
 
-def _check_capacity(capacity: int, spec: BaseSpec) -> None:
+def check_capacity(capacity: int, spec: BaseSpec) -> None:
+    """Make sure that a base has room for a sequence.
+
+    Raises:
+        PromptTooLong: `capacity` tokens exceed its context.
+    """
     if capacity > spec.context:
         raise PromptTooLong(
             f"prompt and answer take {capacity} tokens, the base has a context of {spec.context}; "
             "shorten the prompt or lower --max-tokens"
         )
-
-
-def _new_seat(
-    session: Session, spec: BaseSpec, device: Device, blend: MergedAdapter | FoldedWeights, capacity: int
-) -> _Seat:
-    binding = session.io_binding()
-    return _Seat(binding, _bind_cache(binding, session, spec, device, capacity), blend, capacity)
-
-
-def _bind_cache(binding: IOBinding, session: Session, spec: BaseSpec, device: Device, capacity: int) -> list[OrtValue]:
-    dtype = _cache_dtype(session)
-    place = _HOST if dtype is np.float32 else device
-    # Attention in float32 has no CUDA kernel, so ONNX Runtime runs it on the CPU whatever the device. A cache on the
-    # device would then be copied to the CPU when it is bound and never again: the prompt would be right and every later
-    # step wrong. On the host it is right, and slow: queries, keys and values are copied at every step.
-    shape = (1, spec.kv_heads, capacity, spec.head_size)
-    buffers = []
-    for layer in range(spec.layers):
-        for part in ("key", "value"):
-            buffer = place.empty(shape, dtype)
-            binding.bind_ortvalue_input(f"past_key_values.{layer}.{part}", buffer)
-            binding.bind_ortvalue_output(f"present.{layer}.{part}", buffer)
-            buffers.append(buffer)
-    return buffers
 
 
 def _cache_dtype(session: Session) -> type[np.float16 | np.float32]:

@@ -10,9 +10,9 @@ from typing import Any
 
 import jinja2
 
+from edgecompose.clock import STAGES
 from edgecompose.eval_charts import Chart, colours, draw_charts
 from edgecompose.judgement import Evaluation, Judgement, Summary
-from edgecompose.request import STAGES
 from edgecompose.scoreboard import interval, percent, signed
 
 _MISSES = 20

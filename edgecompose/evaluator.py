@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from edgecompose.clock import STAGES
 from edgecompose.composer import Composer
 from edgecompose.errors import EvaluationError, GenerationError
 from edgecompose.evaluation import EvalExample, first_line
@@ -17,7 +18,7 @@ from edgecompose.judgement import Evaluation, Judgement
 from edgecompose.manifest import Manifest
 from edgecompose.methods import METHODS, MergeSettings, composition_digest
 from edgecompose.outcomes import Outcome, OutcomeKey, Outcomes, open_outcomes
-from edgecompose.request import STAGES, WEIGH_NAMES, Request, Retrieval
+from edgecompose.request import WEIGH_NAMES, Request, Retrieval
 
 Kind = Literal["base", "own", "top1", "uniform", "retrieved", "fixed"]
 #: Kinds that have a name to be called by; 'fixed' wants weights beside it.

@@ -1,73 +1,100 @@
-"""Answers from logits: greedy and sampled decoding, streaming, and scores of given choices."""
+"""Answers from logits: decoding, streaming, stop strings, and scores of given choices."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from edgecompose.decoder import Decoding
 from edgecompose.errors import GenerationError
+from edgecompose.sampling import likeliest
 from edgecompose.tokenization import Tokenizer
 
 Float = npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How a token is drawn: `temperature` > 0 divides the logits, `top_p` in (0, 1] cuts the tail."""
-
-    temperature: float = 0.8
-    top_p: float = 0.95
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.temperature < float("inf"):
-            raise GenerationError(f"sampling temperature is {self.temperature}; a positive number is wanted")
-        if not 0 < self.top_p <= 1:
-            raise GenerationError(f"sampling top-p is {self.top_p}; a number in (0, 1] is wanted")
-        if self.seed < 0:
-            raise GenerationError(f"seed is {self.seed}; 0 or more is wanted")
+#: Why an answer ended: the model or a stop string ended it, or it had as many tokens as it may.
+Finish = Literal["stop", "length"]
 
 
 def generate(
-    decoding: Decoding, logits: Float, *, max_tokens: int, end_tokens: Sequence[int], sampling: Sampling | None = None
-) -> Iterator[int]:
-    """Token ids of the answer, one by one, without the end token.
+    decoding: Decoding,
+    logits: Float,
+    *,
+    max_tokens: int,
+    end_tokens: Sequence[int],
+    draw: Callable[[Float], int] = likeliest,
+) -> Generator[int, None, Finish]:
+    """Token ids of the answer, one by one, without the end token; returns why it ended.
 
     Args:
         decoding: a sequence that has read the prompt.
         logits: (vocabulary,), those after the prompt's last token.
         max_tokens: at least 1.
-        sampling: None for greedy decoding.
+        draw: the next token from logits.
     """
-    draw = _greedy if sampling is None else _sampler(sampling)
     for position in range(max_tokens):
         token = draw(logits)
         if token in end_tokens:
-            return
+            return "stop"
         yield token
         if position + 1 < max_tokens:
             logits = decoding.forward([token])[0]
+    return "length"
 
 
-def stream_text(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[tuple[int, str]]:
-    """(token, text that it completed); a last pair with token -1 carries what was held back, if anything.
+def stream_text(
+    tokens: Generator[int, None, Finish], tokenizer: Tokenizer, stop: Sequence[str] = ()
+) -> Generator[tuple[int, str], None, Finish]:
+    """(token, text that is certain since then); a last pair with token -1 carries what was held back, if anything.
 
-    White space before the first character is dropped: it belongs to the prompt's form, not to the answer.
+    White space before the first character is dropped: it belongs to the prompt's form, not to the answer. The answer
+    ends before the first of the `stop` strings in what is left; text that may yet become one is held back.
     """
-    stream, begun = tokenizer.stream(), False
-    for token in tokens:
-        text = stream.push(token)
-        text = text if begun else text.lstrip()
+    stream, guard, begun = tokenizer.stream(), StopStrings(stop), False
+    while True:
+        try:
+            token, text = next(tokens), ""
+        except StopIteration as ended:
+            rest, found = guard.push(_unless(begun, stream.finish()))
+            rest += guard.finish()
+            if rest:
+                yield -1, rest
+            return "stop" if found else ended.value
+        text = _unless(begun, stream.push(token))
         begun = begun or bool(text)
-        yield token, text
-    rest = stream.finish()
-    rest = rest if begun else rest.lstrip()
-    if rest:
-        yield -1, rest
+        shown, found = guard.push(text)
+        yield token, shown
+        if found:
+            tokens.close()
+            return "stop"
+
+
+class StopStrings:
+    """Watches a growing text for strings that end it, and holds back what may yet become one."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """Add text; what may be shown now, and whether a stop string was reached, which is not shown."""
+        text, self._held = self._held + text, ""
+        found = [at for at in map(text.find, self._stop) if at >= 0]
+        if found:
+            return text[: min(found)], True
+        held = max((_begun(text, stop) for stop in self._stop), default=0)
+        shown = len(text) - held
+        self._held = text[shown:]
+        return text[:shown], False
+
+    def finish(self) -> str:
+        """What was still held back."""
+        held, self._held = self._held, ""
+        return held
 
 
 def score_choices(decoding: Decoding, logits: Float, choices: Sequence[Sequence[int]]) -> list[float]:
@@ -103,22 +130,10 @@ def log_softmax(logits: Float) -> Float:
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)), np.float32)
 
 
-def _greedy(logits: Float) -> int:
-    return int(logits.argmax())
+def _unless(begun: bool, text: str) -> str:
+    return text if begun else text.lstrip()
 
 
-def _sampler(sampling: Sampling) -> Callable[[Float], int]:
-    rng = np.random.default_rng(sampling.seed)
-
-    def draw(logits: Float) -> int:
-        shifted = (logits - logits.max()).astype(np.float64)
-        with np.errstate(over="ignore"):  # a very low temperature: all but the largest vanish
-            probabilities = np.exp(shifted / sampling.temperature)
-        probabilities /= probabilities.sum()
-        order = np.argsort(-probabilities, kind="stable")
-        cumulative = np.cumsum(probabilities[order])
-        kept = order[: int(np.searchsorted(cumulative, sampling.top_p * cumulative[-1])) + 1]
-        shares = probabilities[kept] / probabilities[kept].sum()
-        return int(rng.choice(kept, p=shares))
-
-    return draw
+def _begun(text: str, stop: str) -> int:
+    """How many characters of `stop` the text ends with."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

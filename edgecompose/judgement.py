@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from edgecompose.clock import STAGES
 from edgecompose.evaluation import (
     Bools,
     EvalExample,
@@ -17,7 +18,6 @@ from edgecompose.evaluation import (
     mean_interval,
     paired_bootstrap,
 )
-from edgecompose.request import STAGES
 
 #: Bins of the reliability of the top share.
 BINS = 10

@@ -13,11 +13,12 @@ import usearch
 
 from edgecompose import device as devices
 from edgecompose.blend import MergeReport
+from edgecompose.clock import STAGES
 from edgecompose.device import Device
 from edgecompose.errors import DeviceError
 from edgecompose.manifest import Manifest
 from edgecompose.methods import MergeSettings
-from edgecompose.request import STAGES, Answer, Composition, Retrieval
+from edgecompose.request import Answer, Composition, Retrieval
 from edgecompose.retrieval import Neighbour
 
 _BAR_WIDTH = 24
@@ -38,10 +39,13 @@ def answer_json(answer: Answer) -> Json:
         **retrieval_json(answer.retrieval),
         "device": device_json(answer.device),
         "timings_ms": {stage: round(answer.timings_ms[stage], 3) for stage in STAGES},
-        "tokens": {"prompt": answer.prompt_tokens, "generated": answer.generated_tokens},
+        "tokens": {
+            "prompt": answer.prompt_tokens, "generated": answer.generated_tokens, "dropped": answer.dropped_tokens
+        },
+        "finish": answer.finish,
         "composition": answer.composition,
         "merge": merge_json(answer.settings, answer.report),
-    }
+    }  # fmt: skip
     if answer.choices is not None:
         result["choices"] = dict(answer.choices)
     return result

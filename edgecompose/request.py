@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
 
 from edgecompose.blend import MergedAdapter, MergeReport
+from edgecompose.conversation import Overflow, Query
 from edgecompose.device import Device
 from edgecompose.errors import GenerationError, RetrievalError
-from edgecompose.generation import Sampling
+from edgecompose.generation import Finish
 from edgecompose.methods import MergeSettings
 from edgecompose.retrieval import Neighbour
+from edgecompose.sampling import Sampling
 from edgecompose.weighting import WeighSettings
 
 #: How a blend meets the base: as low-rank inputs beside its weights, or written into a copy of them.
@@ -20,7 +22,6 @@ Attachment = Literal["attach", "fold"]
 ATTACHMENTS: tuple[Attachment, ...] = get_args(Attachment)
 #: Fields of a request, and of a bundle's defaults, that are those of `WeighSettings`.
 WEIGH_NAMES = tuple(item.name for item in dataclasses.fields(WeighSettings))
-STAGES = ("load", "embed", "retrieve", "weigh", "merge", "fold", "prefill", "decode", "total")
 
 
 T = TypeVar("T")
@@ -39,7 +40,11 @@ class Request:
     `neighbours`, `temperature` and `nucleus` are the paper's N, T and p, `size_correction`, `shortcut` and `fallback`
     those of `weighting.WeighSettings`; `raw` sends the prompt as it is (True) or in the chat template (False), None as
     the bundle's adapters were trained, and in the chat template where the base answers alone for lack of anything near;
-    `choices` are scored instead of generating;
+    `choices` are scored instead of generating; `sampling` None takes the likeliest token always; `stop` are texts that
+    the answer ends before; `query` is which message of a conversation retrieval reads; `overflow` 'truncate' leaves out
+    the oldest part of a prompt that the context has no room for, and the answer says how much; `reuse` lets a prompt
+    begin where an earlier answer under the same blend left off, as far as they agree: a chat reads only what is new,
+    and logits may differ in the last bits from those of a prompt that is read at once;
     `attachment` is how the blend meets the base, 'fold' being for float bases only.
     """
 
@@ -57,8 +62,19 @@ class Request:
     choices: tuple[str, ...] = ()
     raw: bool | None = None
     attachment: Attachment = "attach"
+    stop: tuple[str, ...] = ()
+    query: Query = "last"
+    overflow: Overflow = "refuse"
+    reuse: bool = False
 
     def __post_init__(self) -> None:
+        for name, found, known in (
+            ("query", self.query, get_args(Query)), ("overflow", self.overflow, get_args(Overflow))
+        ):  # fmt: skip
+            if found not in known:
+                raise GenerationError(f"{name} '{found}' is unknown; use {' or '.join(known)}")
+        if not all(self.stop):
+            raise GenerationError("a stop string is empty; give some text for each")
         if self.attachment not in ATTACHMENTS:
             raise GenerationError(f"attachment '{self.attachment}' is unknown; use {' or '.join(ATTACHMENTS)}")
         if self.neighbours is not None and self.neighbours < 1:
@@ -88,8 +104,10 @@ class Composition:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer and how it came about; `timings_ms` has one entry a stage of STAGES (`load`: files read on first use).
+    """An answer and how it came about; `timings_ms` has one entry a stage of `clock.STAGES`.
 
+    `prompt` is the text that retrieval read, the user's message of a conversation. `finish` is 'length' where the
+    answer was cut at its longest; `dropped_tokens` of the prompt were left out for lack of room.
     `choices` maps each given choice to its mean log-likelihood (nats a token), None when none were given.
     `attachment` is the one that was used: nothing is folded where no adapter was chosen.
     `embedder_device` is None where nothing was embedded.
@@ -108,3 +126,5 @@ class Answer:
     report: MergeReport = MergeReport()
     attachment: Attachment = "attach"
     embedder_device: Device | None = None
+    finish: Finish = "stop"
+    dropped_tokens: int = 0

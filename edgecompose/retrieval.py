@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_right
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class Neighbour:
 
 
 class ExampleIndex:
-    """The examples of a bundle.
+    """The examples of a bundle. Safe between threads.
 
     Args:
         path: the index file, whose hash the caller has checked (USearch crashes on a damaged one).
@@ -51,6 +52,7 @@ class ExampleIndex:
         self._starts = [start for start, _ in spans]
         self._names = [name for _, name in spans]
         self._index = open_index(path, spec)
+        self._lock = threading.Lock()  # USearch gives every search of one thread the same scratch memory
 
     def __len__(self) -> int:
         return len(self._index)
@@ -81,7 +83,9 @@ class ExampleIndex:
         unit = query / np.linalg.norm(query.astype(np.float64))  # float16 holds no long or short query
         if self._whitening is not None:
             unit = self._whitening(unit)
-        matches = self._index.search(unit.astype(np.float32), wanted, exact=len(self._index) <= EXACT_BELOW, threads=1)
+        compare_all = len(self._index) <= EXACT_BELOW
+        with self._lock:
+            matches = self._index.search(unit.astype(np.float32), wanted, exact=compare_all, threads=1)
         found = (
             Neighbour(self._task_of(int(key)), int(key), float(np.clip(1 - distance, -1, 1)))
             for key, distance in zip(matches.keys, matches.distances, strict=True)

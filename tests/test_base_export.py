@@ -27,7 +27,7 @@ from edgecompose.blend import MergedAdapter
 from edgecompose.bundle import sha256_of
 from edgecompose.decoder import Decoder
 from edgecompose.device import choose_device
-from edgecompose.errors import ExportError, GenerationError
+from edgecompose.errors import ExportError, GenerationError, PromptTooLong
 from edgecompose.merging import Merger
 from edgecompose.methods import MergeSettings
 from edgecompose.quantization import dequantize
@@ -426,4 +426,21 @@ def test_a_sequence_takes_the_seat_of_one_before_it_under_the_same_blend(zoo: Ti
     np.testing.assert_array_equal(again.forward([8]), logits[1])
     with pytest.raises(GenerationError, match="of 30 tokens"):
         again.forward([1] * 27)
-    assert decoder.start(alone, seat.capacity + 1).seat.capacity > seat.capacity
+
+
+def test_a_cache_that_grows_holds_what_one_made_large_holds(zoo: TinyZoo) -> None:
+    exported = zoo.base("llama", "fp32")
+    decoder = Decoder(exported.folder / exported.spec.graph, exported.spec, choose_device("cpu"))
+    wide = decoder.start(NO_ADAPTER, 200)
+    narrow = decoder.start(NO_ADAPTER, 200, reserve=5)
+    assert narrow.seat.capacity < 70 and wide.seat.capacity >= 200
+    steps = [[5, 6, 7], *([token] for token in range(60)), [9] * 40, *([token] for token in range(40))]
+    for ids in steps:
+        np.testing.assert_array_equal(narrow.forward(ids), wide.forward(ids))
+    assert narrow.tokens == wide.tokens and narrow.seat.capacity >= narrow.length == 143
+    with pytest.raises(GenerationError, match="of 200 tokens"):
+        narrow.forward([1] * 58)
+    narrow.extend(210)
+    narrow.forward([1] * 58)
+    with pytest.raises(PromptTooLong, match="has a context of"):
+        narrow.extend(exported.spec.context + 1)

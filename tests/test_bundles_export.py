@@ -748,7 +748,7 @@ def test_where_no_task_stands_out_the_base_answers_in_its_chat_template(zoo: Tin
         Request(neighbours=13, max_tokens=2),
     )
     with open_bundle(tmp_path / "out", device="cpu") as opened:
-        plain = len(opened.tokenizer.encode(prompt))
+        plain = len(opened.model.tokenizer.encode(prompt))
         near = opened.run(prompt, sure)
         assert near.retrieval.weights and near.prompt_tokens == plain
         alone = opened.run(prompt, unsure)

@@ -10,20 +10,22 @@ import shlex
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from edgecompose import MergeSettings, Request, __version__, open_bundle
+from edgecompose import Chat, MergeSettings, Message, Request, Sampling, __version__, open_bundle
 from edgecompose.bundle import read_manifest
 from edgecompose.cli import main
+from edgecompose.clock import STAGES
+from edgecompose.errors import GenerationError
 from edgecompose.methods import METHODS
-from edgecompose.request import STAGES
 from tests.fixtures_tiny import ADAPTERS, TASKS, TinyZoo
 
 PROMPT = TASKS["animals"][0]
-COMMANDS = ("run", "retrieve", "compose", "eval", "inspect", "verify", "doctor")
+COMMANDS = ("run", "chat", "retrieve", "compose", "eval", "inspect", "verify", "doctor")
 RETRIEVAL_KEYS = {"weights", "neighbours", "distribution"}
 
 
@@ -52,7 +54,7 @@ def test_an_answer_as_json_has_the_documented_keys(bundle: Path) -> None:
     found = result_of("run", bundle, PROMPT)
     assert set(found) == {
         "prompt", "answer", "method", "attachment", "weights", "neighbours", "distribution", "device", "timings_ms",
-        "tokens", "composition", "merge",
+        "tokens", "finish", "composition", "merge",
     }  # fmt: skip
     assert (found["prompt"], found["method"]) == (PROMPT, "product")
     assert sum(found["weights"].values()) == pytest.approx(1)
@@ -68,7 +70,8 @@ def test_an_answer_as_json_has_the_documented_keys(bundle: Path) -> None:
     assert {"embed", "retrieve", "weigh", "merge", "fold", "prefill", "decode", "total"} <= set(STAGES)
     assert all(math.isfinite(spent) and spent >= 0 for spent in found["timings_ms"].values())
     assert found["timings_ms"]["total"] >= max(found["timings_ms"][stage] for stage in STAGES[:-1])
-    assert set(found["tokens"]) == {"prompt", "generated"}
+    assert set(found["tokens"]) == {"prompt", "generated", "dropped"}
+    assert found["finish"] in ("stop", "length")
     assert len(found["composition"]) == 64
 
 
@@ -134,6 +137,65 @@ def test_every_option_reaches_the_composer(bundle: Path) -> None:
         for seed in (1, 1, 2)
     ]
     assert sampled[0]["answer"] == sampled[1]["answer"] != sampled[2]["answer"]
+    cut = result_of("run", bundle, PROMPT, "--sample", "--sample-temperature", 9, "--top-k", 1)
+    assert cut["answer"] == result_of("run", bundle, PROMPT)["answer"]  # the likeliest of one
+    assert result_of("run", bundle, PROMPT, "--sample", "--sample-temperature", 9, "--min-p", 1) == {
+        **cut, "timings_ms": ANY
+    }  # fmt: skip
+    settings = ("--sample", "--sample-temperature", 0, "--repetition-penalty", 5)
+    with open_bundle(bundle, device="cpu") as composer:
+        request = Request(sampling=Sampling(temperature=0, repetition_penalty=5))
+        wanted = composer.run(PROMPT, request).text
+    penalised = result_of("run", bundle, PROMPT, *settings)
+    assert penalised["answer"] == wanted
+    assert result_of("run", bundle, PROMPT, *settings[3:]) == {**penalised, "timings_ms": ANY}
+    stopped = result_of("run", bundle, PROMPT, "--stop", cut["answer"][1:3])
+    assert (stopped["answer"], stopped["finish"]) == (cut["answer"][:1], "stop")
+
+
+def test_a_long_prompt_is_refused_or_cut_and_that_is_said(bundle: Path) -> None:
+    long = "the cat sat on a mat " * 600
+    assert "context of 512" in fault_of("run", bundle, "-", stdin=long.encode())
+    done = call("run", bundle, "-", "--truncate", "--json", stdin=long.encode())
+    assert done.exit_code == 0
+    left_out = json.loads(done.stdout)["tokens"]["dropped"]
+    assert left_out > 0 and f"the first {left_out} tokens did not fit and were left out" in done.stderr
+
+
+def test_a_chat_remembers_what_was_said(bundle: Path) -> None:
+    talk = b"the cat sat on a mat\ntwo and two is four\n/new\ntwo and two is four\n\nnever read\n"
+    done = call("chat", bundle, "--json", "--adapter", "animals=1", "--system", "be brief", stdin=talk)
+    assert (done.exit_code, done.stderr) == (0, "")
+    first, second, alone = map(json.loads, done.stdout.splitlines())
+    assert second["tokens"]["prompt"] > first["tokens"]["prompt"] > 0
+    assert alone["prompt"] == second["prompt"] and alone["tokens"]["prompt"] < second["tokens"]["prompt"]
+    shown = call("chat", bundle, "--explain", stdin=talk)
+    assert shown.exit_code == 0 and shown.stderr.count("composition") == 3
+    assert fault_of("chat", bundle, stdin=b"caf\xe9\n").startswith("standard input is not UTF-8")
+
+
+def test_a_chat_survives_an_answer_that_was_ended(bundle: Path) -> None:
+    with open_bundle(bundle, device="cpu") as composer:
+        talk = Chat(composer, Request(max_tokens=8), system="be brief")
+
+        def interrupt(text: str) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            talk.say(PROMPT, on_text=interrupt)
+        assert roles(talk) == ["system", "user", "assistant"]
+        with pytest.raises(GenerationError):
+            talk.say("x " * 2000)
+        assert roles(talk) == ["system", "user", "assistant"]
+        talk.say("and then?")
+        assert roles(talk) == ["system", "user", "assistant", "user", "assistant"]
+        assert talk.messages[3].content == "and then?"
+        talk.reset()
+        assert list(talk.messages) == [Message("system", "be brief")]
+
+
+def roles(talk: Chat) -> list[str]:
+    return [message.role for message in talk.messages]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -312,7 +374,7 @@ def test_the_example_in_the_help_runs(
     assert examples
     for _, *arguments in examples:
         assert arguments[0] == command
-        done = call(*arguments)
+        done = call(*arguments, stdin=b"hello\n" if command == "chat" else None)
         assert done.exit_code == 0, done.output
         assert done.stdout
 
@@ -470,12 +532,12 @@ def test_a_composed_folder_gives_peft_the_logits_of_the_decoder(
     base = transformers.AutoModelForCausalLM.from_pretrained(zoo.model("llama"), local_files_only=True)
     model = peft.PeftModel.from_pretrained(base, tmp_path / "blend").eval()
     with open_bundle(bundle, device="cpu") as composer:
-        ids = composer.tokenizer.encode("the cat sat on a blue mat, twice")
+        ids = composer.model.tokenizer.encode("the cat sat on a blue mat, twice")
         settings = MergeSettings(found["method"])
         merged = composer.compose(PROMPT, Request(weights=found["weights"], merge=settings)).merged
         assert merged.digest == found["composition"]
         blends = (merged, composer.merger.merge([], [], settings))
-        ours, plain = (composer.decoder.start(b, len(ids)).forward(ids, kept=len(ids)).copy() for b in blends)
+        ours, plain = (composer.model.decoder.start(b, len(ids)).forward(ids, kept=len(ids)).copy() for b in blends)
     with torch.no_grad():
         theirs = model(torch.tensor([ids])).logits[0].numpy()
     assert np.abs(ours - theirs).max() <= 1e-3

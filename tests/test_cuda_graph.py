@@ -219,8 +219,9 @@ class Placed:
 def test_a_float32_cache_stays_on_the_host(zoo: TinyZoo, graph: str) -> None:
     base, device = zoo.base("llama"), Placed()
     session = Decoder(base.folder / graph, base.spec, CPU)._session
-    decoders._bind_cache(session.io_binding(), session, base.spec, device, 9)  # type: ignore[arg-type]
-    halves = [((1, base.spec.kv_heads, 9, base.spec.head_size), np.float16)] * 4
+    seat = decoders._Seat(session, base.spec, device, NO_ADAPTER)  # type: ignore[arg-type]
+    seat.grow(9, kept=0)
+    halves = [((1, base.spec.kv_heads, seat.capacity, base.spec.head_size), np.float16)] * 4
     assert device.made == ([] if graph == "decoder.onnx" else halves)
 
 
@@ -328,7 +329,7 @@ def test_the_composer_takes_the_graph_of_its_device(
         picked.append(decoder_graph(spec, CUDA, folded=folded))
         return picked[-1]
 
-    monkeypatch.setattr("edgecompose.composer.decoder_graph", pick)
+    monkeypatch.setattr("edgecompose.language_model.decoder_graph", pick)
     with open_bundle(bundle_copy, device="cpu") as composer:
         found = composer.run(PROMPT, request).choices
     assert found is not None

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
+from edgecompose.clock import STAGES
 from edgecompose.errors import EvaluationError
 from edgecompose.eval_charts import colours, draw_charts, require_matplotlib
 from edgecompose.eval_report import shortened, write_report
 from edgecompose.evaluation import EvalExample
 from edgecompose.judgement import Evaluation, Judgement
-from edgecompose.request import STAGES
 from edgecompose.scoreboard import describe_evaluation, evaluation_json, signed
 
 HOSTILE = "</pre><script>alert('x')</script>\"'&{{ 7001 * 7001 }}$x_1$<img src=http://example.org/a.png>"

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from edgecompose import Answer, Composer, MergeSettings, Request, Sampling, open_bundle
+from edgecompose.clock import STAGES
 from edgecompose.errors import EvaluationError
 from edgecompose.evaluation import EvalExample, bootstrap_interval
 from edgecompose.evaluator import KINDS, Contender, adapters_of, evaluate, parse_contenders
 from edgecompose.judgement import Evaluation, Judgement, routing
 from edgecompose.methods import METHODS, composition_digest
-from edgecompose.request import STAGES
 from tests.fixtures_tiny import TASKS
 
 REQUEST = Request(neighbours=9, nucleus=1.0, max_tokens=3)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,8 @@ from hypothesis.extra import numpy as arrays
 
 from edgecompose.decoder import Decoding
 from edgecompose.errors import GenerationError
-from edgecompose.generation import Sampling, generate, log_softmax, score_choices, stream_text
+from edgecompose.generation import Finish, StopStrings, generate, log_softmax, score_choices, stream_text
+from edgecompose.sampling import Sampler, Sampling, likeliest
 from edgecompose.tokenization import Tokenizer
 from tests.factories import write_tokenizer
 
@@ -66,7 +67,13 @@ def _generate(
     fake: FakeDecoding, *, max_tokens: int = 20, end_tokens: Sequence[int] = (), sampling: Sampling | None = None
 ) -> Iterator[int]:
     decoding = cast(Decoding, fake)
-    return generate(decoding, fake.logits(), max_tokens=max_tokens, end_tokens=end_tokens, sampling=sampling)
+    draw = likeliest if sampling is None else Sampler(sampling, fake.tokens)
+    return generate(decoding, fake.logits(), max_tokens=max_tokens, end_tokens=end_tokens, draw=draw)
+
+
+def _ends(ids: Sequence[int], finish: Finish = "length") -> Generator[int, None, Finish]:
+    yield from ids
+    return finish
 
 
 def _score(fake: FakeDecoding, choices: Sequence[Sequence[int]]) -> list[float]:
@@ -134,7 +141,7 @@ def test_top_p_draws_from_the_smallest_set_that_reaches_it(top_p: float, allowed
     assert set(_draws(logits, 300, Sampling(1.0, top_p)).tolist()) == allowed
 
 
-@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-40, 1e-60])
+@pytest.mark.parametrize("temperature", [0, 1e-3, 1e-30, 1e-40, 1e-60])
 def test_a_low_temperature_is_greedy(temperature: float) -> None:
     logits = np.array([1, 10, 9, -30], np.float32)
     assert set(_draws(logits, 20, Sampling(temperature, 1.0)).tolist()) == {1}
@@ -143,7 +150,9 @@ def test_a_low_temperature_is_greedy(temperature: float) -> None:
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        ("temperature", 0.0), ("temperature", -1.0), ("temperature", np.inf), ("temperature", np.nan),
+        ("temperature", -1.0), ("top_k", -1), ("min_p", -0.1), ("min_p", 1.1), ("min_p", np.nan),
+        ("repetition_penalty", 0.0), ("repetition_penalty", np.inf), ("repetition_penalty", np.nan),
+        ("temperature", np.inf), ("temperature", np.nan),
         ("top_p", 0.0), ("top_p", 1.01), ("top_p", np.nan), ("seed", -1),
     ],
 )  # fmt: skip
@@ -186,31 +195,103 @@ def tokenizer(tmp_path: Path) -> Tokenizer:
 def test_a_stream_never_shows_half_a_character(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     assert len(ids) == len(text.encode())
-    pieces = list(stream_text(iter(ids), tokenizer))
+    pieces = list(stream_text(_ends(ids), tokenizer))
     assert [token for token, _ in pieces] == ids
     assert "".join(piece for _, piece in pieces) == text
     assert "\ufffd" in text or all("\ufffd" not in piece for _, piece in pieces)
 
 
 def test_text_is_shown_as_soon_as_it_is_certain(tokenizer: Tokenizer) -> None:
-    pieces = [piece for _, piece in stream_text(iter(tokenizer.encode("aé日")), tokenizer)]
+    pieces = [piece for _, piece in stream_text(_ends(tokenizer.encode("aé日")), tokenizer)]
     assert pieces == ["a", "", "é", "", "", "日"]
 
 
 def test_what_was_held_back_comes_at_the_end(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("a日")[:-1]
-    assert list(stream_text(iter(ids), tokenizer)) == [(ids[0], "a"), (ids[1], ""), (ids[2], ""), (-1, "\ufffd")]
+    assert list(stream_text(_ends(ids), tokenizer)) == [(ids[0], "a"), (ids[1], ""), (ids[2], ""), (-1, "\ufffd")]
 
 
 def test_leading_white_space_is_dropped_and_no_other(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode(" \n\t a b \n")
-    pieces = list(stream_text(iter(ids), tokenizer))
+    pieces = list(stream_text(_ends(ids), tokenizer))
     assert "".join(piece for _, piece in pieces) == "a b \n"
     assert [token for token, _ in pieces] == ids
-    assert list(stream_text(iter(tokenizer.encode("  ")), tokenizer)) == [(ids[0], ""), (ids[0], "")]
+    assert list(stream_text(_ends(tokenizer.encode("  ")), tokenizer)) == [(ids[0], ""), (ids[0], "")]
 
 
 def test_special_tokens_are_not_text(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("a</s>b")
     assert len(ids) == 3
-    assert "".join(piece for _, piece in stream_text(iter(ids), tokenizer)) == "ab"
+    assert "".join(piece for _, piece in stream_text(_ends(ids), tokenizer)) == "ab"
+
+
+def _text(pieces: Generator[tuple[int, str], None, Finish]) -> tuple[list[str], Finish]:
+    shown = []
+    while True:
+        try:
+            shown.append(next(pieces)[1])
+        except StopIteration as ended:
+            return shown, ended.value
+
+
+def test_why_an_answer_ended() -> None:
+    def finish(**settings: Any) -> Finish:
+        tokens = _generate(FakeDecoding(_count_up), **settings)
+        while True:
+            try:
+                next(tokens)
+            except StopIteration as ended:
+                return cast(Finish, ended.value)
+
+    assert finish(end_tokens=(6,), max_tokens=3) == "stop"
+    assert finish(end_tokens=(7,), max_tokens=3) == "length"  # the end would have been the next token
+
+
+@given(
+    st.text("ab\nc", max_size=12), st.lists(st.text("ab\nc", min_size=1, max_size=3), max_size=3),
+    st.lists(st.integers(1, 3), min_size=12, max_size=12),
+)  # fmt: skip
+def test_stop_strings_cut_where_the_whole_text_would_be_cut(text: str, stop: list[str], sizes: list[int]) -> None:
+    guard, shown, rest = StopStrings(stop), "", text
+    found = False
+    for size in sizes:
+        piece, rest = rest[:size], rest[size:]
+        part, found = guard.push(piece)
+        shown += part
+        assert text.startswith(shown)
+        if found:
+            break
+    shown += "" if found else guard.finish()
+    # the first that is complete ends the answer, as it would if every character came by itself
+    ends = [text.find(s) + len(s) for s in stop if s in text]
+    assert found == bool(ends)
+    if not found:
+        assert shown == text
+    else:
+        assert not any(s in shown for s in stop)
+        assert any(text.startswith(shown + s) for s in stop)
+
+
+def test_an_answer_ends_before_a_stop_string_and_the_model_stops_too(tokenizer: Tokenizer) -> None:
+    drawn = []
+
+    def tokens() -> Generator[int, None, Finish]:
+        for token in tokenizer.encode("one\n\ntwo"):
+            drawn.append(token)
+            yield token
+        return "length"
+
+    pieces, finish = _text(stream_text(tokens(), tokenizer, ["\n\n", "zzz"]))
+    assert ("".join(pieces), finish) == ("one", "stop")
+    assert len(drawn) == len("one\n\n")
+    assert pieces == ["o", "n", "e", "", ""]  # a line end may be the first half of two
+
+
+def test_what_a_stop_string_held_back_comes_at_the_end(tokenizer: Tokenizer) -> None:
+    assert _text(stream_text(_ends(tokenizer.encode("one\n")), tokenizer, ["\n\n"])) == (
+        ["o", "n", "e", "", "\n"], "length",
+    )  # fmt: skip
+    assert _text(stream_text(_ends(tokenizer.encode(" é")[:2], "stop"), tokenizer, ["é"])) == (
+        ["", "", "\ufffd"],
+        "stop",
+    )

@@ -1,0 +1,56 @@
+"""A conversation that goes on: its messages, and what is said next."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from edgecompose.composer import Composer
+from edgecompose.conversation import Message
+from edgecompose.request import Answer, Request
+
+
+class Chat:
+    """A conversation with a composer. Not for use by two threads at once.
+
+    Every turn is composed for anew, from the user's last message (or the first, as the request's `query` says), and
+    reads only what the turn before has not read where the blend is the same.
+
+    Args:
+        request: what every turn asks for; prompts that outgrow the context lose their oldest turns, unless it refuses.
+        system: the system message, if any.
+    """
+
+    def __init__(self, composer: Composer, request: Request | None = None, *, system: str | None = None) -> None:
+        self._composer = composer
+        self._request = dataclasses.replace(request or Request(overflow="truncate"), reuse=True)
+        self._opening = () if system is None else (Message("system", system),)
+        self.messages: tuple[Message, ...] = self._opening
+
+    def say(self, text: str, *, on_text: Callable[[str], None] = lambda text: None) -> Answer:
+        """Answer the user's next message; both become part of the conversation.
+
+        An exception out of `on_text`, such as a KeyboardInterrupt, ends the answer where it is; what was written of it
+        stays in the conversation.
+
+        Args:
+            on_text: called with each piece of the answer as it becomes certain.
+
+        Raises:
+            EdgeComposeError: of the stage that failed; the conversation is as it was.
+        """
+        asked = (*self.messages, Message("user", text))
+        pieces: list[str] = []
+        with self._composer.generate(asked, self._request) as generation:
+            try:
+                for piece in generation:
+                    pieces.append(piece)
+                    on_text(piece)
+                return generation.answer
+            finally:
+                if pieces:
+                    self.messages = (*asked, Message("assistant", "".join(pieces)))
+
+    def reset(self) -> None:
+        """Begin anew; the system message stays."""
+        self.messages = self._opening

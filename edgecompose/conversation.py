@@ -1,0 +1,72 @@
+"""What was said so far: messages, which of them retrieval reads, and which go when the context is full."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+from edgecompose.errors import GenerationError
+
+Role = Literal["system", "user", "assistant"]
+#: Which message of the user's retrieval reads: the last, so that a blend is chosen at each turn, or the first of all.
+Query = Literal["last", "first"]
+#: What is done with a prompt that leaves no room in the context: an error, or its oldest part is left out.
+Overflow = Literal["refuse", "truncate"]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+    def __post_init__(self) -> None:
+        if self.role not in get_args(Role):
+            raise GenerationError(f"a message has the role {self.role!r}; use {', '.join(get_args(Role))}")
+        if not isinstance(self.content, str):
+            raise GenerationError(f"a message's content is {type(self.content).__name__}; text is wanted")
+
+
+#: A prompt of its own, or a conversation that ends with the user's turn.
+Prompt: TypeAlias = str | Sequence[Message | Mapping[str, str]]
+
+
+def conversation(prompt: Prompt) -> tuple[Message, ...]:
+    """The messages of a prompt; one user's message where it is text.
+
+    Args:
+        prompt: text; or messages, also as mappings with `role` and `content`, the last one the user's, a system message
+            only at the beginning.
+
+    Raises:
+        GenerationError: nothing was said, a message is malformed, or stands where none may.
+    """
+    if isinstance(prompt, str):
+        return (Message("user", prompt),)
+    messages = tuple(m if isinstance(m, Message) else _message(m) for m in prompt)
+    if not messages or messages[-1].role != "user":
+        raise GenerationError("a conversation has to end with a message of the user's")
+    if any(message.role == "system" for message in messages[1:]):
+        raise GenerationError("a system message has to be the first of a conversation")
+    return messages
+
+
+def query_text(messages: Sequence[Message], which: Query) -> str:
+    """The message of the user's that retrieval reads."""
+    said = [message.content for message in messages if message.role == "user"]
+    return said[-1] if which == "last" else said[0]
+
+
+def shortened(messages: Sequence[Message]) -> tuple[Message, ...] | None:
+    """The conversation without the oldest turn and what answered it; None where only the last turn is left."""
+    opening = 1 if messages[0].role == "system" else 0
+    later = next((i for i in range(opening + 1, len(messages)) if messages[i].role == "user"), None)
+    return None if later is None else (*messages[:opening], *messages[later:])
+
+
+def _message(found: Mapping[str, str]) -> Message:
+    if not isinstance(found, Mapping) or set(found) != {"role", "content"}:
+        raise GenerationError(f"a message is {found!r:.80}; an object with role and content is wanted")
+    return Message(found["role"], found["content"])  # type: ignore[arg-type]  # checked by Message
