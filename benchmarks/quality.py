@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found as a scrip
 from benchmarks.rewordings import HELD_OUT, reword
 from edgecompose import Composer, Request, open_bundle
 from edgecompose.console import counting
+from edgecompose.device import usable_cores
 from edgecompose.evaluation import EvalExample, read_eval_examples
 from edgecompose.evaluator import Contender, Kind, evaluate
 from edgecompose.judgement import Evaluation, Judgement
@@ -85,7 +86,9 @@ def main() -> None:
     parser.add_argument("--outcomes", type=Path)
     parser.add_argument("--save", type=Path)
     options = parser.parse_args()
-    results: dict[str, Any] = {"split": options.split, "limit": options.limit, "settings": {}}
+    results: dict[str, Any] = {
+        "split": options.split, "limit": options.limit, "cores": usable_cores(), "settings": {},
+    }  # fmt: skip
     with open_bundle(options.bundle, device="cpu") as composer:
         plain = open_bundle(options.plain, device="cpu") if options.plain else None
         for setting in options.settings:

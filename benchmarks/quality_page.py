@@ -48,7 +48,9 @@ def page(paths: Sequence[Path]) -> str:
     for path in sorted(paths):
         found = json.loads(path.read_text(encoding="utf-8"))
         limit = "all examples" if found["limit"] is None else f"at most {found['limit']} examples a task"
-        parts.append(f"## {found['split'].capitalize()} split, {limit}\n\n`benchmarks/results/{path.name}`\n")
+        cores = found.get("cores")
+        timed = "" if cores is None else f", times on {cores} core{'s' if cores > 1 else ''}"
+        parts.append(f"## {found['split'].capitalize()} split, {limit}\n\n`benchmarks/results/{path.name}`{timed}\n")
         parts += [f"### {SETTING_WORDS[name]}\n\n{setting(result)}" for name, result in found["settings"].items()]
     return "\n".join(parts)
 
