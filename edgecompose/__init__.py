@@ -1,5 +1,6 @@
 """EdgeCompose: answers a prompt with a base model and a blend of LoRA adapters chosen by retrieval, offline."""
 
+from edgecompose.aio import AsyncComposer, AsyncGeneration
 from edgecompose.chat import Chat
 from edgecompose.composer import Composer, Generation, open_bundle
 from edgecompose.conversation import Message
@@ -10,6 +11,8 @@ from edgecompose.sampling import Sampling
 
 __all__ = [
     "Answer",
+    "AsyncComposer",
+    "AsyncGeneration",
     "Chat",
     "Composer",
     "Composition",

@@ -45,20 +45,22 @@ _RETRIEVAL_BYTES, _NEIGHBOUR_BYTES, _QUERY_BYTES = 16 << 20, 200, 1 << 20
 class Generation:
     """An answer that is being written: iterate over its pieces of text, then read `answer`.
 
-    Closing it, or leaving its `with` block, stops the model at the token it is at. Not for use by two threads at once.
+    Closing it, or leaving its `with` block, stops the model at the token it is at; any thread may close it.
     """
 
     def __init__(self, composition: Composition, pieces: Generator[str, None, Answer]) -> None:
         self.composition = composition
         self._pieces = pieces
         self._answer: Answer | None = None
+        self._lock = threading.Lock()
 
     def __iter__(self) -> Generation:
         return self
 
     def __next__(self) -> str:
         try:
-            return next(self._pieces)
+            with self._lock:
+                return next(self._pieces)
         except StopIteration as ended:
             if ended.value is not None:
                 self._answer = ended.value
@@ -73,8 +75,9 @@ class Generation:
         self.close()
 
     def close(self) -> None:
-        """Stop, wherever the answer is."""
-        self._pieces.close()
+        """Stop, wherever the answer is; returns when the model has stopped."""
+        with self._lock:
+            self._pieces.close()
 
     @property
     def answer(self) -> Answer:
