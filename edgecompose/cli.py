@@ -27,6 +27,9 @@ from edgecompose.methods import METHODS, MergeSettings
 from edgecompose.peft_folder import write_peft_folder
 from edgecompose.request import Answer, Request
 from edgecompose.sampling import Sampling
+from edgecompose.server_settings import ServerSettings, read_key, server_names
+from edgecompose.serving import run_server
+from edgecompose.stdio import StdioServer
 
 F = TypeVar("F", bound=Callable[..., Any])
 _STANDARD_INPUT = "-"
@@ -223,6 +226,53 @@ def chat(bundle: Path, system: str | None, explain: bool, device: str, as_json: 
             _say_what_was_left_out(answer)
             if explain:
                 _explain(answer)
+
+
+@main.command()
+@bundle_argument
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; others want a key.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
+@click.option(
+    "--api-key-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File with a key that callers have to send as a bearer token; also the variable EDGECOMPOSE_API_KEY.",
+)
+@click.option("--allow-host", multiple=True, metavar="NAME", help="Another name of this server; repeatable.")
+@click.option("--allow-origin", multiple=True, metavar="URL", help="A site whose pages may call it; repeatable.")
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Answers written at once.")
+@click.option(
+    "--queue", type=click.IntRange(0), default=16, show_default=True, help="Requests that wait; more get 429."
+)
+@click.option("--max-tokens", type=click.IntRange(1), default=4096, show_default=True, help="Longest answer.")
+@click.option("--stdio", is_flag=True, help="Answer JSON-RPC lines on standard input instead, for a parent process.")
+@device_option
+def serve(bundle: Path, device: str, stdio: bool, **options: Any) -> None:
+    """Serve the OpenAI API, and a page to try it on, to programs on this machine.
+
+    \b
+    edgecompose serve models/demo
+    edgecompose serve models/demo --stdio < /dev/null
+    """
+    with _open(bundle, device) as composer:
+        if stdio:
+            composer.warm_up()
+            StdioServer(composer, sys.stdin.buffer, _write_line, max_tokens=options["max_tokens"]).serve()
+            return
+        settings = ServerSettings(
+            hosts=server_names(options["host"], options["allow_host"]), origins=options["allow_origin"],
+            key=read_key(options["api_key_file"]), workers=options["workers"], queue=options["queue"],
+            max_tokens=options["max_tokens"],
+        )  # fmt: skip
+        run_server(composer, settings, host=options["host"], port=options["port"], ready=_say_where)
+
+
+def _say_where(url: str) -> None:
+    click.echo(f"edgecompose: serving at {url} (Ctrl-C ends it)", err=True)
+
+
+def _write_line(line: bytes) -> None:
+    sys.stdout.buffer.write(line)
+    sys.stdout.buffer.flush()
 
 
 def _messages() -> Iterator[str]:

@@ -14,6 +14,7 @@
     ├── DeviceError                     the device that was asked for is not there
     ├── GenerationError                 the prompt or the settings cannot be generated from
     │   └── PromptTooLong               prompt and answer exceed the context of the base
+    ├── ApiError                        a call to the server is malformed or not supported
     ├── EvaluationError                 examples, outcomes or a report of an evaluation cannot be used
     └── ExportError                     input of a build-time command that cannot be exported
 
@@ -79,6 +80,17 @@ class GenerationError(EdgeComposeError):
 
 class PromptTooLong(GenerationError):
     """Prompt and answer together exceed the context of the base model."""
+
+
+class ApiError(EdgeComposeError):
+    """A call to the server is malformed, or asks for what is not supported.
+
+    `param` is the field at fault, `code` a word for programs, `status` the HTTP status.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None, status: int = 400) -> None:
+        super().__init__(message)
+        self.param, self.code, self.status = param, code, status
 
 
 class EvaluationError(EdgeComposeError):

@@ -64,6 +64,7 @@ ARROWS: dict[str, set[str]] = {
     "sampling": {"errors"},
     "conversation": {"errors"},
     "clock": set(),
+    "server_settings": {"errors"},
     "generation": {"errors", "decoder", "sampling", "tokenization"},
     "prefixes": {"decoder"},
     "language_model": {
@@ -99,6 +100,8 @@ ARROWS: dict[str, set[str]] = {
     "eval_charts": {"errors", "judgement"},
     "eval_report": {"clock", "eval_charts", "judgement", "scoreboard"},
 }
+#: Packages of the extra 'server', which only its modules import.
+SERVER = {"prometheus_client", "starlette", "uvicorn"}
 #: The test file of each module that has none of its own name.
 COVERED = {
     "edgecompose/__init__": "test_architecture", "edgecompose/__main__": "test_architecture",
@@ -111,7 +114,9 @@ COVERED = {
     "edgecompose/binding": "test_folding", "edgecompose/request": "test_cli",
     "edgecompose/chat": "test_cli", "edgecompose/clock": "test_evaluator", "edgecompose/errors": "test_architecture",
     "edgecompose/peft_folder": "test_cli",
-    "edgecompose/report": "test_cli", "edgecompose_export/__init__": "test_architecture",
+    "edgecompose/report": "test_cli", "edgecompose/server_metrics": "test_server",
+    "edgecompose/server_settings": "test_serving",
+    "edgecompose_export/__init__": "test_architecture",
     "edgecompose_export/__main__": "test_architecture", "edgecompose_export/adapters": "test_adapters_export",
     "edgecompose_export/base": "test_base_export", "edgecompose_export/bundles": "test_bundles_export",
     "edgecompose_export/recipe": "test_bundles_export",
@@ -162,7 +167,10 @@ def test_arrows_point_down() -> None:
     trees = modules(RUNTIME)
     for name, allowed in ARROWS.items():
         assert ours(trees[name]) <= allowed, f"{name} imports {sorted(ours(trees[name]) - allowed)}"
-    top = {"__init__", "__main__", "aio", "chat", "cli", "composer", "evaluator", "report", "scoreboard"}
+    top = {
+        "__init__", "__main__", "aio", "chat", "cli", "composer", "evaluator", "openai_api", "report", "scoreboard",
+        "server", "server_metrics", "serving", "stdio",
+    }  # fmt: skip
     assert set(trees) - set(ARROWS) == top
 
 
@@ -173,8 +181,12 @@ def test_there_is_no_circle() -> None:
 
 def test_only_the_top_sees_the_composer() -> None:
     importers = {name for name, tree in modules(RUNTIME).items() if "composer" in ours(tree)}
-    assert importers == {"__init__", "aio", "chat", "cli", "evaluator", "scoreboard"}
-    assert {name for name, tree in modules(RUNTIME).items() if ours(tree) & {"report", "cli"}} == {"__main__", "cli"}
+    assert importers == {
+        "__init__", "aio", "chat", "cli", "evaluator", "openai_api", "scoreboard", "server", "serving", "stdio",
+    }  # fmt: skip
+    assert {name for name, tree in modules(RUNTIME).items() if ours(tree) & {"report", "cli"}} == {
+        "__main__", "cli", "openai_api", "server", "stdio",
+    }  # fmt: skip
 
 
 def test_onnxruntime_is_imported_in_one_place() -> None:
@@ -186,17 +198,26 @@ def test_the_runtime_imports_what_it_declares_and_nothing_of_build_time() -> Non
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     names = {re.split(r"[<>=\[ ]", requirement)[0] for requirement in project["dependencies"]}
     used = set().union(*(foreign(tree) for tree in modules(RUNTIME).values()))
-    assert used == names | {"onnxruntime", "matplotlib"}
+    assert used == names | {"onnxruntime", "matplotlib"} | SERVER
     assert not used & BUILD_TIME
 
 
 def test_matplotlib_is_an_extra_that_one_module_imports_when_it_draws() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     assert [re.split(r"[<>=]", requirement)[0] for requirement in extras["report"]] == ["matplotlib"]
-    assert "edgecompose[report]" in extras["test"]
+    assert "edgecompose[report,server]" in extras["test"]
     assert {name for name, tree in modules(RUNTIME).items() if "matplotlib" in foreign(tree)} == {"eval_charts"}
     done = run_python("import sys; import edgecompose.cli; print('matplotlib' in sys.modules)")
     assert (done.returncode, done.stdout) == (0, "False\n")
+
+
+def test_the_server_is_an_extra_that_nothing_else_imports() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert {re.split(r"[<>=]", wanted)[0].replace("-", "_") for wanted in extras["server"]} == SERVER
+    importers = {name for name, tree in modules(RUNTIME).items() if foreign(tree) & SERVER}
+    assert importers == {"server", "server_metrics", "serving"}
+    done = run_python(f"import sys; import edgecompose.cli; print({SERVER} & set(sys.modules))")
+    assert (done.returncode, done.stdout) == (0, "set()\n")
 
 
 def test_the_export_imports_what_it_declares() -> None:

@@ -25,7 +25,7 @@ from edgecompose.methods import METHODS
 from tests.fixtures_tiny import ADAPTERS, TASKS, TinyZoo
 
 PROMPT = TASKS["animals"][0]
-COMMANDS = ("run", "chat", "retrieve", "compose", "eval", "inspect", "verify", "doctor")
+COMMANDS = ("run", "chat", "serve", "retrieve", "compose", "eval", "inspect", "verify", "doctor")
 RETRIEVAL_KEYS = {"weights", "neighbours", "distribution"}
 
 
