@@ -88,6 +88,8 @@ async function* events(response) {
 
 async function ask(text) {
   complain("");
+  $("evidence").hidden = true;  // it is that of the answer before
+  $("why").textContent = "";
   messages.push({ role: "user", content: text });
   say("user", text);
   stopping = new AbortController();
