@@ -80,13 +80,14 @@ class TokenStream:
     """Turns a growing list of token ids into text that never ends inside a character.
 
     A byte-level token can hold half of a UTF-8 character; such a piece is held back until
-    the next token completes it.
+    the next token completes it. Only the last few ids are decoded again: a token's text may
+    depend on the one before it, as a leading space does, and on no earlier one.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._shown = ""
+        self._ids: list[int] = []  # the last ones: those that were shown last, and those that are not shown yet
+        self._shown = 0  # how many of these were shown
 
     def push(self, token: int) -> str:
         """Add one id; return the text that became certain (possibly empty)."""
@@ -101,8 +102,10 @@ class TokenStream:
         return self._advance(self._tokenizer.decode(self._ids))
 
     def _advance(self, text: str) -> str:
-        fresh = text[len(self._shown) :]
-        self._shown = text
+        fresh = text[len(self._tokenizer.decode(self._ids[: self._shown])) :]
+        if fresh:
+            self._ids = self._ids[self._shown :]
+            self._shown = len(self._ids)
         return fresh
 
 

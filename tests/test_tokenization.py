@@ -52,6 +52,39 @@ def test_text_survives(tokenizer: Tokenizer, text: str) -> None:
     assert all(0 <= token < tokenizer.vocabulary_size for token in ids)
 
 
+@given(TEXT)
+def test_a_stream_says_what_the_whole_says(tokenizer: Tokenizer, text: str) -> None:
+    ids, stream = tokenizer.encode(text), tokenizer.stream()
+    pieces = [stream.push(token) for token in ids]
+    assert "".join([*pieces, stream.finish()]) == tokenizer.decode(ids)
+
+
+def test_a_stream_keeps_the_spaces_of_a_tokenizer_that_strips_the_first(tmp_path: Path) -> None:
+    """As those of SentencePiece do: a word by itself is decoded without the space before it."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"▁a": 0, "▁b": 1, "c": 2}, unk_token="c"))
+    words.decoder = tokenizers.decoders.Metaspace()
+    words.save(str(tmp_path / "tokenizer.json"))
+    made = Tokenizer(tmp_path / "tokenizer.json")
+    stream = made.stream()
+    assert [stream.push(token) for token in (0, 1, 2, 0, 0)] == ["a", " b", "c", " a", " a"]
+    assert stream.finish() == ""
+
+
+def test_a_long_stream_decodes_no_more_than_it_has_to(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    longest, decode = 0, Tokenizer.decode
+
+    def watched(self: Tokenizer, ids: list[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return decode(self, ids)
+
+    monkeypatch.setattr(Tokenizer, "decode", watched)
+    stream = tokenizer.stream()
+    for token in tokenizer.encode("plain words, naïve café, 日本語 " * 20):
+        stream.push(token)
+    assert longest < 12
+
+
 def test_text_that_is_not_unicode_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(GenerationError):  # how Python spells a command line that is not UTF-8
         tokenizer.encode("caf\udce9")
