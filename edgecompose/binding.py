@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
-from edgecompose.blend import SIDES, MergedAdapter
+from edgecompose.blend import SIDES, MergedAdapter, Side
 from edgecompose.device import Device, IOBinding, Session
 from edgecompose.errors import BundleError
 from edgecompose.manifest import SlotGroup
@@ -15,13 +16,28 @@ from edgecompose.manifest import SlotGroup
 Axes = Mapping[str, Mapping[int, int]]
 
 
+def slot_name(layer: int, module: str, side: Side) -> str:
+    """Name of the graph's input for one factor of one linear module."""
+    return f"layers.{layer}.{module}.{side}"
+
+
+def slot_tensors(adapter: MergedAdapter) -> dict[str, npt.NDArray[np.float32]]:
+    """A blend's factors on the host, (R, n_in) or (R, n_out), by the names of the slots that they are for."""
+    return {
+        slot_name(layer, name, side): factor[layer]
+        for name, factors in adapter.factors().items()
+        for side, factor in zip(SIDES, factors, strict=True)
+        for layer in range(len(factor))
+    }
+
+
 def slot_axes(groups: Sequence[SlotGroup]) -> dict[str, dict[int, int]]:
     """Every slot of a graph: A is (r, n_in), B is (r, n_out), for any rank r."""
     return {
-        f"layers.{layer}.{group.name}.{side}": {1: width}
+        slot_name(layer, group.name, side): {1: width}
         for group in groups
         for layer in range(group.layers)
-        for side, width in (("A", group.n_in), ("B", group.n_out))
+        for side, width in zip(SIDES, (group.n_in, group.n_out), strict=True)
     }
 
 
@@ -35,7 +51,7 @@ def bind_slots(binding: IOBinding, adapter: MergedAdapter, device: Device) -> No
             offset, (layers, rank, width) = module.place(side)
             for layer in range(layers):
                 address = memory + 4 * (offset + layer * rank * width)
-                binding.bind_input(f"layers.{layer}.{name}.{side}", device.kind, 0, np.float32, (rank, width), address)
+                binding.bind_input(slot_name(layer, name, side), device.kind, 0, np.float32, (rank, width), address)
 
 
 def check_graph(session: Session, name: str, inputs: Axes, outputs: Axes) -> None:

@@ -24,6 +24,7 @@ from edgecompose.eval_report import write_report
 from edgecompose.evaluation import merge_examples, read_eval_examples
 from edgecompose.evaluator import KINDS, MAX_TOKENS, Contender, evaluate, parse_contenders
 from edgecompose.methods import METHODS, MergeSettings
+from edgecompose.onnx_adapter import write_onnx_adapter
 from edgecompose.peft_folder import write_peft_folder
 from edgecompose.request import Answer, Request
 from edgecompose.sampling import Sampling
@@ -251,7 +252,7 @@ def serve(bundle: Path, device: str, stdio: bool, **options: Any) -> None:
 
     \b
     edgecompose serve models/demo
-    edgecompose serve models/demo --stdio < /dev/null
+    edgecompose serve models/demo --stdio
     """
     with _open(bundle, device) as composer:
         if stdio:
@@ -324,24 +325,30 @@ def retrieve(bundle: Path, prompt: str, device: str, as_json: bool, **options: A
 @main.command()
 @bundle_argument
 @prompt_argument
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder or file to write.")
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder to write."
-)
+    "--format", "form", type=click.Choice(["peft", "onnx-adapter"]), default="peft", show_default=True,
+    help="A folder that PeftModel.from_pretrained loads, or a file that onnxruntime.LoraAdapter loads.",
+)  # fmt: skip
 @retrieval_options
 @adapter_option
 @merge_options
 @device_option
 @json_option
-def compose(bundle: Path, prompt: str, output: Path, device: str, as_json: bool, **options: Any) -> None:
-    """Write the blend for PROMPT as a PEFT LoRA folder that PeftModel.from_pretrained loads.
+def compose(bundle: Path, prompt: str, output: Path, form: str, device: str, as_json: bool, **options: Any) -> None:
+    """Write the blend for PROMPT for another program.
 
     \b
     edgecompose compose models/demo "A film review" -o blend
+    edgecompose compose models/demo "A film review" --format onnx-adapter -o blend.onnx_adapter
     """
     text = _read_prompt(prompt)
     with _open(bundle, device) as composer:
         composition = composer.compose(text, _request(composer, options))
-        paths = write_peft_folder(composition.merged, output, base=composer.bundle.manifest.base.source)
+        if form == "peft":
+            paths = write_peft_folder(composition.merged, output, base=composer.bundle.manifest.base.source)
+        else:
+            paths = [write_onnx_adapter(composition.merged, output)]
     if as_json:
         _print_json({"prompt": text, "files": [str(p) for p in paths], **report.composition_json(composition)})
     else:

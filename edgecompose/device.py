@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -159,6 +159,21 @@ def open_session(graph: Path | bytes, device: Device, *, name: str, threads: int
             "use --device cpu, or see 'edgecompose doctor'"
         )
     return session
+
+
+def write_adapter_file(path: Path, tensors: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    """Write tensors by name as ONNX Runtime's adapter file.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    content = onnxruntime.AdapterFormat()
+    content.set_adapter_version(1)
+    content.set_model_version(1)
+    values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(t)) for name, t in tensors.items()}
+    content.set_parameters(values)
+    path.touch()  # ONNX Runtime says nothing where it cannot write
+    content.export_adapter(str(path))
 
 
 def usable_cores() -> int:

@@ -94,6 +94,7 @@ ARROWS: dict[str, set[str]] = {
         "weighting",
     },
     "peft_folder": {"errors", "blend"},
+    "onnx_adapter": {"binding", "blend", "device", "errors"},
     "evaluation": {"errors"},
     "outcomes": {"errors", "typed_json"},
     "judgement": {"clock", "evaluation", "request"},

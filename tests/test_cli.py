@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -365,6 +366,7 @@ def test_the_example_in_the_help_runs(
     bundle: Path, tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("edgecompose.cli.run_server", lambda *args, **settings: click.echo("it would serve"))
     Path("models").mkdir()
     Path("models/demo").symlink_to(bundle)
     write_questions(Path("questions.jsonl"))
@@ -374,7 +376,8 @@ def test_the_example_in_the_help_runs(
     assert examples
     for _, *arguments in examples:
         assert arguments[0] == command
-        done = call(*arguments, stdin=b"hello\n" if command == "chat" else None)
+        line = b'{"jsonrpc": "2.0", "id": 1, "method": "models"}\n' if "--stdio" in arguments else b"hello\n"
+        done = call(*arguments, stdin=line if command in ("chat", "serve") else None)
         assert done.exit_code == 0, done.output
         assert done.stdout
 
