@@ -25,11 +25,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from edgecompose import Composer, MergeSettings, Request, open_bundle
 from edgecompose.blend import MergedAdapter
 from edgecompose.device import runtime_version
+from edgecompose.gguf_lora import write_gguf_lora
+from edgecompose.manifest import BaseSpec
 
 PROMPT = (
     "Customer review of a business: We waited forty minutes for a table we had booked, and the soup came cold. "
@@ -114,7 +114,8 @@ def measure_decode(composer: Composer, gguf: Path, rounds: int, tokens: int = 32
         "three_adapters": _decoder_steps(composer, ids, blend),
         "three_adapters_svd": _decoder_steps(composer, ids, small),
     }
-    contenders |= _llama_contenders(gguf, ids, {"one_adapter": one, "three_adapters": blend})
+    blends = {"one_adapter": one, "three_adapters": blend}
+    contenders |= _llama_contenders(gguf, ids, blends, composer.bundle.manifest.base)
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, step in contenders.items():
@@ -207,7 +208,7 @@ def _decoder_steps(composer: Composer, ids: list[int], merged: MergedAdapter) ->
     return step
 
 
-def _llama_contenders(gguf: Path, ids: list[int], blends: dict[str, MergedAdapter]) -> dict[str, Step]:
+def _llama_contenders(gguf: Path, ids: list[int], blends: dict[str, MergedAdapter], base: BaseSpec) -> dict[str, Step]:
     """llama.cpp on the same GGUF, alone and with each blend; none when it cannot be measured."""
     if importlib.util.find_spec("llama_cpp") is None or not gguf.is_file():
         return {}
@@ -215,31 +216,9 @@ def _llama_contenders(gguf: Path, ids: list[int], blends: dict[str, MergedAdapte
     with tempfile.TemporaryDirectory() as folder:
         for name, merged in blends.items():
             lora = Path(folder) / f"{name}.gguf"
-            _write_llama_lora(merged, lora)
+            write_gguf_lora(merged, lora, base)
             contenders[f"llama_cpp_{name}"] = _llama_steps(gguf, ids, lora)
     return contenders
-
-
-def _write_llama_lora(merged: MergedAdapter, path: Path) -> None:
-    """A blend as a LoRA file of llama.cpp (rows of q and k stay as they are: the same work, not the same text)."""
-    from gguf import GGUFWriter
-
-    names = {
-        "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
-        "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down",
-    }  # fmt: skip
-    writer = GGUFWriter(path, "llama")
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", 0.0)  # no further scale: it is in the factors
-    for name, factors in merged.factors().items():
-        for layer, (a, b) in enumerate(zip(*factors, strict=True)):
-            writer.add_tensor(f"blk.{layer}.{names[name]}.weight.lora_a", np.ascontiguousarray(a))
-            writer.add_tensor(f"blk.{layer}.{names[name]}.weight.lora_b", np.ascontiguousarray(b.T))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def _llama_steps(gguf: Path, ids: list[int], lora: Path | None) -> Step:

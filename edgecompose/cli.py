@@ -23,6 +23,7 @@ from edgecompose.eval_charts import require_matplotlib
 from edgecompose.eval_report import write_report
 from edgecompose.evaluation import merge_examples, read_eval_examples
 from edgecompose.evaluator import KINDS, MAX_TOKENS, Contender, evaluate, parse_contenders
+from edgecompose.gguf_lora import write_gguf_lora
 from edgecompose.methods import METHODS, MergeSettings
 from edgecompose.onnx_adapter import write_onnx_adapter
 from edgecompose.peft_folder import write_peft_folder
@@ -327,8 +328,8 @@ def retrieve(bundle: Path, prompt: str, device: str, as_json: bool, **options: A
 @prompt_argument
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder or file to write.")
 @click.option(
-    "--format", "form", type=click.Choice(["peft", "onnx-adapter"]), default="peft", show_default=True,
-    help="A folder that PeftModel.from_pretrained loads, or a file that onnxruntime.LoraAdapter loads.",
+    "--format", "form", type=click.Choice(["peft", "onnx-adapter", "gguf"]), default="peft", show_default=True,
+    help="A folder for PeftModel.from_pretrained, a file for onnxruntime.LoraAdapter, or one for llama.cpp.",
 )  # fmt: skip
 @retrieval_options
 @adapter_option
@@ -347,6 +348,8 @@ def compose(bundle: Path, prompt: str, output: Path, form: str, device: str, as_
         composition = composer.compose(text, _request(composer, options))
         if form == "peft":
             paths = write_peft_folder(composition.merged, output, base=composer.bundle.manifest.base.source)
+        elif form == "gguf":
+            paths = [write_gguf_lora(composition.merged, output, composer.bundle.manifest.base)]
         else:
             paths = [write_onnx_adapter(composition.merged, output)]
     if as_json:

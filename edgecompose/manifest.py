@@ -88,7 +88,8 @@ class FoldingSpec:
 class BaseSpec:
     """The decoder graph and what the decoding loop has to know of it; `folding` is there for float bases only.
 
-    `cuda_graph` is the decoder with attention in float16, which is all that CUDA has kernels for.
+    `cuda_graph` is the decoder with attention in float16, which is all that CUDA has kernels for. `architecture` is
+    what transformers and GGUF call its kind, such as 'llama'.
     """
 
     graph: str
@@ -106,6 +107,7 @@ class BaseSpec:
     source: str = ""
     folding: FoldingSpec | None = None
     cuda_graph: str | None = None
+    architecture: str | None = None
 
     def __post_init__(self) -> None:
         names = [group.name for group in self.slots]

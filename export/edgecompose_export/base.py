@@ -195,6 +195,7 @@ def _describe(
         context=int(config.max_position_embeddings), kv_heads=key // head, head_size=head,
         vocabulary=int(config.vocab_size), end_tokens=tuple(sorted(int(e) for e in ends if e is not None)), slots=slots,
         chat_template=None if template is None else "chat_template.jinja", source=source,
+        architecture=str(config.model_type),
     )  # fmt: skip
 
 
