@@ -75,9 +75,9 @@ def ceiling(
     others = [fixed(name) for name in composer.bundle.manifest.adapters if name != task]
     worth = accuracies(composer, valid, [BASE, *others], outcomes)
     best = max(worth, key=worth.__getitem__)
-    known = [contender for contender in (BASE, *others) if contender.name == best]
+    chosen = [contender for contender in others if contender.name == best]
     own = [fixed(task)] if task in composer.bundle.manifest.adapters else []
-    after = accuracies(composer, test, [*dict.fromkeys((BASE, *known)), *own], outcomes)
+    after = accuracies(composer, test, [BASE, *chosen, *own], outcomes)
     return Ceiling(task, best, worth[best], after["base"], after[best], after[task] if own else None)
 
 
