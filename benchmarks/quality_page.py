@@ -21,9 +21,9 @@ a token, free-form answers by exact match with any accepted answer, without case
 are 95 % bootstrap intervals of the mean over tasks, examples being drawn within each task; differences are paired.
 `base` is the model alone, `own` the adapter trained for the example's task, `top1` the likeliest task's adapter,
 `uniform` equal weights over the tasks that our retrieval keeps. `paper ...` is the rule of arXiv 2602.21222 (100
-neighbours by plain cosine, T = 1, p = 0.9) with PEFT's merge of that name; `ours` are the bundle's defaults, `ours, ...`
-our weights with another merge. The protocol, which was fixed before the test split was looked at, and what follows from
-the figures are in [log.md](log.md).
+neighbours by plain cosine, T = 1, p = 0.9) with PEFT's merge of that name; `ours` are the bundle's defaults, and with a
+name behind it our weights with another merge. The protocol, which was fixed before the test split was looked at, and
+what follows from the figures are in [log.md](log.md).
 """
 #: Tasks that ask the same thing of the same kind of text, and differ in where their examples came from.
 TWINS = (("anli_r3", "cb", "mnli_matched", "rte", "snli", "wnli"), ("arc_easy", "openbookqa"))

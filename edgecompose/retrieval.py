@@ -19,6 +19,9 @@ from edgecompose.whitening import Whitening
 Float = npt.NDArray[np.float32]
 #: Up to so many vectors every one is compared; beyond, USearch's graph is walked.
 EXACT_BELOW = 20_000
+#: The graph of larger indexes: neighbours of a vector, and how widely is looked for them when vectors are added and
+#: searched. Less of any of them misses more than 1 % of the nearest 100 among a million (benchmarks/retrieval.py).
+CONNECTIVITY, EXPANSION_ADD, EXPANSION_SEARCH = 32, 256, 256
 _SCALARS = {"f16": ScalarKind.F16, "f32": ScalarKind.F32}
 
 
@@ -100,9 +103,18 @@ class ExampleIndex:
         return name
 
 
-def new_index(dimension: int, dtype: str, *, editable: bool = True) -> Index:
-    """An empty cosine index; one that is not `editable` cannot find vectors by key."""
-    return Index(ndim=dimension, metric="cos", dtype=dtype, enable_key_lookups=editable)
+def new_index(dimension: int, dtype: str, *, vectors: int = 0, editable: bool = True) -> Index:
+    """An empty cosine index; one that is not `editable` cannot find vectors by key.
+
+    Args:
+        vectors: how many it is to hold; a large one gets a denser graph.
+    """
+    large = vectors > EXACT_BELOW
+    return Index(
+        ndim=dimension, metric="cos", dtype=dtype, enable_key_lookups=editable,
+        connectivity=CONNECTIVITY if large else None, expansion_add=EXPANSION_ADD if large else None,
+        expansion_search=EXPANSION_SEARCH if large else None,
+    )  # fmt: skip
 
 
 def open_index(path: Path, spec: IndexSpec, *, editable: bool = False) -> Index:
@@ -119,7 +131,7 @@ def open_index(path: Path, spec: IndexSpec, *, editable: bool = False) -> Index:
         described = Index.metadata(str(path)) or {}
     except (RuntimeError, ValueError, OSError) as error:
         raise RetrievalError(f"index '{path.name}' cannot be read: {error}; export the bundle again") from error
-    index = new_index(spec.dimension, spec.dtype, editable=editable)
+    index = new_index(spec.dimension, spec.dtype, vectors=spec.vectors, editable=editable)
     try:
         if described:
             (index.load if editable else index.view)(str(path))

@@ -103,7 +103,7 @@ def write_adapter(path: Path, adapter: Adapter) -> Path:
 def write_index(path: Path, vectors: Float, *, dtype: str = "f32", embedder: str = "e" * 64) -> IndexSpec:
     """An index of the rows of `vectors`, keys 0, 1, ..., and its description."""
     count, dimension = vectors.shape
-    index = new_index(dimension, dtype)
+    index = new_index(dimension, dtype, vectors=count)
     if count:
         index.add(np.arange(count), vectors, threads=1)
     index.save(str(path))

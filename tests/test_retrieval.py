@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pytest
 from usearch.index import Index
 
+from edgecompose import retrieval
 from edgecompose.errors import RetrievalError, UnknownAdapter
 from edgecompose.manifest import IndexSpec, TaskSpec
 from edgecompose.retrieval import ExampleIndex, open_index
@@ -148,6 +149,24 @@ def test_what_is_mapped_is_what_is_read(tmp_path: Path, spec: IndexSpec) -> None
         np.testing.assert_array_equal(found.keys, wanted.keys)
         np.testing.assert_array_equal(found.distances, wanted.distances)
     np.testing.assert_allclose(np.asarray(read.get(np.array([3], np.uint64)))[0], _vectors()[3], atol=1e-6)
+
+
+def test_a_large_index_is_walked_and_finds_what_comparing_all_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retrieval, "EXACT_BELOW", 1000)
+    vectors = _vectors(count=3000)
+    spec = write_index(tmp_path / "large.usearch", vectors, dtype="f16")
+    for editable in (True, False):
+        opened = open_index(tmp_path / spec.file, spec, editable=editable)
+        widths = (opened.connectivity, opened.expansion_add, opened.expansion_search)
+        assert widths == (retrieval.CONNECTIVITY, retrieval.EXPANSION_ADD, retrieval.EXPANSION_SEARCH)
+    index = ExampleIndex(tmp_path / spec.file, spec, {"all": TaskSpec({"one": 1.0}, 0, 3000)})
+    found = []
+    for query in _vectors(seed=1, count=20):
+        wanted = set(np.argsort(-_cosines(vectors, query))[:100].tolist())
+        found.append(len(wanted & {n.key for n in index.search(query, 100)}))
+    assert np.mean(found) >= 99
 
 
 def test_an_index_of_another_metric_is_refused(tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def remove_task(root: Path, name: str) -> Manifest:
         raise ExportError(f"'{name}' is the only task of bundle '{root}'; a bundle needs one")
     tasks = {key: task for key, task in manifest.tasks.items() if key != name}
     old = open_index(bundle.path(manifest.index.file), manifest.index, editable=True)
-    index = new_index(manifest.index.dimension, manifest.index.dtype)
+    index = new_index(manifest.index.dimension, manifest.index.dtype, vectors=manifest.index.vectors)
     for task in tasks.values():
         keys = np.arange(task.first_key, task.first_key + task.examples, dtype=np.uint64)
         index.add(keys, np.asarray(old.get(keys), np.float32), threads=1)

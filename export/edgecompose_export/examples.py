@@ -90,7 +90,7 @@ def write_examples(
     vectors = embed_prompts(embedder, [e.prompt for examples in tasks.values() for e in examples], advance)
     whitening = _whitening_of(vectors, labels, spec) if whiten and len(tasks) > 1 else None
     dimension = spec.dimension if whitening is None else whitening.matrix.shape[1]
-    index = new_index(dimension, INDEX_DTYPE)
+    index = new_index(dimension, INDEX_DTYPE, vectors=len(vectors))
     add_vectors(index, vectors if whitening is None else whitening(vectors), 0)
     output.mkdir(parents=True, exist_ok=True)
     index.save(str(output / INDEX_FILE))
