@@ -53,11 +53,14 @@ class Generation:
         self._pieces = pieces
         self._answer: Answer | None = None
         self._lock = threading.Lock()
+        self._closed = False
 
     def __iter__(self) -> Generation:
         return self
 
     def __next__(self) -> str:
+        if self._closed:
+            raise StopIteration  # or who reads would take the lock again and again before who closes gets it
         try:
             with self._lock:
                 return next(self._pieces)
@@ -76,6 +79,7 @@ class Generation:
 
     def close(self) -> None:
         """Stop, wherever the answer is; returns when the model has stopped."""
+        self._closed = True
         with self._lock:
             self._pieces.close()
 
