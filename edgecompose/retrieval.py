@@ -20,7 +20,7 @@ Float = npt.NDArray[np.float32]
 #: Up to so many vectors every one is compared; beyond, USearch's graph is walked.
 EXACT_BELOW = 20_000
 #: The graph of larger indexes: neighbours of a vector, and how widely is looked for them when vectors are added and
-#: searched. Half as many neighbours miss 3 % of the nearest 100 among a million, these 0.01 % (benchmarks/retrieval.py).
+#: searched. Half as many neighbours miss 3 % of the nearest 100 of a million, these 0.01 % (benchmarks/retrieval.py).
 CONNECTIVITY, EXPANSION_ADD, EXPANSION_SEARCH = 32, 256, 192
 _SCALARS = {"f16": ScalarKind.F16, "f32": ScalarKind.F32}
 
