@@ -283,10 +283,7 @@ def _messages() -> Iterator[str]:
     while True:
         if asks:
             click.echo("> ", nl=False, err=True)
-        try:
-            line = sys.stdin.buffer.readline().decode("utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise EdgeComposeError(f"standard input is not UTF-8 ({error}); give UTF-8 text") from error
+        line = _text_of(sys.stdin.buffer.readline()).strip()
         if not line:
             return
         yield line
@@ -569,8 +566,13 @@ def _parse_choices(text: str | None) -> tuple[str, ...]:
 def _read_prompt(prompt: str) -> str:
     if prompt != _STANDARD_INPUT:
         return prompt
+    return _text_of(sys.stdin.buffer.read()).rstrip("\n")
+
+
+def _text_of(content: bytes) -> str:
+    """What standard input says."""
     try:
-        return sys.stdin.buffer.read().decode("utf-8").rstrip("\n")
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise EdgeComposeError(f"standard input is not UTF-8 ({error}); give UTF-8 text") from error
 

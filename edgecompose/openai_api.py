@@ -194,7 +194,6 @@ def new_id(kind: Kind) -> str:
 
 def response(asked: Asked, answers: Sequence[Answer], name: str) -> Json:
     """A whole response."""
-    prompt, generated = (sum(getattr(a, field) for a in answers) for field in ("prompt_tokens", "generated_tokens"))
     return {
         "id": name, "object": "chat.completion" if asked.kind == "chat" else "text_completion",
         "created": int(time.time()), "model": asked.model,
@@ -202,7 +201,7 @@ def response(asked: Asked, answers: Sequence[Answer], name: str) -> Json:
             {"index": index, **_said(asked.kind, answer.text), "logprobs": None, "finish_reason": answer.finish}
             for index, answer in enumerate(answers)
         ],
-        "usage": _usage(prompt, generated),
+        "usage": _usage(answers),
         "edgecompose": [explanation(a) for a in answers] if len(answers) > 1 else explanation(answers[0]),
     }  # fmt: skip
 
@@ -220,8 +219,7 @@ def last_chunk(asked: Asked, name: str, answer: Answer, *, index: int = 0) -> Js
 
 def usage_chunk(asked: Asked, name: str, answers: Sequence[Answer]) -> Json:
     """The number of tokens, after a stream whose caller asked for it."""
-    prompt, generated = (sum(getattr(a, field) for a in answers) for field in ("prompt_tokens", "generated_tokens"))
-    return {**_chunk(asked, name, None), "usage": _usage(prompt, generated)}
+    return {**_chunk(asked, name, None), "usage": _usage(answers)}
 
 
 def explanation(answer: Answer) -> Json:
@@ -258,7 +256,8 @@ def _chunk(asked: Asked, name: str, choice: Json | None) -> Json:
     }  # fmt: skip
 
 
-def _usage(prompt: int, generated: int) -> Json:
+def _usage(answers: Sequence[Answer]) -> Json:
+    prompt, generated = (sum(getattr(a, field) for a in answers) for field in ("prompt_tokens", "generated_tokens"))
     return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from edgecompose import openai_api
@@ -60,7 +60,7 @@ class StdioServer:
             self._fail(None, _REQUEST, "an object with jsonrpc, id, method and params is wanted, one a line")
             return True
         name, method, params = found.get("id"), found["method"], found.get("params") or {}
-        if isinstance(name, (dict, list)) or not isinstance(params, dict):
+        if not _is_id(name) or not isinstance(params, dict) or not _is_id(params.get("id")):
             self._fail(None, _REQUEST, "id has to be text or a number, and params an object")
         elif method == "shutdown":
             self._succeed(name, None)
@@ -76,8 +76,8 @@ class StdioServer:
             self._fail(name, _REQUEST, f"a call with the id {name!r:.80} is still being answered; use another")
         else:
             call = self._calls[name] = _Call()
-            call.future = thread.submit(self._answer, name, method, params, call)
-            call.future.add_done_callback(lambda _: self._calls.pop(name, None))
+            answered = thread.submit(self._answer, name, method, params, call)
+            answered.add_done_callback(lambda _: self._calls.pop(name, None))
         return True
 
     def _methods(self) -> dict[str, Callable[[Mapping[str, Any], _Call, object], Json]]:
@@ -131,6 +131,10 @@ class StdioServer:
             self._write_line(line)
 
 
+def _is_id(found: object) -> bool:
+    return not isinstance(found, (dict, list))
+
+
 class _Cancelled(Exception):
     """A call was cancelled while it was answered."""
 
@@ -140,7 +144,6 @@ class _Call:
 
     def __init__(self) -> None:
         self.cancelled = False
-        self.future: Future[None] | None = None
         self._generation: Generation | None = None
         self._lock = threading.Lock()
 

@@ -95,6 +95,7 @@ def test_the_other_methods(parent: Parent, composer: Composer) -> None:
         (b"{", -32700, "not JSON"), (b"\xff", -32700, "not JSON"), (b"[]", -32600, "an object"),
         (b'{"id": 1}', -32600, "an object"), (b'{"id": [1], "method": "chat"}', -32600, "id has to be"),
         (b'{"id": 1, "method": "chat", "params": [1]}', -32600, "params an object"),
+        (b'{"id": 1, "method": "cancel", "params": {"id": [1]}}', -32600, "id has to be"),
         (b'{"id": 1, "method": "dance"}', -32601, "use chat, complete, compose, models"),
         (b'{"id": 1, "method": "chat"}', -32000, "'messages' is missing"),
         (b'{"id": 1, "method": "complete", "params": {"model": "x", "prompt": "x"}}', -32000, "no model"),
