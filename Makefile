@@ -7,18 +7,20 @@ MODELS := build/models
 BASE := build/base/base.json
 EMBEDDER := build/embedder/embedder.json
 BUNDLE := models/demo/manifest.json
+FLOAT_BASE := build/base-fp32/base.json
+FLOAT_BUNDLE := build/demo-fp32/manifest.json
 EXPORTERS := $(addprefix export/edgecompose_export/,base.py checkpoint.py folding.py quantize.py slots.py)
 SHIPPED := models/demo.toml $(wildcard models/admission.json) $(wildcard models/adapters/*.safetensors) $(wildcard models/examples/*)
 
-.PHONY: demo test lint bundle bench clean help
+.PHONY: demo test lint bundle bundle-fp32 bench clean help
 
 help: ## Show the targets.
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 demo: $(BUNDLE) ## Set up, build what the demo needs, answer three prompts.
 	@models/demo.sh $(BIN)/edgecompose models/demo
 
-test: $(BUNDLE) lint ## Lint, types and all tests, on the real models too.
+test: $(BUNDLE) $(FLOAT_BUNDLE) lint ## Lint, types and all tests, on the real models too.
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 lint: $(INSTALLED) ## Ruff and mypy.
@@ -27,6 +29,8 @@ lint: $(INSTALLED) ## Ruff and mypy.
 	$(BIN)/mypy
 
 bundle: $(BUNDLE) ## Build the demo bundle only.
+
+bundle-fp32: $(FLOAT_BUNDLE) ## The same with a float32 base, 600 MB, which tests compare with transformers.
 
 bench: $(BUNDLE) ## Measure speed on this machine.
 	$(BIN)/python benchmarks/speed.py models/demo
@@ -59,3 +63,11 @@ $(EMBEDDER): $(MODELS)/fetched export/edgecompose_export/embedder.py | $(INSTALL
 $(BUNDLE): $(BASE) $(EMBEDDER) $(SHIPPED)
 	@echo "== building the bundle models/demo from the adapters and the index in models/"
 	@$(BIN)/edgecompose-export bundle models/demo.toml -o models/demo --force
+
+$(FLOAT_BASE): $(MODELS)/fetched $(EXPORTERS) | $(INSTALLED)
+	@echo "== exporting the base once more, in float32, for the tests (about a minute)"
+	@rm -rf build/base-fp32
+	@$(BIN)/edgecompose-export base $(MODELS)/smollm2-135m-instruct --precision fp32 -o build/base-fp32
+
+$(FLOAT_BUNDLE): $(FLOAT_BASE) $(EMBEDDER) $(SHIPPED)
+	@$(BIN)/edgecompose-export bundle models/demo.toml --base build/base-fp32 -o build/demo-fp32 --force

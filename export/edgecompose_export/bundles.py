@@ -66,11 +66,17 @@ _CREATED_BY = f"edgecompose-export {__version__}"
 
 
 def build_bundle(
-    recipe_path: Path, output: Path, *, force: bool = False, advance: Advance = lambda step: None
+    recipe_path: Path,
+    output: Path,
+    *,
+    base: Path | None = None,
+    force: bool = False,
+    advance: Advance = lambda step: None,
 ) -> Manifest:
     """Make the bundle that a recipe describes.
 
     Args:
+        base: an exported base to take instead of the recipe's, such as the same model in another precision.
         force: replace a bundle that is already there.
 
     Raises:
@@ -89,23 +95,23 @@ def build_bundle(
     try:
         work.mkdir(parents=True)
         advance("copying base and embedder")
-        base = _copy_base(root / recipe.base, work)
+        spec = _copy_base(base or root / recipe.base, work)
         embedder = _copy_embedder(root / recipe.embedder, work)
         advance("adapters")
         adapters = {
-            name: _place_adapter(root / t.adapter, name, base, work, recipe.bits) for name, t in recipe.tasks.items()
+            name: _place_adapter(root / t.adapter, name, spec, work, recipe.bits) for name, t in recipe.tasks.items()
         }
         if recipe.admission is not None:
             worth = read_admission(root / recipe.admission)
-            adapters = {name: replace(spec, admission=worth.get(name)) for name, spec in adapters.items()}
-        inner = _inner_products(work, base, adapters, {})
+            adapters = {name: replace(made, admission=worth.get(name)) for name, made in adapters.items()}
+        inner = _inner_products(work, spec, adapters, {})
         advance("examples")
         table = _place_examples(recipe, root, work)
         index, tasks = _take_index(work, table, recipe, embedder)
         advance("hashing")
         files = {p.relative_to(work).as_posix(): describe_file(p) for p in sorted(work.rglob("*")) if p.is_file()}
         manifest = Manifest(
-            name=recipe.name, base=base, embedder=embedder, index=index, tasks=tasks, adapters=adapters,
+            name=recipe.name, base=spec, embedder=embedder, index=index, tasks=tasks, adapters=adapters,
             defaults=recipe.defaults, files=files, inner_products=inner, created_by=_CREATED_BY,
         )  # fmt: skip
         _write_manifest(work, manifest)

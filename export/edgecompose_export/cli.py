@@ -220,9 +220,10 @@ def bundle() -> None:
 @bundle.command()
 @click.argument("recipe", type=PathArgument)
 @click.option("-o", "--output", type=PathArgument, required=True, help="Bundle directory to make.")
+@click.option("--base", type=PathArgument, help="Exported base to take instead of the recipe's.")
 @click.option("--force", is_flag=True, help="Replace a bundle that is there.")
 @json_option
-def build(recipe: Path, output: Path, force: bool, as_json: bool) -> None:
+def build(recipe: Path, output: Path, base: Path | None, force: bool, as_json: bool) -> None:
     """Make a bundle from a recipe (TOML).
 
     \b
@@ -231,7 +232,7 @@ def build(recipe: Path, output: Path, force: bool, as_json: bool) -> None:
     from edgecompose_export.bundles import build_bundle
 
     with _steps() as advance:
-        manifest = build_bundle(recipe, output, force=force, advance=advance)
+        manifest = build_bundle(recipe, output, base=base, force=force, advance=advance)
     _print_bundle(output, manifest, as_json)
 
 

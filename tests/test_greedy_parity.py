@@ -1,0 +1,99 @@
+"""Greedy answers are those of transformers + PEFT, token for token, in float32, on the blends of the demo's pool."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("peft", reason="parity with PEFT wants the packages of edgecompose-export")
+
+import peft
+import torch
+
+from edgecompose import Composer, Request, open_bundle
+from edgecompose.blend import MergedAdapter
+from edgecompose.clock import Clock
+from edgecompose.generation import generate
+from edgecompose.peft_folder import write_peft_folder
+from edgecompose.request import Attachment
+from edgecompose_export.base import calibration_prompts
+from edgecompose_export.checkpoint import find_checkpoint
+
+ROOT = Path(__file__).parent.parent
+BUNDLE, MODEL = ROOT / "build" / "demo-fp32", ROOT / "build" / "models" / "smollm2-135m-instruct"
+pytestmark = [
+    pytest.mark.skipif(
+        not (BUNDLE / "manifest.json").is_file(), reason="build/demo-fp32 is not built; run 'make bundle-fp32'"
+    ),
+    pytest.mark.xdist_group("demo-fp32"),
+]
+PROMPTS = calibration_prompts()[:20]
+TOKENS = 16
+#: Every prompt gets the adapters that it is nearest to, however far those are.
+REQUEST = Request(fallback=0.0, max_tokens=TOKENS)
+
+
+@pytest.fixture(scope="module")
+def composer() -> Iterator[Composer]:
+    with open_bundle(BUNDLE, device="cpu") as opened:
+        yield opened
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt, how it is sent, its blend, and what transformers + PEFT answer."""
+
+    prompt: str
+    raw: bool
+    ids: list[int]
+    merged: MergedAdapter
+    theirs: list[int]
+
+
+@pytest.fixture(scope="module")
+def cases(composer: Composer, tmp_path_factory: pytest.TempPathFactory) -> list[Case]:
+    reference, found = find_checkpoint(MODEL).model(), []
+    tokenizer, folder = composer.model.tokenizer, tmp_path_factory.mktemp("blends")
+    for number, prompt in enumerate(PROMPTS):
+        raw = number % 2 == 0
+        ids = tokenizer.encode(prompt if raw else tokenizer.chat([{"role": "user", "content": prompt}]))
+        merged = composer.compose(prompt, REQUEST).merged
+        write_peft_folder(merged, folder / str(number), base="base")
+        model = peft.PeftModel.from_pretrained(reference, str(folder / str(number)))
+        found.append(Case(prompt, raw, ids, merged, _generate(model, ids, composer.bundle.manifest.base.end_tokens)))
+        model.unload()
+    return found
+
+
+@pytest.mark.parametrize("attachment", ["attach", "fold"])
+def test_twenty_prompts(composer: Composer, cases: list[Case], attachment: Attachment) -> None:
+    tokenizer, adapters, differ = composer.model.tokenizer, 0, []
+    for case in cases:
+        blend = composer.model.attach(case.merged, fold=attachment == "fold", clock=Clock())
+        decoder: Any = composer.model.folded_decoder if attachment == "fold" else composer.model.decoder
+        decoding = decoder.start(blend, len(case.ids) + TOKENS)
+        logits, ends = decoding.forward(case.ids)[0], composer.bundle.manifest.base.end_tokens
+        ours = list(generate(decoding, logits, max_tokens=TOKENS, end_tokens=ends))
+        if ours != case.theirs:
+            differ.append((case.prompt, tokenizer.decode(ours), tokenizer.decode(case.theirs)))
+        answer = composer.run(case.prompt, dataclasses.replace(REQUEST, raw=case.raw, attachment=attachment))
+        assert answer.text == tokenizer.decode(ours).lstrip()
+        adapters += len(answer.retrieval.weights)
+    assert differ == []
+    assert (len(cases), adapters > len(cases)) == (20, True)
+
+
+def _generate(model: Any, ids: list[int], ends: tuple[int, ...]) -> list[int]:
+    """Greedy token ids by transformers, without the end token."""
+    row = torch.tensor([ids])
+    with torch.inference_mode():
+        written = model.generate(
+            input_ids=row, attention_mask=torch.ones_like(row), max_new_tokens=TOKENS, do_sample=False,
+            repetition_penalty=1.0, eos_token_id=list(ends), pad_token_id=ends[0],
+        )  # fmt: skip
+    return [token for token in written[0, len(ids) :].tolist() if token not in ends]
