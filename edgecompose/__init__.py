@@ -2,12 +2,13 @@
 
 from edgecompose.aio import AsyncComposer, AsyncGeneration
 from edgecompose.chat import Chat
-from edgecompose.composer import Composer, Generation, open_bundle
+from edgecompose.composer import Composer, open_bundle
 from edgecompose.conversation import Message
 from edgecompose.errors import EdgeComposeError
 from edgecompose.methods import MergeSettings
 from edgecompose.request import Answer, Composition, Request, Retrieval
 from edgecompose.sampling import Sampling
+from edgecompose.writing import Generation
 
 __all__ = [
     "Answer",

@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import TypeVar
 
-from edgecompose.composer import Composer, Generation
+from edgecompose.composer import Composer
 from edgecompose.conversation import Prompt
 from edgecompose.request import Answer, Composition, Request, Retrieval
+from edgecompose.writing import Generation
 
 T = TypeVar("T")
 

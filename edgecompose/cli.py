@@ -14,6 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 
 from edgecompose import __version__, report, scoreboard
 from edgecompose import bundle as bundles
+from edgecompose.batch_file import answer_calls, read_calls
 from edgecompose.chat import Chat
 from edgecompose.composer import Composer, open_bundle
 from edgecompose.console import ErrorGroup, counting, progress
@@ -228,6 +229,37 @@ def chat(bundle: Path, system: str | None, explain: bool, device: str, as_json: 
             _say_what_was_left_out(answer)
             if explain:
                 _explain(answer)
+
+
+@main.command()
+@bundle_argument
+@click.argument("calls", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="File of results.")
+@click.option(
+    "--parallel", type=click.IntRange(1), help="Answers written at once; by default one a core, four at most."
+)
+@click.option("--max-tokens", type=click.IntRange(1), default=4096, show_default=True, help="Longest answer.")
+@device_option
+@json_option
+def batch(
+    bundle: Path, calls: Path, output: Path, parallel: int | None, max_tokens: int, device: str, as_json: bool
+) -> None:
+    """Answer CALLS, a file of OpenAI API calls in the form of its batch API; run it again to go on after a stop.
+
+    A line is {"custom_id": "a", "url": "/v1/chat/completions", "body": {"messages": [...]}}.
+
+    \b
+    edgecompose batch models/demo calls.jsonl -o results.jsonl
+    """
+    found = read_calls(calls)
+    with _open(bundle, device) as composer, counting("answering", len(found)) as advance:
+        done, failed = answer_calls(
+            composer, found, output, max_tokens=max_tokens, parallel=parallel, advance=advance
+        )  # fmt: skip
+    if as_json:
+        _print_json({"calls": len(found), "answered": done, "failed": failed, "output": str(output)})
+    else:
+        click.echo(f"{output}: {done} of {len(found)} calls answered now, {failed} with an error")
 
 
 @main.command()

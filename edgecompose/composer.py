@@ -19,9 +19,9 @@ from edgecompose.buffers import LruCache
 from edgecompose.bundle import Bundle
 from edgecompose.clock import Clock
 from edgecompose.conversation import Message, Prompt, conversation, query_text
-from edgecompose.device import Device, DeviceRequest, choose_device
+from edgecompose.device import Device, DeviceRequest, choose_device, usable_cores
 from edgecompose.embedder import Embedder, embedder_device
-from edgecompose.errors import GenerationError
+from edgecompose.errors import EdgeComposeError, GenerationError
 from edgecompose.folding import FoldedWeights, require_folding
 from edgecompose.generation import Finish
 from edgecompose.language_model import Blend, Encoded, LanguageModel
@@ -33,6 +33,7 @@ from edgecompose.retrieval import ExampleIndex
 from edgecompose.tokenization import Tokenizer
 from edgecompose.weighting import WeighSettings, adapter_weights, weigh
 from edgecompose.whitening import load_whitening
+from edgecompose.writing import Generation, write_all
 
 Float = npt.NDArray[np.float32]
 Double = npt.NDArray[np.float64]
@@ -40,59 +41,8 @@ Double = npt.NDArray[np.float64]
 CACHE_BYTES = 256 << 20
 #: What was found for prompts is kept up to so many bytes, for the next request with the same prompt.
 _RETRIEVAL_BYTES, _NEIGHBOUR_BYTES, _QUERY_BYTES = 16 << 20, 200, 1 << 20
-
-
-class Generation:
-    """An answer that is being written: iterate over its pieces of text, then read `answer`.
-
-    Closing it, or leaving its `with` block, stops the model at the token it is at; any thread may close it.
-    """
-
-    def __init__(self, composition: Composition, pieces: Generator[str, None, Answer]) -> None:
-        self.composition = composition
-        self._pieces = pieces
-        self._answer: Answer | None = None
-        self._lock = threading.Lock()
-        self._closed = False
-
-    def __iter__(self) -> Generation:
-        return self
-
-    def __next__(self) -> str:
-        if self._closed:
-            raise StopIteration  # or who reads would take the lock again and again before who closes gets it
-        try:
-            with self._lock:
-                return next(self._pieces)
-        except StopIteration as ended:
-            if ended.value is not None:
-                self._answer = ended.value
-            raise
-
-    def __enter__(self) -> Generation:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stop, wherever the answer is; returns when the model has stopped."""
-        self._closed = True
-        with self._lock:
-            self._pieces.close()
-
-    @property
-    def answer(self) -> Answer:
-        """The whole answer and how it came about.
-
-        Raises:
-            GenerationError: it was not written to its end.
-        """
-        if self._answer is None:
-            raise GenerationError("the answer is not complete; read all of its pieces first")
-        return self._answer
+#: Answers of a batch that are written at once, where a machine has cores for them.
+_PARALLEL = 4
 
 
 class Composer:
@@ -203,6 +153,33 @@ class Composer:
             for piece in generation:
                 on_text(piece)
             return generation.answer
+
+    def batch(
+        self,
+        prompts: Sequence[Prompt],
+        requests: Request | Sequence[Request] | None = None,
+        *,
+        parallel: int | None = None,
+    ) -> Generator[Answer | EdgeComposeError, None, None]:
+        """Answer several prompts, each under its own blend; answers come in the prompts' order, as soon as they can.
+
+        Each is a sequence of its own, so that it gets to the bit what it gets alone. An error takes the place of the
+        answer that it prevented. Whoever stops iterating ends those that are being written.
+
+        Args:
+            requests: one for all, or one for each.
+            parallel: answers that are written at once, by default one a core and four at most.
+
+        Raises:
+            GenerationError: there are not as many requests as prompts, or `parallel` is below 1.
+        """
+        asked = list(requests) if isinstance(requests, Sequence) else [requests or Request()] * len(prompts)
+        if len(asked) != len(prompts):
+            raise GenerationError(f"{len(prompts)} prompts and {len(asked)} requests were given; give one for each")
+        if parallel is not None and parallel < 1:
+            raise GenerationError(f"parallel is {parallel}; 1 or more is wanted")
+        begin = [functools.partial(self.generate, *pair) for pair in zip(prompts, asked, strict=True)]
+        return write_all(begin, parallel or min(usable_cores(), _PARALLEL))
 
     def score(self, prompt: Prompt, choices: Sequence[str], request: Request | None = None) -> dict[str, float]:
         """Mean log-likelihood (nats a token) of each of some answers to a prompt.

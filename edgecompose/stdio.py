@@ -15,10 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from edgecompose import openai_api
-from edgecompose.composer import Composer, Generation
+from edgecompose.composer import Composer
 from edgecompose.errors import EdgeComposeError
 from edgecompose.openai_api import Asked, Json
 from edgecompose.report import composition_json
+from edgecompose.writing import Generation
 
 _PARSE, _REQUEST, _METHOD, _OURS, _CANCELLED = -32700, -32600, -32601, -32000, -32800
 

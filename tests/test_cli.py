@@ -26,7 +26,7 @@ from edgecompose.methods import METHODS
 from tests.fixtures_tiny import ADAPTERS, TASKS, TinyZoo
 
 PROMPT = TASKS["animals"][0]
-COMMANDS = ("run", "chat", "serve", "retrieve", "compose", "eval", "inspect", "verify", "doctor")
+COMMANDS = ("run", "chat", "batch", "serve", "retrieve", "compose", "eval", "inspect", "verify", "doctor")
 RETRIEVAL_KEYS = {"weights", "neighbours", "distribution"}
 
 
@@ -370,14 +370,16 @@ def test_the_example_in_the_help_runs(
     Path("models").mkdir()
     Path("models/demo").symlink_to(bundle)
     write_questions(Path("questions.jsonl"))
+    line = {"custom_id": "a", "url": "/v1/completions", "body": {"prompt": PROMPT}}
+    Path("calls.jsonl").write_text(json.dumps(line), encoding="utf-8")
     shown = call(command, "--help")
     assert shown.exit_code == 0
     examples = examples_in(shown.stdout)
     assert examples
     for _, *arguments in examples:
         assert arguments[0] == command
-        line = b'{"jsonrpc": "2.0", "id": 1, "method": "models"}\n' if "--stdio" in arguments else b"hello\n"
-        done = call(*arguments, stdin=line if command in ("chat", "serve") else None)
+        stdin = b'{"jsonrpc": "2.0", "id": 1, "method": "models"}\n' if "--stdio" in arguments else b"hello\n"
+        done = call(*arguments, stdin=stdin if command in ("chat", "serve") else None)
         assert done.exit_code == 0, done.output
         assert done.stdout
 
