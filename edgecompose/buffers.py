@@ -50,7 +50,10 @@ class BufferPool:
 
 
 class LruCache(Generic[T]):
-    """Values by name, the least recently used ones dropped beyond a number of bytes; safe between threads."""
+    """Values by name, the least recently used ones dropped beyond a number of bytes; safe between threads.
+
+    The last one is kept whatever its size, unless the number is 0.
+    """
 
     def __init__(self, limit_bytes: int, size_of: Callable[[T], int]) -> None:
         self.limit_bytes, self._size_of = limit_bytes, size_of
@@ -70,15 +73,14 @@ class LruCache(Generic[T]):
             return self._entries[name]
 
     def put(self, name: str, value: T) -> None:
-        """Keep a value; one larger than the limit is not kept."""
-        size = self._size_of(value)
+        """Keep a value, and drop others that leave it no room."""
         with self._lock:
             self._remove(name)
-            if size > self.limit_bytes:
+            if not self.limit_bytes:
                 return
             self._entries[name] = value
-            self.bytes += size
-            while self.bytes > self.limit_bytes:
+            self.bytes += self._size_of(value)
+            while self.bytes > self.limit_bytes and len(self._entries) > 1:
                 self._remove(next(iter(self._entries)))
 
     def make_room(self, size: int) -> None:

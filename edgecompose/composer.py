@@ -38,7 +38,7 @@ from edgecompose.writing import Generation, write_all
 Float = npt.NDArray[np.float32]
 Double = npt.NDArray[np.float64]
 #: Blends that are kept for the next request that wants the same one.
-CACHE_BYTES = 256 << 20
+CACHE_BYTES = 64 << 20
 #: What was found for prompts is kept up to so many bytes, for the next request with the same prompt.
 _RETRIEVAL_BYTES, _NEIGHBOUR_BYTES, _QUERY_BYTES = 16 << 20, 200, 1 << 20
 #: Answers of a batch that are written at once, where a machine has cores for them.

@@ -21,6 +21,9 @@ Float = npt.NDArray[np.float32]
 #: Caches have room for a multiple of so many tokens, so that the next sequence under the same blend can have them.
 _CAPACITY_STEP = 64
 _IDLE_SEATS = 2
+#: Tokens that a pass of the graph reads at most: what it computes on the way of a longer prompt takes more memory, and,
+#: as it leaves a CPU's caches, more time.
+_PIECE = 128
 _HOST = host("inputs and logits live on the host")
 #: Element types that a key-value cache may have, as ONNX Runtime calls them.
 _CACHE_TYPES: dict[str, type[np.float16 | np.float32]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -193,12 +196,22 @@ class Decoding:
             raise GenerationError(f"{kept} of {count} logits were asked for")
         if self.length + count > self._capacity:
             raise GenerationError(f"the sequence would have {self.length + count} of {self._capacity} tokens")
-        row = np.array([ids], np.int64)
-        if row.min() < 0 or row.max() >= self._spec.vocabulary:
-            raise GenerationError(f"token id {int(row.max())} is outside the vocabulary of {self._spec.vocabulary}")
+        if min(ids) < 0 or max(ids) >= self._spec.vocabulary:
+            raise GenerationError(f"token id {max(ids)} is outside the vocabulary of {self._spec.vocabulary}")
         self.seat.grow(self.length + count, kept=self.length)
-        self._resize(count, kept)
-        self._ids.update_inplace(row)
+        rows = []
+        for start in range(0, count, _PIECE):
+            piece = ids[start : start + _PIECE]
+            later = count - start - len(piece)
+            rows.append(self._pass(piece, min(len(piece), max(1, kept - later))))
+            if later:
+                rows[-1] = rows[-1].copy()
+        return rows[0] if len(rows) == 1 else np.concatenate(rows)[-kept:]
+
+    def _pass(self, ids: Sequence[int], kept: int) -> Float:
+        """Run the graph once."""
+        self._resize(len(ids), kept)
+        self._ids.update_inplace(np.array([ids], np.int64))
         self.tokens += ids
         self._past.update_inplace(np.array([self.length - 1], np.int32))
         self._total.update_inplace(np.array(self.length, np.int32))

@@ -18,6 +18,7 @@ from edgecompose.device import Device
 from edgecompose.errors import GenerationError
 from edgecompose.folding import FoldedWeights, Folding, folded_bytes, require_folding
 from edgecompose.generation import Finish, generate, score_choices, stream_text
+from edgecompose.memory import release_freed_memory
 from edgecompose.prefixes import PrefixCache
 from edgecompose.sampling import Sampler, Sampling, likeliest
 from edgecompose.tokenization import Tokenizer
@@ -63,7 +64,9 @@ class LanguageModel:
         """The base's tokenizer and chat template."""
         with self._loading:
             template = None if self._spec.chat_template is None else self._bundle.text(self._spec.chat_template)
-            return Tokenizer(self._bundle.path(self._spec.tokenizer), chat_template=template)
+            tokenizer = Tokenizer(self._bundle.path(self._spec.tokenizer), chat_template=template)
+            release_freed_memory()  # its file was parsed into many times its size
+            return tokenizer
 
     @functools.cached_property
     def decoder(self) -> Decoder:

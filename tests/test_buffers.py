@@ -60,14 +60,18 @@ def test_the_least_recently_used_goes_first() -> None:
     assert (kept.bytes, len(kept)) == (9, 3)
 
 
-def test_a_value_is_replaced_and_a_large_one_not_kept() -> None:
+def test_a_value_is_replaced_and_a_large_one_kept_alone() -> None:
     kept = cache()
     kept.put("a", b"123")
     kept.put("a", b"12345")
     assert (kept.get("a"), kept.bytes) == (b"12345", 5)
     kept.put("b", bytes(11))
-    assert kept.get("b") is None
-    assert kept.get("a") == b"12345"
+    assert (kept.get("a"), kept.get("b"), kept.bytes) == (None, bytes(11), 11)
+    kept.put("c", b"1")
+    assert (kept.get("b"), kept.get("c")) == (None, b"1")
+    none: LruCache[bytes] = LruCache(0, len)
+    none.put("a", b"1")
+    assert none.get("a") is None
     kept.clear()
     assert (kept.get("a"), kept.bytes, len(kept)) == (None, 0, 0)
 

@@ -83,7 +83,7 @@ def export_base(
         bare = without_data(graph)
         slots = add_slots(graph, widths)
         spec = _describe(model, slots, checkpoint, precision, template)
-        _save(graph, work / "float.onnx")
+        save_graph(graph, work / "float.onnx")
         tokenizer = Tokenizer(output / spec.tokenizer, chat_template=template)
         prompts = [_render(tokenizer, prompt) for prompt in calibration_prompts()]
         advance("comparing with transformers")
@@ -91,7 +91,7 @@ def export_base(
         del model
         advance(f"converting to {precision}")
         convert(graph, precision)
-        _save(graph, output / spec.graph)
+        save_graph(graph, output / spec.graph)
         if precision in FLOAT_PRECISIONS:
             spec = dataclasses.replace(spec, folding=write_folding(bare, output / spec.graph, widths))
         if _holds_in_half(work / "float.onnx", spec, prompts[:3]):
@@ -266,8 +266,31 @@ def _write_template(output: Path, template: str | None) -> None:
         (output / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
-def _save(graph: onnx.ModelProto, path: Path) -> None:
+def save_graph(graph: onnx.ModelProto, path: Path) -> None:
+    """Write a graph, and its tensors into a data file beside it: those are mapped into memory and not copied."""
     data = path.with_name(f"{path.name}.data")
     data.unlink(missing_ok=True)
     copy = onnx.ModelProto.FromString(graph.SerializeToString()) if graph.ByteSize() < 1 << 31 else graph
     onnx.save(copy, path, save_as_external_data=True, location=data.name, size_threshold=1024)
+    store_reshaped(path)
+
+
+def store_reshaped(path: Path) -> None:
+    """Replace each reshaping of a stored tensor by a stored tensor over the same bytes of the data file.
+
+    ONNX Runtime would reshape it once, into a copy that it keeps.
+    """
+    model = onnx.load(path, load_external_data=False)
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    found = [n for n in model.graph.node if n.op_type == "Reshape" and all(name in stored for name in n.input)]
+    for node in found:
+        tensor, shape = stored[node.input[0]], numpy_helper.to_array(stored[node.input[1]])
+        if tensor.data_location == TensorProto.EXTERNAL and shape.min() > 0:
+            copy = TensorProto.FromString(tensor.SerializeToString())
+            copy.name, copy.dims[:] = node.output[0], shape.tolist()
+            model.graph.initializer.append(copy)
+            model.graph.node.remove(node)
+    read = {name for node in model.graph.node for name in node.input}
+    for tensor in [t for t in model.graph.initializer if t.name not in read]:
+        model.graph.initializer.remove(tensor)
+    path.write_bytes(model.SerializeToString())

@@ -195,7 +195,8 @@ def remove_task(root: Path, name: str) -> Manifest:
     changed = replace(
         manifest, tasks=tasks, adapters=adapters, inner_products=inner, **_store_index(root, index, manifest, texts, {})
     )
-    named = set(changed.named_files()) | {f"{changed.base.graph}.data"}
+    named = set(changed.named_files())
+    named |= {f"{path}.data" for path in named}
     changed = replace(changed, files={path: entry for path, entry in changed.files.items() if path in named})
     _commit(root, manifest, changed)
     return changed
@@ -226,7 +227,7 @@ def _copy_base(folder: Path, work: Path) -> BaseSpec:
 
 def _copy_embedder(folder: Path, work: Path) -> EmbedderSpec:
     spec = read_embedder_spec(folder)
-    for name in (spec.graph, spec.tokenizer):
+    for name in (spec.graph, f"{spec.graph}.data", spec.tokenizer):
         _copy(folder / name, work / "embedder" / name)
     return replace(spec, graph=f"embedder/{spec.graph}", tokenizer=f"embedder/{spec.tokenizer}")
 

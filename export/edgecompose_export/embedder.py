@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+import onnx
 
 from edgecompose.bundle import sha256_of
 from edgecompose.device import choose_device
@@ -20,7 +21,7 @@ from edgecompose.embedder import Embedder
 from edgecompose.errors import ExportError
 from edgecompose.manifest import EmbedderSpec
 from edgecompose.typed_json import value_from_json
-from edgecompose_export.base import calibration_prompts
+from edgecompose_export.base import calibration_prompts, save_graph
 from edgecompose_export.datasets import read_json
 
 EmbedderPrecision = Literal["f32", "int8"]
@@ -38,7 +39,7 @@ def export_embedder(
     ends: int = ENDS,
     advance: Callable[[str], None] = lambda step: None,
 ) -> EmbedderSpec:
-    """Write `encoder.onnx`, `tokenizer.json` and `embedder.json` to `output`.
+    """Write `encoder.onnx` and its data, `tokenizer.json` and `embedder.json` to `output`.
 
     Args:
         source: a sentence-transformers folder (config.json, modules.json, safetensors, tokenizer.json).
@@ -59,9 +60,8 @@ def export_embedder(
         shutil.copyfile(work / "model.onnx", work / "float.onnx")
         if precision == "int8":
             advance("quantising to int8")
-            _quantize(work / "float.onnx", output / spec.graph)
-        else:
-            shutil.copyfile(work / "float.onnx", output / spec.graph)
+            _quantize(work / "float.onnx", work / "int8.onnx")
+        save_graph(onnx.load(work / ("int8.onnx" if precision == "int8" else "float.onnx")), output / spec.graph)
         advance("comparing with float32")
         spec = dataclasses.replace(spec, cosine=_mean_cosine(work / "float.onnx", output, spec))
     (output / SPEC_FILE).write_text(json.dumps(dataclasses.asdict(spec), indent=1) + "\n", encoding="utf-8")
