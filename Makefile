@@ -10,7 +10,16 @@ BUNDLE := models/demo/manifest.json
 EXPORTERS := $(addprefix export/edgecompose_export/,base.py checkpoint.py folding.py quantize.py slots.py)
 SHIPPED := models/demo.toml $(wildcard models/admission.json) $(wildcard models/adapters/*.safetensors) $(wildcard models/examples/*)
 
-.PHONY: demo test lint bundle bench clean help
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+PLATFORM := $(shell uname -sm | tr 'A-Z ' 'a-z-')
+RUNTIME := $(shell find edgecompose -name '*.py' -o -path '*/graphs/*' -o -path '*/templates/*')
+WHEEL := build/wheel/edgecompose-$(VERSION)-py3-none-any.whl
+RUNTIME_EXTRAS := cpu,server,gguf
+BINARY_BIN := build/binary/venv/bin
+BINARY := dist/edgecompose/edgecompose
+ONEFILE := dist/edgecompose-$(VERSION)-$(PLATFORM)
+
+.PHONY: demo test lint bundle bench binary clean help
 
 help: ## Show the targets.
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -31,8 +40,11 @@ bundle: $(BUNDLE) ## Build the demo bundle only.
 bench: $(BUNDLE) ## Measure speed on this machine.
 	$(BIN)/python benchmarks/speed.py models/demo
 
+binary: $(BINARY) ## Build the command as executables that need no Python: a folder and one file.
+	@du -sh $(dir $(BINARY)) $(ONEFILE)
+
 clean: ## Remove everything that was built.
-	rm -rf $(VENV) build models/demo
+	rm -rf $(VENV) build dist models/demo
 
 $(INSTALLED): pyproject.toml export/pyproject.toml
 	@echo "== installing into $(VENV) (2 to 4 minutes the first time; PyTorch is needed to build, not to run)"
@@ -59,3 +71,23 @@ $(EMBEDDER): $(MODELS)/fetched export/edgecompose_export/embedder.py | $(INSTALL
 $(BUNDLE): $(BASE) $(EMBEDDER) $(SHIPPED)
 	@echo "== building the bundle models/demo from the adapters and the index in models/"
 	@$(BIN)/edgecompose-export bundle models/demo.toml -o models/demo --force
+
+$(WHEEL): pyproject.toml README.md LICENSE $(RUNTIME)
+	@echo "== building the wheel of the runtime"
+	@rm -rf build/wheel
+	@$(PYTHON) -m pip wheel --quiet --quiet --disable-pip-version-check --no-deps -w build/wheel .
+
+build/binary/installed: pyproject.toml $(WHEEL)
+	@echo "== installing the runtime and PyInstaller into build/binary/venv, and nothing else"
+	@rm -rf build/binary
+	@$(PYTHON) -m venv build/binary/venv
+	@$(BINARY_BIN)/python -m pip install --quiet --quiet --disable-pip-version-check \
+	  '$(WHEEL)[$(RUNTIME_EXTRAS),binary]'
+	@touch $@
+
+$(BINARY): packaging/edgecompose.spec build/binary/installed
+	@echo "== freezing the runtime (about 20 seconds)"
+	@rm -rf $(dir $(BINARY)) $(ONEFILE)
+	@cd packaging && PYTHONHASHSEED=0 EDGECOMPOSE_ONEFILE=$(notdir $(ONEFILE)) ../$(BINARY_BIN)/pyinstaller --noconfirm \
+	  --log-level ERROR --distpath ../dist --workpath ../build/binary/work edgecompose.spec
+	@{ $(BINARY) doctor && $(ONEFILE) --version; } || { rm -rf $(dir $(BINARY)) $(ONEFILE); exit 1; }
