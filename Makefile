@@ -18,8 +18,10 @@ RUNTIME_EXTRAS := cpu,server,gguf
 BINARY_BIN := build/binary/venv/bin
 BINARY := dist/edgecompose/edgecompose
 ONEFILE := dist/edgecompose-$(VERSION)-$(PLATFORM)
+BUNDLE_DIR ?= models/demo
+AIRGAP := dist/edgecompose-$(VERSION)-airgap-$(PLATFORM).tar.gz
 
-.PHONY: demo test lint bundle bench binary clean help
+.PHONY: demo test lint bundle bench binary airgap clean help
 
 help: ## Show the targets.
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -42,6 +44,9 @@ bench: $(BUNDLE) ## Measure speed on this machine.
 
 binary: $(BINARY) ## Build the command as executables that need no Python: a folder and one file.
 	@du -sh $(dir $(BINARY)) $(ONEFILE)
+
+airgap: $(AIRGAP) ## Pack all that a machine without a network needs; BUNDLE_DIR=my-bundle ships your own bundle.
+	@du -sh $(AIRGAP)
 
 clean: ## Remove everything that was built.
 	rm -rf $(VENV) build dist models/demo
@@ -87,7 +92,26 @@ build/binary/installed: pyproject.toml $(WHEEL)
 
 $(BINARY): packaging/edgecompose.spec build/binary/installed
 	@echo "== freezing the runtime (about 20 seconds)"
-	@rm -rf $(dir $(BINARY)) $(ONEFILE)
+	@rm -rf build/binary/work $(dir $(BINARY)) $(ONEFILE)
 	@cd packaging && PYTHONHASHSEED=0 EDGECOMPOSE_ONEFILE=$(notdir $(ONEFILE)) ../$(BINARY_BIN)/pyinstaller --noconfirm \
 	  --log-level ERROR --distpath ../dist --workpath ../build/binary/work edgecompose.spec
 	@{ $(BINARY) doctor && $(ONEFILE) --version; } || { rm -rf $(dir $(BINARY)) $(ONEFILE); exit 1; }
+
+build/airgap/wheels: build/binary/installed
+	@echo "== collecting the wheels of the runtime and of all that it needs"
+	@rm -rf $@
+	@$(BINARY_BIN)/python -m pip wheel --quiet --quiet --disable-pip-version-check -w $@ '$(WHEEL)[$(RUNTIME_EXTRAS)]' || \
+	  { rm -rf $@; exit 1; }
+	@touch $@
+
+# The file names the bundle that was packed last, so that another one is packed anew.
+build/airgap/bundle: FORCE
+	@mkdir -p $(@D)
+	@echo '$(BUNDLE_DIR)' | cmp -s - $@ || echo '$(BUNDLE_DIR)' > $@
+
+$(AIRGAP): $(BINARY) $(BUNDLE_DIR)/manifest.json build/airgap/wheels build/airgap/bundle \
+  $(addprefix packaging/,airgap.py airgap-readme.txt install.sh)
+	@$(BINARY_BIN)/python packaging/airgap.py --executable $(dir $(BINARY)) --wheels build/airgap/wheels \
+	  --extras $(RUNTIME_EXTRAS) --bundle $(BUNDLE_DIR) -o $@
+
+FORCE:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 import subprocess
 import tomllib
 from pathlib import Path
@@ -14,6 +13,7 @@ import httpx
 import pytest
 
 from edgecompose import Request, __version__, open_bundle
+from tests.network import without_network
 
 ROOT = Path(__file__).parents[1]
 BUNDLE = ROOT / "models/demo"
@@ -43,14 +43,6 @@ def expected() -> dict[str, Any]:
     with open_bundle(BUNDLE, device="cpu") as composer:
         answer = composer.run(PROMPT, Request(max_tokens=TOKENS))
     return {"answer": answer.text, "composition": answer.composition, "weights": dict(answer.retrieval.weights)}
-
-
-def without_network() -> list[str] | None:
-    """What starts a process that has no network at all, None where this machine does not allow that."""
-    unshare = shutil.which("unshare")
-    if unshare is None or subprocess.run([unshare, "-rn", "true"], capture_output=True, check=False).returncode:
-        return None
-    return [unshare, "-rn"]
 
 
 def call(
