@@ -9,10 +9,21 @@ EMBEDDER := build/embedder/embedder.json
 BUNDLE := models/demo/manifest.json
 FLOAT_BASE := build/base-fp32/base.json
 FLOAT_BUNDLE := build/demo-fp32/manifest.json
-EXPORTERS := $(addprefix export/edgecompose_export/,base.py checkpoint.py folding.py quantize.py slots.py)
+EXPORTERS := $(addprefix export/edgecompose_export/,base.py checkpoint.py cuda_graph.py folding.py quantize.py slots.py)
 SHIPPED := models/demo.toml $(wildcard models/admission.json) $(wildcard models/adapters/*.safetensors) $(wildcard models/examples/*)
 
-.PHONY: demo test lint bundle bundle-fp32 bench clean help
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+PLATFORM := $(shell uname -sm | tr 'A-Z ' 'a-z-')
+RUNTIME := $(shell find edgecompose -name '*.py' -o -path '*/graphs/*' -o -path '*/templates/*')
+WHEEL := build/wheel/edgecompose-$(VERSION)-py3-none-any.whl
+RUNTIME_EXTRAS := cpu,server,gguf
+BINARY_BIN := build/binary/venv/bin
+BINARY := dist/edgecompose/edgecompose
+ONEFILE := dist/edgecompose-$(VERSION)-$(PLATFORM)
+BUNDLE_DIR ?= models/demo
+AIRGAP := dist/edgecompose-$(VERSION)-airgap-$(PLATFORM).tar.gz
+
+.PHONY: demo test lint bundle bundle-fp32 bench binary airgap clean help
 
 help: ## Show the targets.
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -20,7 +31,7 @@ help: ## Show the targets.
 demo: $(BUNDLE) ## Set up, build what the demo needs, answer three prompts.
 	@models/demo.sh $(BIN)/edgecompose models/demo
 
-test: $(BUNDLE) $(FLOAT_BUNDLE) lint ## Lint, types and all tests, on the real models too.
+test: $(BUNDLE) $(FLOAT_BUNDLE) $(BINARY) $(AIRGAP) lint ## Lint, types and all tests, on the real models too.
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 lint: $(INSTALLED) ## Ruff and mypy.
@@ -35,8 +46,14 @@ bundle-fp32: $(FLOAT_BUNDLE) ## The same with a float32 base, 600 MB, which test
 bench: $(BUNDLE) ## Measure speed on this machine.
 	$(BIN)/python benchmarks/speed.py models/demo
 
+binary: $(BINARY) ## Build the command as executables that need no Python: a folder and one file.
+	@du -sh $(dir $(BINARY)) $(ONEFILE)
+
+airgap: $(AIRGAP) ## Pack all that a machine without a network needs; BUNDLE_DIR=my-bundle ships your own bundle.
+	@du -sh $(AIRGAP)
+
 clean: ## Remove everything that was built.
-	rm -rf $(VENV) build models/demo
+	rm -rf $(VENV) build dist models/demo
 
 $(INSTALLED): pyproject.toml export/pyproject.toml
 	@echo "== installing into $(VENV) (2 to 4 minutes the first time; PyTorch is needed to build, not to run)"
@@ -71,3 +88,42 @@ $(FLOAT_BASE): $(MODELS)/fetched $(EXPORTERS) | $(INSTALLED)
 
 $(FLOAT_BUNDLE): $(FLOAT_BASE) $(EMBEDDER) $(SHIPPED)
 	@$(BIN)/edgecompose-export bundle models/demo.toml --base build/base-fp32 -o build/demo-fp32 --force
+
+$(WHEEL): pyproject.toml README.md LICENSE $(RUNTIME)
+	@echo "== building the wheel of the runtime"
+	@rm -rf build/wheel
+	@$(PYTHON) -m pip wheel --quiet --quiet --disable-pip-version-check --no-deps -w build/wheel .
+
+build/binary/installed: pyproject.toml $(WHEEL)
+	@echo "== installing the runtime and PyInstaller into build/binary/venv, and nothing else"
+	@rm -rf build/binary
+	@$(PYTHON) -m venv build/binary/venv
+	@$(BINARY_BIN)/python -m pip install --quiet --quiet --disable-pip-version-check \
+	  '$(WHEEL)[$(RUNTIME_EXTRAS),binary]'
+	@touch $@
+
+$(BINARY): packaging/edgecompose.spec build/binary/installed
+	@echo "== freezing the runtime (about 20 seconds)"
+	@rm -rf build/binary/work $(dir $(BINARY)) $(ONEFILE)
+	@cd packaging && PYTHONHASHSEED=0 EDGECOMPOSE_ONEFILE=$(notdir $(ONEFILE)) ../$(BINARY_BIN)/pyinstaller --noconfirm \
+	  --log-level ERROR --distpath ../dist --workpath ../build/binary/work edgecompose.spec
+	@{ $(BINARY) doctor && $(ONEFILE) --version; } || { rm -rf $(dir $(BINARY)) $(ONEFILE); exit 1; }
+
+build/airgap/wheels: build/binary/installed
+	@echo "== collecting the wheels of the runtime and of all that it needs"
+	@rm -rf $@
+	@$(BINARY_BIN)/python -m pip wheel --quiet --quiet --disable-pip-version-check -w $@ '$(WHEEL)[$(RUNTIME_EXTRAS)]' || \
+	  { rm -rf $@; exit 1; }
+	@touch $@
+
+# The file names the bundle that was packed last, so that another one is packed anew.
+build/airgap/bundle: FORCE
+	@mkdir -p $(@D)
+	@echo '$(BUNDLE_DIR)' | cmp -s - $@ || echo '$(BUNDLE_DIR)' > $@
+
+$(AIRGAP): $(BINARY) $(BUNDLE_DIR)/manifest.json build/airgap/wheels build/airgap/bundle \
+  $(addprefix packaging/,airgap.py airgap-readme.txt install.sh)
+	@$(BINARY_BIN)/python packaging/airgap.py --executable $(dir $(BINARY)) --wheels build/airgap/wheels \
+	  --extras $(RUNTIME_EXTRAS) --bundle $(BUNDLE_DIR) -o $@
+
+FORCE:
