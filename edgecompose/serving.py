@@ -60,6 +60,7 @@ def _listen(host: str, port: int) -> socket.socket:
         if os.name != "nt":
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
+        listening.listen()  # whoever is told the address may call at once
     except OSError as error:
         listening.close()
         raise EdgeComposeError(f"cannot listen at {host} port {port}: {error}; give another --port") from error
