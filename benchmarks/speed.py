@@ -1,22 +1,22 @@
-"""Speed of the whole way on this machine: compose, decode, cold start; against llama.cpp on the same GGUF.
+"""Speed and memory of the whole way on this machine, against llama.cpp on the same GGUF.
 
     python benchmarks/speed.py models/demo [--gguf FILE] [--save DIR]
 
-llama.cpp is measured when `llama-cpp-python` is installed (`pip install llama-cpp-python` compiles it in some
-minutes). Our decoder and llama.cpp take turns, round by round, in one process with the same number of threads, so
-that both see the same machine. llama.cpp runs alone, and with the very blends that we run, written as its LoRA files:
-the same work, and the ratio to look at. Prints a table, and one JSON line last.
+Composing, decoding and reading prompts (tokens a second), time to the first token, cold start, peak memory, growth over
+1,000 requests, and the server under several clients. llama.cpp is measured when `llama-cpp-python` is installed
+(`pip install llama-cpp-python` compiles it in some minutes). Our decoder and llama.cpp take turns, round by round, in
+one process with the same number of threads, so that both see the same machine. llama.cpp runs alone, and with the very
+blends that we run, written as its LoRA files: the same work, and the ratio to look at. Prints a table, and one JSON
+line last.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,8 +25,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found as a script, however edgecompose is installed
+
+from benchmarks.footprint import LENGTHS, llama_installed, measure_cold_start, measure_growth, measure_memory
+from benchmarks.server_load import measure_server
 from edgecompose import Composer, MergeSettings, Request, open_bundle
 from edgecompose.blend import MergedAdapter
+from edgecompose.bundle import read_manifest
 from edgecompose.device import runtime_version
 from edgecompose.gguf_lora import write_gguf_lora
 from edgecompose.manifest import BaseSpec
@@ -50,21 +55,48 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, default=GGUF, help="the base as GGUF, for llama.cpp")
     parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--save", type=Path, help="folder for a dated JSON file")
+    parser.add_argument("--name", default="speed", help="name of that file")
     options = parser.parse_args()
-    with open_bundle(options.bundle, device="cpu") as composer:
-        composer.warm_up()
-        compose = measure_compose(composer)
-        decode = measure_decode(composer, options.gguf, options.rounds)
-    result = {
-        "compose_ms": compose, "decode_tokens_per_s": decode, "cold_start_s": measure_cold_start(options.bundle),
-        "machine": machine(), "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(options.bundle, options.gguf, options.rounds, Path(folder))
     print_table(result)
     line = json.dumps(result)
     if options.save:
         options.save.mkdir(parents=True, exist_ok=True)
-        (options.save / f"{result['date']}-speed.json").write_text(line + "\n", encoding="utf-8")
+        (options.save / f"{result['date']}-{options.name}.json").write_text(line + "\n", encoding="utf-8")
     print(line)
+
+
+def measure(bundle: Path, gguf: Path, rounds: int, folder: Path) -> dict[str, Any]:
+    """Everything; what processes of their own are measured by comes first, while this one is small.
+
+    Args:
+        folder: for LoRA files.
+    """
+    with open_bundle(bundle, device="cpu") as composer:
+        names = _three(composer)
+        blends = _blends(composer, names)
+        loras = _write_loras(blends, composer.bundle.manifest.base, folder) if _has_llama(gguf) else {}
+    lora = loras.get("three_adapters")
+    result: dict[str, Any] = {
+        "cold_start_s": measure_cold_start(bundle, PROMPT, gguf, lora),
+        "peak_memory_mb": measure_memory(bundle, names, gguf, lora),
+        "server": measure_server(bundle),
+    }
+    with open_bundle(bundle, device="cpu") as composer:
+        composer.warm_up()
+        result |= {
+            "compose_ms": measure_compose(composer),
+            "decode_tokens_per_s": measure_decode(composer, gguf, loras, rounds),
+            "prefill_tokens_per_s": measure_prefill(composer, gguf, loras, max(3, rounds // 4)),
+            "first_token_ms": measure_first_token(composer),
+        }
+    result["resident_mb_after_requests"] = measure_growth(bundle)
+    distance = read_manifest(bundle).base.distance
+    return result | {
+        "base": {"precision": read_manifest(bundle).base.precision, "kl": None if distance is None else distance.kl},
+        "machine": machine(), "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }  # fmt: skip
 
 
 def measure_compose(composer: Composer, runs: int = 30) -> dict[str, float]:
@@ -101,21 +133,16 @@ def measure_compose(composer: Composer, runs: int = 30) -> dict[str, float]:
     }
 
 
-def measure_decode(composer: Composer, gguf: Path, rounds: int, tokens: int = 32) -> dict[str, Any]:
+def measure_decode(
+    composer: Composer, gguf: Path, loras: dict[str, Path], rounds: int, tokens: int = 32
+) -> dict[str, Any]:
     """Tokens a second of each contender, taking turns: the median over rounds, and ratios to llama.cpp."""
     ids = composer.model.tokenizer.encode(composer.model.tokenizer.chat([{"role": "user", "content": SHORT}]))
-    weights = dict.fromkeys(_three(composer), 1 / 3)
-    blend = composer.compose(SHORT, Request(weights=weights)).merged
-    one = composer.compose(SHORT, Request(weights={next(iter(weights)): 1.0})).merged
-    small = composer.compose(SHORT, Request(weights=weights, merge=MergeSettings("svd", energy=_ENERGY))).merged
-    contenders = {
-        "base_alone": _decoder_steps(composer, ids, MergedAdapter({}, "base")),
-        "one_adapter": _decoder_steps(composer, ids, one),
-        "three_adapters": _decoder_steps(composer, ids, blend),
-        "three_adapters_svd": _decoder_steps(composer, ids, small),
-    }
-    blends = {"one_adapter": one, "three_adapters": blend}
-    contenders |= _llama_contenders(gguf, ids, blends, composer.bundle.manifest.base)
+    blends = _blends(composer, _three(composer))
+    contenders = {name: _decoder_steps(composer, ids, merged) for name, merged in blends.items()}
+    if _has_llama(gguf):
+        rivals = {"base_alone": None, **loras}
+        contenders |= {f"llama_cpp_{n}": _llama_steps(_llama(gguf, lora), ids) for n, lora in rivals.items()}
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, step in contenders.items():
@@ -124,34 +151,69 @@ def measure_decode(composer: Composer, gguf: Path, rounds: int, tokens: int = 32
             for _ in range(tokens):
                 step()
             rates[name].append(tokens / (time.perf_counter() - start))
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    merged = {"one_adapter": one, "three_adapters": blend, "three_adapters_svd": small}
-    ranks = {name: max(m.rank for m in found.modules.values()) for name, found in merged.items()}
-    result: dict[str, Any] = {"median": medians, "best": {n: max(v) for n, v in rates.items()}, "rank": ranks}
-    result["slower_than_base_alone"] = {n: _ratio(rates["base_alone"], rates[n]) - 1 for n in merged}
-    result["discarded_energy"] = small.report.discarded_energy
+    ranks = {name: max((m.rank for m in found.modules.values()), default=0) for name, found in blends.items()}
+    result: dict[str, Any] = {"rank": ranks, **_summary(rates)}
+    result["slower_than_base_alone"] = {n: _ratio(rates["base_alone"], rates[n]) - 1 for n in blends if ranks[n]}
+    result["discarded_energy"] = blends["three_adapters_svd"].report.discarded_energy
+    return result
+
+
+def measure_prefill(composer: Composer, gguf: Path, loras: dict[str, Path], rounds: int) -> dict[str, Any]:
+    """Tokens a second at which prompts are read, and the first token of the answer found, by number of tokens."""
+    blends = _blends(composer, _three(composer))
+    result: dict[str, Any] = {}
+    for length in LENGTHS:
+        ids = composer.model.tokenizer.encode(PROMPT * 40)[:length]
+        contenders = {name: _reading(composer, merged, ids) for name, merged in blends.items()}
+        if _has_llama(gguf):
+            rivals = {"base_alone": None, **loras}
+            contenders |= {f"llama_cpp_{n}": _llama_reading(_llama(gguf, lora), ids) for n, lora in rivals.items()}
+        rates: dict[str, list[float]] = {name: [] for name in contenders}
+        for turn in range(rounds + 1):
+            for name, read in contenders.items():
+                start = time.perf_counter()
+                read()
+                if turn:
+                    rates[name].append(length / (time.perf_counter() - start))
+        result[str(length)] = _summary(rates)
+    return result
+
+
+def measure_first_token(composer: Composer, runs: int = 15) -> dict[str, float]:
+    """Median milliseconds from a prompt never seen before to the first piece of its answer, all parts loaded.
+
+    Embedding, retrieval, the merge of what was found, and the reading of the prompt, by its number of tokens.
+    """
+    result = {}
+    for length in LENGTHS:
+        words = composer.model.tokenizer.encode(PROMPT * 40)[: length - 8]
+        spent = []
+        for turn in range(runs + 1):
+            prompt = f"{turn} {composer.model.tokenizer.decode(words)}"
+            start = time.perf_counter()
+            with composer.generate(prompt, Request(max_tokens=2)) as generation:
+                next(iter(generation), None)
+                spent.append((time.perf_counter() - start) * 1e3)
+        result[str(length)] = statistics.median(spent[1:])
+    return result
+
+
+def _summary(rates: dict[str, list[float]]) -> dict[str, Any]:
+    """Medians and bests of all contenders, and ours against llama.cpp at the same work and without any adapter."""
+    result: dict[str, Any] = {
+        "median": {name: statistics.median(values) for name, values in rates.items()},
+        "best": {name: max(values) for name, values in rates.items()},
+    }
     if "llama_cpp_base_alone" in rates:
-        ours = ("base_alone", "one_adapter", "three_adapters", "three_adapters_svd")
-        same = {n: f"llama_cpp_{n.removesuffix('_svd')}" for n in ours}
+        same = {n: f"llama_cpp_{n.removesuffix('_svd')}" for n in rates if not n.startswith("llama_cpp_")}
         result["ratio_same_work"] = {n: _ratio(rates[n], rates[rival]) for n, rival in same.items()}
-        result["ratio_to_llama_cpp_alone"] = {n: _ratio(rates[n], rates["llama_cpp_base_alone"]) for n in ours}
+        result["ratio_to_llama_cpp_alone"] = {n: _ratio(rates[n], rates["llama_cpp_base_alone"]) for n in same}
     return result
 
 
 def _ratio(ours: list[float], theirs: list[float]) -> float:
     """Median over rounds of the ratio within a round, where both saw the same machine."""
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-
-
-def measure_cold_start(bundle: Path, runs: int = 5) -> float:
-    """Median seconds of `edgecompose run --json` on a short prompt, process start to answer."""
-    command = [sys.executable, "-m", "edgecompose", "run", str(bundle), SHORT, "--json", "--device", "cpu"]
-    spent = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        subprocess.run(command, check=True, capture_output=True)
-        spent.append(time.perf_counter() - start)
-    return statistics.median(spent)
 
 
 def machine() -> dict[str, Any]:
@@ -167,21 +229,43 @@ def machine() -> dict[str, Any]:
 def print_table(result: dict[str, Any]) -> None:
     """The result for people."""
     compose, decode = result["compose_ms"], result["decode_tokens_per_s"]
-    same, alone = decode.get("ratio_same_work", {}), decode.get("ratio_to_llama_cpp_alone", {})
     print(f"compose, {compose['prompt_tokens']}-token prompt to three bound adapters {compose['new']:6.1f} ms")
     for stage in ("retrieve", "merge", "bind"):
         print(f"  of which {stage:41}{compose[stage]:8.2f} ms")
     print(f"compose, the same prompt again                    {compose['cached']:8.2f} ms")
-    for name, rate in decode["median"].items():
+    _print_rates("decode", decode)
+    for name, share in decode["slower_than_base_alone"].items():
+        print(f"decode, {name:22} rank {decode['rank'][name]:3}: {100 * share:5.1f} % slower than the base alone")
+    for length, found in result["prefill_tokens_per_s"].items():
+        _print_rates(f"read {length}", found)
+    for length, spent in result["first_token_ms"].items():
+        print(f"prompt of {length:>4} tokens to first piece, composed anew {spent:8.1f} ms")
+    for name, seconds in result["cold_start_s"].items():
+        print(f"cold start, {name:37} {seconds:8.2f} s")
+    memory = result["peak_memory_mb"]
+    print(f"graphs of the bundle {memory['graphs']:.0f} MB; peak memory of `retrieve` {memory['retrieve']:.0f} MB")
+    for length, peak in memory["answer"].items():
+        rival = memory["llama_cpp_answer"].get(length)
+        shown = "" if rival is None else f", llama.cpp {rival:.0f} MB"
+        print(f"peak memory, answer to {length:>4} tokens {peak:6.0f} MB (wanted {memory['allowed']:.0f}){shown}")
+    resident = ", ".join(f"{n}: {mb:.0f} MB" for n, mb in result["resident_mb_after_requests"].items())
+    print(f"resident memory after requests: {resident}")
+    for clients, load in result["server"].items():
+        print(
+            f"server, {clients} clients: p50 {1e3 * load['p50_s']:.0f} ms, p99 {1e3 * load['p99_s']:.0f} ms, "
+            f"{load['calls_per_s']:.1f} calls/s, {load['tokens_per_s']:.0f} tokens/s"
+        )
+
+
+def _print_rates(what: str, found: dict[str, Any]) -> None:
+    same, alone = found.get("ratio_same_work", {}), found.get("ratio_to_llama_cpp_alone", {})
+    for name, rate in found["median"].items():
         ratio = (
             f"   {same[name]:.2f} x llama.cpp at the same work, {alone[name]:.2f} x it alone" if name in same else ""
         )
-        print(f"decode, {name:24}                  {rate:8.1f} tokens/s{ratio}")
+        print(f"{f'{what}, {name}':42} {rate:8.1f} tokens/s{ratio}")
     if not same:
-        print("decode, llama.cpp: not measured (pip install llama-cpp-python, and give --gguf)")
-    for name, share in decode["slower_than_base_alone"].items():
-        print(f"decode, {name:22} rank {decode['rank'][name]:3}: {100 * share:5.1f} % slower than the base alone")
-    print(f"cold start, process to answer                     {result['cold_start_s']:8.2f} s")
+        print(f"{what}, llama.cpp: not measured (pip install llama-cpp-python, and give --gguf)")
 
 
 def _three(composer: Composer) -> list[str]:
@@ -208,27 +292,49 @@ def _decoder_steps(composer: Composer, ids: list[int], merged: MergedAdapter) ->
     return step
 
 
-def _llama_contenders(gguf: Path, ids: list[int], blends: dict[str, MergedAdapter], base: BaseSpec) -> dict[str, Step]:
-    """llama.cpp on the same GGUF, alone and with each blend; none when it cannot be measured."""
-    if importlib.util.find_spec("llama_cpp") is None or not gguf.is_file():
-        return {}
-    contenders = {"llama_cpp_base_alone": _llama_steps(gguf, ids, None)}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, merged in blends.items():
-            lora = Path(folder) / f"{name}.gguf"
-            write_gguf_lora(merged, lora, base)
-            contenders[f"llama_cpp_{name}"] = _llama_steps(gguf, ids, lora)
-    return contenders
+def _reading(composer: Composer, merged: MergedAdapter, ids: list[int]) -> Step:
+    decoding = composer.model.decoder.start(merged, len(ids) + 1)
+
+    def read() -> None:
+        decoding.rewind(0)
+        decoding.forward(ids)[0].argmax()
+
+    return read
 
 
-def _llama_steps(gguf: Path, ids: list[int], lora: Path | None) -> Step:
+def _blends(composer: Composer, names: list[str]) -> dict[str, MergedAdapter]:
+    """No adapter, one, three, and three cut to the rank that keeps most of their energy."""
+    weights = dict.fromkeys(names, 1 / 3)
+    requests = {
+        "one_adapter": Request(weights={names[0]: 1.0}),
+        "three_adapters": Request(weights=weights),
+        "three_adapters_svd": Request(weights=weights, merge=MergeSettings("svd", energy=_ENERGY)),
+    }
+    merged = {name: composer.compose(SHORT, request).merged for name, request in requests.items()}
+    return {"base_alone": MergedAdapter({}, "base"), **merged}
+
+
+def _has_llama(gguf: Path) -> bool:
+    return llama_installed() and gguf.is_file()
+
+
+def _write_loras(blends: dict[str, MergedAdapter], base: BaseSpec, folder: Path) -> dict[str, Path]:
+    """The blends of one and of three adapters as LoRA files of llama.cpp."""
+    names = ("one_adapter", "three_adapters")
+    return {name: write_gguf_lora(blends[name], folder / f"{name}.gguf", base) for name in names}
+
+
+def _llama(gguf: Path, lora: Path | None) -> Any:
     import llama_cpp
 
     threads = os.cpu_count()
-    model = llama_cpp.Llama(
-        str(gguf), n_threads=threads, n_threads_batch=threads, n_ctx=512, verbose=False,
+    return llama_cpp.Llama(
+        str(gguf), n_threads=threads, n_threads_batch=threads, n_ctx=1100, verbose=False,
         lora_path=None if lora is None else str(lora),
     )  # fmt: skip
+
+
+def _llama_steps(model: Any, ids: list[int]) -> Step:
     model.eval(ids)
     state = [model.sample(temp=0)]
 
@@ -239,6 +345,15 @@ def _llama_steps(gguf: Path, ids: list[int], lora: Path | None) -> Step:
         state[0] = model.sample(temp=0)
 
     return step
+
+
+def _llama_reading(model: Any, ids: list[int]) -> Step:
+    def read() -> None:
+        model.reset()
+        model.eval(ids)
+        model.sample(temp=0)
+
+    return read
 
 
 if __name__ == "__main__":

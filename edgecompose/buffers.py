@@ -24,9 +24,11 @@ def aligned(values: int) -> int:
 
 
 class BufferPool:
-    """Flat float32 buffers on one device. Fresh pages cost more than a merge does, so that idle buffers are kept."""
+    """Flat float32 buffers on one device. Fresh pages cost more than a merge does, so that idle buffers are kept: the
+    last one, and others up to `idle_bytes`.
+    """
 
-    def __init__(self, device: Device, *, idle_bytes: int = 256 << 20) -> None:
+    def __init__(self, device: Device, *, idle_bytes: int = 64 << 20) -> None:
         self._device, self._limit = device, idle_bytes
         self._idle: list[tuple[int, OrtValue]] = []
         self._lock = threading.RLock()  # a blend may be collected, and give its buffer back, at any moment
@@ -45,7 +47,7 @@ class BufferPool:
         """Return a buffer that nobody reads any more."""
         with self._lock:
             self._idle.append((buffer.shape()[0], buffer))
-            while sum(4 * size for size, _ in self._idle) > self._limit:
+            while len(self._idle) > 1 and sum(4 * size for size, _ in self._idle) > self._limit:
                 self._idle.pop(0)
 
 

@@ -1,0 +1,71 @@
+"""Response times of `edgecompose serve` under several clients at once; used by `speed.py`."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+CLIENTS = (1, 4, 8)
+TOKENS = 16
+_PROMPTS = (
+    "Customer review of a business: The soup came cold and nobody said sorry.\n"
+    "Would you call this customer's experience positive or negative?\nAnswer:",
+    "A photo is described as: Two dogs run across a frozen lake.\nIs it then true that: The animals sleep.\n"
+    "Say yes, maybe or no.\nAnswer:",
+    "Name three fruits that are yellow, and say where each of them grows.",
+    "Use common sense to answer.\n\nQuestion: Where would you put a plate after washing it?\n"
+    "Options:\n- cupboard\n- garden\n- car\n- river\n- attic\nAnswer:",
+    "Write a short greeting for a birthday card to a friend who likes to hike.",
+)
+
+
+def measure_server(bundle: Path, calls: int = 48) -> dict[str, Any]:
+    """Seconds of calls to /v1/chat/completions, retrieval and blend of each prompt its own, at most 16 tokens.
+
+    One answer is written at a time (`--workers 1`), so that clients wait for each other.
+    """
+    command = [sys.executable, "-m", "edgecompose", "serve", str(bundle), "--port", "0", "--device", "cpu"]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert server.stderr is not None
+        found = re.search(r"http://\S+", server.stderr.readline())
+        if found is None:
+            raise SystemExit(f"the server did not start: {server.stderr.read()}")
+        with httpx.Client(base_url=found[0], timeout=300, trust_env=False) as client:
+            for number in range(len(_PROMPTS)):
+                _call(client, number)
+            return {str(count): _load(client, count, calls) for count in CLIENTS}
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def _load(client: httpx.Client, clients: int, calls: int) -> dict[str, float]:
+    start = time.perf_counter()
+    with ThreadPoolExecutor(clients) as threads:
+        done = list(threads.map(lambda number: _call(client, number), range(calls)))
+    spent = time.perf_counter() - start
+    seconds = sorted(seconds for seconds, _ in done)
+    return {
+        "p50_s": statistics.median(seconds), "p99_s": seconds[min(len(seconds) - 1, int(0.99 * len(seconds)))],
+        "calls_per_s": calls / spent, "tokens_per_s": sum(tokens for _, tokens in done) / spent,
+    }  # fmt: skip
+
+
+def _call(client: httpx.Client, number: int) -> tuple[float, int]:
+    """Seconds of one call, and how many tokens it gave."""
+    prompt = f"{_PROMPTS[number % len(_PROMPTS)]}"
+    body = {"model": "auto", "messages": [{"role": "user", "content": prompt}], "max_tokens": TOKENS}
+    start = time.perf_counter()
+    response = client.post("v1/chat/completions", json=body)
+    seconds = time.perf_counter() - start
+    response.raise_for_status()
+    return seconds, int(response.json()["usage"]["completion_tokens"])
