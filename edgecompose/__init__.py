@@ -1,6 +1,7 @@
 """EdgeCompose: answers a prompt with a base model and a blend of LoRA adapters chosen by retrieval, offline."""
 
-from edgecompose.aio import AsyncComposer, AsyncGeneration
+from typing import TYPE_CHECKING
+
 from edgecompose.chat import Chat
 from edgecompose.composer import Composer, open_bundle
 from edgecompose.conversation import Message
@@ -9,6 +10,19 @@ from edgecompose.methods import MergeSettings
 from edgecompose.request import Answer, Composition, Request, Retrieval
 from edgecompose.sampling import Sampling
 from edgecompose.writing import Generation
+
+if TYPE_CHECKING:  # asyncio takes a tenth of the time that importing this package takes
+    from edgecompose.aio import AsyncComposer, AsyncGeneration
+else:
+
+    def __getattr__(name: str) -> object:
+        """What is imported when it is asked for."""
+        if name in ("AsyncComposer", "AsyncGeneration"):
+            from edgecompose import aio
+
+            return getattr(aio, name)
+        raise AttributeError(f"module 'edgecompose' has no attribute '{name}'")
+
 
 __all__ = [
     "Answer",

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from edgecompose.errors import EdgeComposeError
+
+if TYPE_CHECKING:  # rich takes a tenth of the time that a command needs to start, and few commands show progress
+    from rich.progress import Progress, ProgressColumn
 
 
 class ErrorGroup(click.Group):
@@ -33,6 +34,9 @@ class ErrorGroup(click.Group):
 
 def progress(*columns: ProgressColumn) -> Progress:
     """A progress display on stderr that vanishes when it is done, and is silent where nobody looks."""
+    from rich.console import Console
+    from rich.progress import Progress
+
     console = Console(stderr=True)
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
@@ -40,7 +44,20 @@ def progress(*columns: ProgressColumn) -> Progress:
 @contextmanager
 def counting(name: str, total: float | None) -> Iterator[Callable[[float], None]]:
     """A bar of counted work with the time left; what it yields is called with how much was done."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with progress(*columns) as bar:
+        task = bar.add_task(name, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+@contextmanager
+def bytes_progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """The same for bytes."""
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with progress(*columns) as bar:
         task = bar.add_task(name, total=total)
         yield lambda count: bar.advance(task, count)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import jinja2.sandbox
 import tokenizers
 
 from edgecompose.errors import BundleError, GenerationError
+
+if TYPE_CHECKING:  # a raw prompt is answered without it
+    import jinja2
 
 Message = dict[str, str]
 
@@ -27,7 +31,7 @@ class Tokenizer:
             raise BundleError(f"tokenizer '{path.name}' cannot be read: {error}; export the bundle again") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._template = None if chat_template is None else _compile(chat_template)
+        self._chat_template = chat_template
 
     @property
     def vocabulary_size(self) -> int:
@@ -37,7 +41,7 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         """Whether `chat` can be called."""
-        return self._template is not None
+        return self._chat_template is not None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, special tokens written in it being recognised, none added."""
@@ -63,13 +67,19 @@ class Tokenizer:
 
         Raises:
             GenerationError: the base has no chat template, or the template refuses these messages.
+            BundleError: the template is not valid.
         """
-        if self._template is None:
+        if self._chat_template is None:
             raise GenerationError("this base has no chat template; use --raw to send the prompt as it is")
+        template = self._template
         try:
-            return self._template.render(messages=list(messages), add_generation_prompt=True)
+            return template.render(messages=list(messages), add_generation_prompt=True)
         except Exception as error:  # a template is a program and may raise anything
             raise GenerationError(f"the chat template refused the messages: {error}") from error
+
+    @functools.cached_property
+    def _template(self) -> jinja2.Template:
+        return _compile(self._chat_template or "")
 
     def stream(self) -> TokenStream:
         """A fresh incremental decoder."""
@@ -110,6 +120,8 @@ class TokenStream:
 
 
 def _compile(source: str) -> jinja2.Template:
+    import jinja2.sandbox
+
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )

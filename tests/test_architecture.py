@@ -64,6 +64,7 @@ ARROWS: dict[str, set[str]] = {
     "sampling": {"errors"},
     "conversation": {"errors"},
     "clock": set(),
+    "memory": set(),
     "server_settings": {"errors"},
     "generation": {"errors", "decoder", "sampling", "tokenization"},
     "prefixes": {"decoder"},
@@ -78,6 +79,7 @@ ARROWS: dict[str, set[str]] = {
         "errors",
         "folding",
         "generation",
+        "memory",
         "prefixes",
         "sampling",
         "tokenization",
@@ -115,6 +117,7 @@ COVERED = {
     "edgecompose/outcomes": "test_evaluator", "edgecompose/scoreboard": "test_eval_report",
     "edgecompose/eval_charts": "test_eval_report",
     "edgecompose/binding": "test_folding", "edgecompose/request": "test_cli",
+    "edgecompose/cli_eval": "test_cli", "edgecompose/cli_options": "test_cli", "edgecompose/cli_serve": "test_cli",
     "edgecompose/chat": "test_cli", "edgecompose/clock": "test_evaluator", "edgecompose/errors": "test_architecture",
     "edgecompose/peft_folder": "test_cli",
     "edgecompose/writing": "test_language_model",
@@ -172,7 +175,8 @@ def test_arrows_point_down() -> None:
     for name, allowed in ARROWS.items():
         assert ours(trees[name]) <= allowed, f"{name} imports {sorted(ours(trees[name]) - allowed)}"
     top = {
-        "__init__", "__main__", "aio", "batch_file", "chat", "cli", "composer", "evaluator", "openai_api", "report",
+        "__init__", "__main__", "aio", "batch_file", "chat", "cli", "cli_eval", "cli_options", "cli_serve",
+        "composer", "evaluator", "openai_api", "report",
         "scoreboard",
         "server", "server_metrics", "serving", "stdio",
     }  # fmt: skip
@@ -187,8 +191,8 @@ def test_there_is_no_circle() -> None:
 def test_only_the_top_sees_the_composer() -> None:
     importers = {name for name, tree in modules(RUNTIME).items() if "composer" in ours(tree)}
     assert importers == {
-        "__init__", "aio", "batch_file", "chat", "cli", "evaluator", "openai_api", "scoreboard", "server", "serving",
-        "stdio",
+        "__init__", "aio", "batch_file", "chat", "cli_options", "evaluator", "openai_api", "scoreboard", "server",
+        "serving", "stdio",
     }  # fmt: skip
     assert {name for name, tree in modules(RUNTIME).items() if ours(tree) & {"report", "cli"}} == {
         "__main__", "cli", "openai_api", "server", "stdio",
@@ -239,9 +243,13 @@ def test_the_export_imports_what_it_declares() -> None:
 def test_what_is_public_is_listed() -> None:
     public = {
         name for name, value in vars(edgecompose).items()
-        if not name.startswith("_") and not isinstance(value, types.ModuleType)
+        if not name.startswith("_") and not isinstance(value, types.ModuleType) and name != "TYPE_CHECKING"
     }  # fmt: skip
-    assert public == set(edgecompose.__all__)
+    late = {"AsyncComposer", "AsyncGeneration"}  # imported when they are asked for
+    assert {type(getattr(edgecompose, name)) for name in late} == {type}
+    assert public | late == set(edgecompose.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = edgecompose.nothing  # type: ignore[attr-defined]
     assert edgecompose.__all__ == sorted(edgecompose.__all__)
 
 

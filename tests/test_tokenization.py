@@ -144,7 +144,7 @@ def test_a_template_that_fails_on_the_messages_is_a_generation_error(path: Path,
 @pytest.mark.parametrize("template", ["{% if %}", "{{ messages", "{% for m in messages %}", "{{ " + "(" * 3000 + " }}"])
 def test_a_malformed_template_is_a_bundle_error(path: Path, template: str) -> None:
     with pytest.raises(BundleError, match="chat template"):
-        Tokenizer(path, chat_template=template)
+        Tokenizer(path, chat_template=template).chat(HELLO)
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1, 2", b"\xff\xfe", b'{"model": {"type": "BPE"}}'])
