@@ -13,10 +13,12 @@ line last.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +29,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found as a script, however edgecompose is installed
 
-from benchmarks.footprint import LENGTHS, llama_installed, measure_cold_start, measure_growth, measure_memory
+from benchmarks.footprint import LENGTHS
 from benchmarks.server_load import measure_server
 from edgecompose import Composer, MergeSettings, Request, open_bundle
 from edgecompose.blend import MergedAdapter
@@ -68,21 +70,19 @@ def main() -> None:
 
 
 def measure(bundle: Path, gguf: Path, rounds: int, folder: Path) -> dict[str, Any]:
-    """Everything; what processes of their own are measured by comes first, while this one is small.
+    """Everything.
 
     Args:
         folder: for LoRA files.
     """
     with open_bundle(bundle, device="cpu") as composer:
-        names = _three(composer)
-        blends = _blends(composer, names)
+        blends = _blends(composer, _three(composer))
         loras = _write_loras(blends, composer.bundle.manifest.base, folder) if _has_llama(gguf) else {}
-    lora = loras.get("three_adapters")
-    result: dict[str, Any] = {
-        "cold_start_s": measure_cold_start(bundle, PROMPT, gguf, lora),
-        "peak_memory_mb": measure_memory(bundle, names, gguf, lora),
-        "server": measure_server(bundle),
-    }
+    command = [sys.executable, str(Path(__file__).with_name("footprint.py")), str(bundle), "--prompt", PROMPT]
+    if loras:
+        command += ["--gguf", str(gguf), "--lora", str(loras["three_adapters"])]
+    finished = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+    result: dict[str, Any] = {**json.loads(finished.stdout), "server": measure_server(bundle)}
     with open_bundle(bundle, device="cpu") as composer:
         composer.warm_up()
         result |= {
@@ -91,7 +91,6 @@ def measure(bundle: Path, gguf: Path, rounds: int, folder: Path) -> dict[str, An
             "prefill_tokens_per_s": measure_prefill(composer, gguf, loras, max(3, rounds // 4)),
             "first_token_ms": measure_first_token(composer),
         }
-    result["resident_mb_after_requests"] = measure_growth(bundle)
     distance = read_manifest(bundle).base.distance
     return result | {
         "base": {"precision": read_manifest(bundle).base.precision, "kl": None if distance is None else distance.kl},
@@ -244,10 +243,9 @@ def print_table(result: dict[str, Any]) -> None:
         print(f"cold start, {name:37} {seconds:8.2f} s")
     memory = result["peak_memory_mb"]
     print(f"graphs of the bundle {memory['graphs']:.0f} MB; peak memory of `retrieve` {memory['retrieve']:.0f} MB")
-    for length, peak in memory["answer"].items():
-        rival = memory["llama_cpp_answer"].get(length)
-        shown = "" if rival is None else f", llama.cpp {rival:.0f} MB"
-        print(f"peak memory, answer to {length:>4} tokens {peak:6.0f} MB (wanted {memory['allowed']:.0f}){shown}")
+    for name in ("retrieved", "three_adapters", "llama_cpp"):
+        for length, peak in memory[name].items():
+            print(f"peak memory, {name:15} {length:>4} tokens {peak:6.0f} MB (wanted {memory['allowed']:.0f})")
     resident = ", ".join(f"{n}: {mb:.0f} MB" for n, mb in result["resident_mb_after_requests"].items())
     print(f"resident memory after requests: {resident}")
     for clients, load in result["server"].items():
@@ -315,7 +313,7 @@ def _blends(composer: Composer, names: list[str]) -> dict[str, MergedAdapter]:
 
 
 def _has_llama(gguf: Path) -> bool:
-    return llama_installed() and gguf.is_file()
+    return importlib.util.find_spec("llama_cpp") is not None and gguf.is_file()
 
 
 def _write_loras(blends: dict[str, MergedAdapter], base: BaseSpec, folder: Path) -> dict[str, Path]:

@@ -89,7 +89,12 @@ def run(bundle: Path, prompt: str, explain: bool, device: str, as_json: bool, **
     with open_composer(bundle, device) as composer:
         request = request_of(composer, options)
         streams = not as_json
-        answer = composer.run(text, request, on_text=_print_piece if streams else _ignore)
+        with composer.generate(text, request) as generation:
+            composer.release_embedder()
+            for piece in generation:
+                if streams:
+                    _print_piece(piece)
+            answer = generation.answer
     if streams:
         click.echo()
     _say_what_was_left_out(answer)

@@ -26,6 +26,7 @@ from edgecompose.folding import FoldedWeights, require_folding
 from edgecompose.generation import Finish
 from edgecompose.language_model import Blend, Encoded, LanguageModel
 from edgecompose.manifest import Defaults
+from edgecompose.memory import release_freed_memory
 from edgecompose.merging import Merger
 from edgecompose.methods import MergeSettings, composition_digest
 from edgecompose.request import WEIGH_NAMES, Answer, Composition, Request, Retrieval, given
@@ -84,6 +85,16 @@ class Composer:
             self._retrievals.clear()
             for part in ("embedder", "index", "merger"):
                 self.__dict__.pop(part, None)
+
+    def release_embedder(self) -> None:
+        """Let go of the sentence encoder and the index, for programs that answer once: the base has their memory then.
+
+        They are loaded again if asked for.
+        """
+        with self._loading:
+            for part in ("embedder", "index"):
+                self.__dict__.pop(part, None)
+        release_freed_memory()
 
     @functools.cached_property
     def embedder(self) -> Embedder:
