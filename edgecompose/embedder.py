@@ -39,13 +39,7 @@ class Embedder:
         Raises:
             RetrievalError: the text is empty, or its vector is not finite.
         """
-        if not text.strip():
-            raise RetrievalError("an empty prompt cannot be embedded; give some text")
-        try:
-            ids = head_and_tail(self._tokenizer.encode(text).ids, self._spec.max_length)
-        except TypeError as error:  # a lone surrogate, as bytes that are not UTF-8 give on the command line
-            raise RetrievalError("the prompt is not valid Unicode; give UTF-8 text") from error
-        row = np.array([ids], np.int64)
+        row = np.array([self.tokens(text)], np.int64)
         feeds = {"input_ids": row, "attention_mask": np.ones_like(row), "token_type_ids": np.zeros_like(row)}
         try:
             (hidden, *_) = self._session.run(None, {k: v for k, v in feeds.items() if k in self._inputs})
@@ -60,6 +54,19 @@ class Embedder:
                 f"the encoder gave an unusable vector of shape {vector.shape}; export the bundle again"
             )
         return vector
+
+    def tokens(self, text: str) -> list[int]:
+        """The ids that are read of a text, special ones included.
+
+        Raises:
+            RetrievalError: the text is empty, or no Unicode.
+        """
+        if not text.strip():
+            raise RetrievalError("an empty prompt cannot be embedded; give some text")
+        try:
+            return head_and_tail(self._tokenizer.encode(text).ids, self._spec.max_length)
+        except TypeError as error:  # a lone surrogate, as bytes that are not UTF-8 give on the command line
+            raise RetrievalError("the prompt is not valid Unicode; give UTF-8 text") from error
 
 
 def embedder_device(spec: EmbedderSpec, device: Device) -> Device:

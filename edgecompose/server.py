@@ -127,15 +127,16 @@ class _Service:
         """/v1/embeddings."""
         texts, packed = openai_api.parse_inputs(await _body(http, self._settings.body_bytes))
         async with self._admitted():
-            embed = self._composer.embedder.embed
-            vectors = [await self._aio.call(functools.partial(embed, text)) for text in texts]
+            embedder = self._composer.embedder
+            count = sum(len(embedder.tokens(text)) for text in texts)
+            vectors = [await self._aio.call(functools.partial(embedder.embed, text)) for text in texts]
         data = [
             {"object": "embedding", "index": i, "embedding": _packed(v) if packed else v.tolist()}
             for i, v in enumerate(vectors)
         ]
         source = self._composer.bundle.manifest.embedder.source
         return JSONResponse(
-            {"object": "list", "data": data, "model": source, "usage": {"prompt_tokens": 0, "total_tokens": 0}}
+            {"object": "list", "data": data, "model": source, "usage": {"prompt_tokens": count, "total_tokens": count}}
         )
 
     async def compose(self, http: HttpRequest) -> Response:

@@ -21,7 +21,7 @@ from edgecompose.openai_api import Asked, Json
 from edgecompose.report import composition_json
 from edgecompose.writing import Generation
 
-_PARSE, _REQUEST, _METHOD, _OURS, _CANCELLED = -32700, -32600, -32601, -32000, -32800
+_PARSE, _REQUEST, _METHOD, _INTERNAL, _OURS, _CANCELLED = -32700, -32600, -32601, -32603, -32000, -32800
 
 
 class StdioServer:
@@ -91,6 +91,8 @@ class StdioServer:
             self._fail(name, _CANCELLED, "the call was cancelled")
         except EdgeComposeError as error:
             self._fail(name, _OURS, str(error))
+        except Exception as error:  # a fault of ours; whoever waits for an answer has to hear of it
+            self._fail(name, _INTERNAL, f"{type(error).__name__}: {error}")
 
     def _chat(self, params: Mapping[str, Any], call: _Call, name: object) -> Json:
         return self._write_answers(self._parse("chat", params), call, name)

@@ -124,6 +124,7 @@ def test_embeddings_through_the_official_client(served: Served) -> None:
     found = served.client().embeddings.create(model="any", input=[PROMPT, "hello"])
     for one, text in zip(found.data, (PROMPT, "hello"), strict=True):
         np.testing.assert_array_equal(np.asarray(one.embedding, np.float32), served.composer.embedder.embed(text))
+    assert found.usage.prompt_tokens == sum(len(served.composer.embedder.tokens(text)) for text in (PROMPT, "hello"))
     plain = served.client().embeddings.create(model="any", input=PROMPT, encoding_format="float")
     assert plain.data[0].embedding == pytest.approx(found.data[0].embedding)
 

@@ -141,3 +141,16 @@ def test_cancelling_and_shutting_down(composer: Composer, monkeypatch: pytest.Mo
     parent.call(5, "shutdown")
     assert parent.read() == {"id": 5, "result": None}
     parent.close()
+
+
+def test_a_fault_of_ours_is_answered_too(composer: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object, **settings: object) -> None:
+        raise ZeroDivisionError("broken")
+
+    monkeypatch.setattr(composer, "compose", broken)
+    parent = Parent(composer)
+    parent.call(1, "compose", **CHAT)
+    assert parent.read() == {"id": 1, "error": {"code": -32603, "message": "ZeroDivisionError: broken"}}
+    parent.call(2, "models")
+    assert parent.read()["id"] == 2
+    parent.close()
