@@ -123,6 +123,8 @@ COVERED = {
     "edgecompose_export/base": "test_base_export", "edgecompose_export/bundles": "test_bundles_export",
     "edgecompose_export/recipe": "test_bundles_export",
     "edgecompose_export/checkpoint": "test_base_export", "edgecompose_export/cli": "test_export_cli",
+    "edgecompose_export/gguf_source": "test_lora_source", "edgecompose_export/mlx_source": "test_lora_source",
+    "edgecompose_export/peft_source": "test_adapters_export",
     "edgecompose_export/embedder": "test_embedder_export", "edgecompose_export/examples": "test_bundles_export",
     "edgecompose_export/quantize": "test_quantize_base", "edgecompose_export/slots": "test_base_export",
 }  # fmt: skip

@@ -108,10 +108,13 @@ def embedder(source: Path, output: Path, precision: Any, ends: int, as_json: boo
 @bits_option
 @json_option
 def adapter(source: Path, base_folder: Path, output: Path, bits: str, as_json: bool) -> None:
-    """Quantise a PEFT LoRA folder; what cannot be carried over is refused by name.
+    """Quantise a LoRA adapter: a PEFT folder, an mlx_lm folder, or a GGUF file of llama.cpp.
+
+    What cannot be carried over is refused by name.
 
     \b
     edgecompose-export adapter lora/snli --base build/base -o adapters/snli.safetensors
+    edgecompose-export adapter snli.gguf --base build/base -o adapters/snli.safetensors
     """
     from edgecompose_export.adapters import export_adapter
     from edgecompose_export.base import read_base_spec
@@ -238,7 +241,10 @@ def build(recipe: Path, output: Path, force: bool, as_json: bool) -> None:
 @bundle.command("add-task")
 @click.argument("directory", metavar="BUNDLE", type=PathArgument)
 @click.argument("name")
-@click.option("--adapter", "adapter_path", type=PathArgument, required=True, help="Quantised adapter or PEFT folder.")
+@click.option(
+    "--adapter", "adapter_path", type=PathArgument, required=True,
+    help="Quantised adapter, PEFT or mlx_lm folder, or GGUF LoRA file.",
+)  # fmt: skip
 @click.option("--examples", "examples_file", type=PathArgument, required=True, help="JSONL of prompts.")
 @bits_option
 @json_option
