@@ -9,7 +9,15 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from edgecompose.errors import EdgeComposeError
 
@@ -40,7 +48,19 @@ def progress(*columns: ProgressColumn) -> Progress:
 @contextmanager
 def counting(name: str, total: float | None) -> Iterator[Callable[[float], None]]:
     """A bar of counted work with the time left; what it yields is called with how much was done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with progress(*columns) as bar:
+    with _bar(name, total, MofNCompleteColumn()) as advance:
+        yield advance
+
+
+@contextmanager
+def reading(name: str, total: int) -> Iterator[Callable[[float], None]]:
+    """The same of work that is counted in bytes."""
+    with _bar(name, total, DownloadColumn()) as advance:
+        yield advance
+
+
+@contextmanager
+def _bar(name: str, total: float | None, amount: ProgressColumn) -> Iterator[Callable[[float], None]]:
+    with progress(TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn()) as bar:
         task = bar.add_task(name, total=total)
         yield lambda count: bar.advance(task, count)

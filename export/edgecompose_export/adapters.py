@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgecompose.adapter import AdapterModule, adapter_to_bytes
+from edgecompose.decoder_modules import PACKED
 from edgecompose.errors import AdapterError, ExportError, SlotMismatch
 from edgecompose.manifest import AdapterSpec, BaseSpec, SlotGroup
 from edgecompose.quantization import Bits, quantize, relative_error
@@ -20,7 +21,6 @@ from edgecompose_export.gguf_source import is_gguf, read_gguf_lora
 from edgecompose_export.lora_source import CONFIG_FILE, Kind, LoraPair, LoraSource, Pairs, read_adapter_config
 from edgecompose_export.mlx_source import is_mlx_folder, read_mlx_folder
 from edgecompose_export.peft_source import read_peft_folder
-from edgecompose_export.slots import PACKED
 
 Float = npt.NDArray[np.float32]
 

@@ -78,6 +78,30 @@ def base(source: Path, output: Path, precision: Any, accept_distance: bool, as_j
 @main.command()
 @click.argument("source", type=PathArgument)
 @click.option("-o", "--output", type=PathArgument, required=True, help="Folder to write.")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True,
+    help="Of the weights.",
+)  # fmt: skip
+@json_option
+def checkpoint(source: Path, output: Path, dtype: str, as_json: bool) -> None:
+    """Write a base's float weights as a Hugging Face folder, for `edgecompose compose --format merged`.
+
+    \b
+    edgecompose-export checkpoint SmolLM2-135M-Instruct.Q4_1.gguf -o build/checkpoint
+    """
+    from edgecompose_export.checkpoint import find_checkpoint
+
+    with _steps() as advance:
+        advance("converting")
+        identity = find_checkpoint(source).write_folder(output, dtype)
+    size = sum(path.stat().st_size for path in output.iterdir())
+    found = {"folder": str(output), "dtype": dtype, "base": identity, "bytes": size}
+    _print(f"{output}: {dtype}, {size / 1e6:.0f} MB, of base {identity[:12]}", found, as_json)
+
+
+@main.command()
+@click.argument("source", type=PathArgument)
+@click.option("-o", "--output", type=PathArgument, required=True, help="Folder to write.")
 @click.option("--precision", type=click.Choice(["f32", "int8"]), default="int8", show_default=True)
 @click.option(
     "--ends",
