@@ -233,6 +233,7 @@ def test_a_checkpoint_out_of_a_gguf_file_records_its_base(zoo: TinyZoo, blend: B
     source, folder = find_checkpoint(file), tmp_path / "deep" / "float"
     assert source.write_folder(folder) == sha256_of(file)
     assert np.array_equal(logits(load(folder)), logits(source.model()))
+    assert not {path.suffix for path in folder.iterdir()} - {".json", ".jinja", ".safetensors"}
     loaded, wanted = transformers.AutoTokenizer.from_pretrained(folder), source.tokenizer()
     assert (loaded.bos_token, loaded.eos_token) == (wanted.bos_token, wanted.eos_token)
     message = [{"role": "user", "content": "a 12"}]

@@ -103,7 +103,8 @@ class Checkpoint:
         identity = self.identity()
         with new_folder(output) as work:
             self.model(getattr(torch, dtype)).save_pretrained(work)
-            self.tokenizer().save_pretrained(work)
+            whole = None if self.gguf is None else False  # else the GGUF goes along as its tokenizer.model
+            self.tokenizer().save_pretrained(work, legacy_format=whole)
             self.write_tokenizer(work)
             for path in sorted(work.glob("*.safetensors")):
                 marked, shard = path.with_suffix(".marked"), read_shard(path)
