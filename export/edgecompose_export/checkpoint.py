@@ -13,7 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from edgecompose.atomic import new_folder
 from edgecompose.bundle import sha256_of
-from edgecompose.errors import ExportError
+from edgecompose.errors import CheckpointError, ExportError
 from edgecompose.float_checkpoint import BASE_KEY, read_shard, weights_identity, write_shard
 
 #: Pre-tokenizers that GGUF names and transformers' conversion leaves out (llama.cpp, llama-vocab.cpp).
@@ -64,10 +64,17 @@ class Checkpoint:
         return self._tokenizer
 
     def identity(self) -> str:
-        """sha256 that names the base: that of its GGUF file, or of its weight files in name order."""
+        """sha256 that names the base: that of its GGUF file, or of its weight files in name order.
+
+        Raises:
+            ExportError: a folder without weights.
+        """
         if self.gguf is not None:
             return sha256_of(self.folder / self.gguf)
-        return weights_identity(self.folder)
+        try:
+            return weights_identity(self.folder)
+        except CheckpointError as error:
+            raise ExportError(str(error)) from error
 
     def write_tokenizer(self, folder: Path) -> str | None:
         """Write `tokenizer.json` into `folder`; return the chat template, None when there is none."""
