@@ -68,7 +68,7 @@ def test_checkpoint(zoo: TinyZoo, tmp_path: Path) -> None:
     file = tiny.write_gguf(tmp_path / "x.gguf", zoo.model("llama"))
     done = call("checkpoint", file, "-o", tmp_path / "float")
     assert done.exit_code == 0, done.output
-    assert f"{tmp_path / 'float'}: float32, 1 MB, of base {sha256_of(file)[:12]}" in done.stdout
+    assert f"{tmp_path / 'float'}: float32, 0 MB, of base {sha256_of(file)[:12]}" in done.stdout
     found = result_of("checkpoint", zoo.model("llama"), "-o", tmp_path / "short", "--dtype", "bfloat16")
     assert found["dtype"] == "bfloat16" and len(found["base"]) == 64
     assert found["bytes"] == sum(path.stat().st_size for path in (tmp_path / "short").iterdir())
