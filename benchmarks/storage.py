@@ -39,7 +39,7 @@ from safetensors.numpy import load_file
 
 from edgecompose.quantization import Bits, QuantizedFactor, dequantize, quantize
 from edgecompose.tokenization import Tokenizer
-from edgecompose_export.adapters import WEIGHTS_FILE, read_config, scale_of
+from edgecompose_export.peft_source import WEIGHTS_FILE, read_config, scale_of
 
 Float = npt.NDArray[np.float32]
 _KEY = re.compile(r"^(?:base_model\.model\.)?(.*?\.(\d+)\..*?(\w+))\.lora_(A|B)\.weight$")

@@ -11,6 +11,7 @@ import click
 
 from edgecompose import __version__, report
 from edgecompose import bundle as bundles
+from edgecompose.blend import MergedAdapter
 from edgecompose.chat import Chat
 from edgecompose.cli_options import (
     adapter_option,
@@ -29,9 +30,12 @@ from edgecompose.cli_options import (
     retrieval_options,
     text_of,
 )
-from edgecompose.console import ErrorGroup, bytes_progress
+from edgecompose.console import ErrorGroup, counting_bytes
 from edgecompose.errors import EdgeComposeError
+from edgecompose.float_checkpoint import open_checkpoint
 from edgecompose.gguf_lora import write_gguf_lora
+from edgecompose.manifest import BaseSpec
+from edgecompose.merged_model import write_merged_model
 from edgecompose.onnx_adapter import write_onnx_adapter
 from edgecompose.peft_folder import write_peft_folder
 from edgecompose.request import Answer
@@ -196,34 +200,60 @@ def retrieve(bundle: Path, prompt: str, device: str, as_json: bool, **options: A
 @prompt_argument
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder or file to write.")
 @click.option(
-    "--format", "form", type=click.Choice(["peft", "onnx-adapter", "gguf"]), default="peft", show_default=True,
-    help="A folder for PeftModel.from_pretrained, a file for onnxruntime.LoraAdapter, or one for llama.cpp.",
+    "--format", "form", type=click.Choice(["peft", "onnx-adapter", "gguf", "merged"]), default="peft",
+    show_default=True,
+    help="A folder for PeftModel.from_pretrained, a file for onnxruntime.LoraAdapter, one for llama.cpp, or a model.",
+)  # fmt: skip
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), metavar="FOLDER",
+    help="Of --format merged: the Hugging Face folder of the float base that the blend is written into.",
 )  # fmt: skip
 @retrieval_options
 @adapter_option
 @merge_options
 @device_option
 @json_option
-def compose(bundle: Path, prompt: str, output: Path, form: str, device: str, as_json: bool, **options: Any) -> None:
+def compose(
+    bundle: Path,
+    prompt: str,
+    output: Path,
+    form: str,
+    checkpoint: Path | None,
+    device: str,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Write the blend for PROMPT for another program.
 
     \b
     edgecompose compose models/demo "A film review" -o blend
     edgecompose compose models/demo "A film review" --format onnx-adapter -o blend.onnx_adapter
+    edgecompose compose models/demo "A film review" --format merged --checkpoint build/checkpoint -o model
     """
+    if (form == "merged") != (checkpoint is not None):
+        raise click.UsageError("--format merged and --checkpoint FOLDER want each other; give both or neither")
     text = read_prompt(prompt)
     with open_composer(bundle, device) as composer:
-        composition = composer.compose(text, request_of(composer, options))
+        base, composition = composer.bundle.manifest.base, composer.compose(text, request_of(composer, options))
         if form == "peft":
-            paths = write_peft_folder(composition.merged, output, base=composer.bundle.manifest.base.source)
+            paths = write_peft_folder(composition.merged, output, base=base.source)
         elif form == "gguf":
-            paths = [write_gguf_lora(composition.merged, output, composer.bundle.manifest.base)]
+            paths = [write_gguf_lora(composition.merged, output, base)]
+        elif checkpoint is not None:
+            paths = _write_merged(composition.merged, checkpoint, output, base)
         else:
             paths = [write_onnx_adapter(composition.merged, output)]
     if as_json:
         print_json({"prompt": text, "files": [str(p) for p in paths], **report.composition_json(composition)})
     else:
         print_lines([*report.explain_retrieval(composition.retrieval), f"written       {output}"])
+
+
+def _write_merged(merged: MergedAdapter, folder: Path, output: Path, base: BaseSpec) -> list[Path]:
+    checkpoint = open_checkpoint(folder)
+    passes = 1 if checkpoint.is_recorded(base.identity) else 2  # to hash and to copy
+    with counting_bytes("merging", passes * checkpoint.bytes) as advance:
+        return write_merged_model(merged, checkpoint, output, base, advance=advance)
 
 
 @main.command()
@@ -261,7 +291,7 @@ def verify(bundle: Path, as_json: bool) -> None:
     """
     manifest = bundles.read_manifest(bundle)
     total = sum(entry.bytes for entry in manifest.files.values())
-    with bytes_progress("hashing", total) as advance:
+    with counting_bytes("hashing", total) as advance:
         problems = bundles.verify(bundle, advance=advance)
     if as_json:
         print_json({"bundle": str(bundle), "files": len(manifest.files), "bytes": total, "problems": problems})

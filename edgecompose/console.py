@@ -44,20 +44,25 @@ def progress(*columns: ProgressColumn) -> Progress:
 @contextmanager
 def counting(name: str, total: float | None) -> Iterator[Callable[[float], None]]:
     """A bar of counted work with the time left; what it yields is called with how much was done."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import MofNCompleteColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with progress(*columns) as bar:
-        task = bar.add_task(name, total=total)
-        yield lambda count: bar.advance(task, count)
+    with _bar(name, total, MofNCompleteColumn()) as advance:
+        yield advance
 
 
 @contextmanager
-def bytes_progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """The same for bytes."""
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+def counting_bytes(name: str, total: int) -> Iterator[Callable[[float], None]]:
+    """The same of work that is counted in bytes."""
+    from rich.progress import DownloadColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with progress(*columns) as bar:
+    with _bar(name, total, DownloadColumn()) as advance:
+        yield advance
+
+
+@contextmanager
+def _bar(name: str, total: float | None, amount: ProgressColumn) -> Iterator[Callable[[float], None]]:
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+
+    with progress(TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn()) as bar:
         task = bar.add_task(name, total=total)
         yield lambda count: bar.advance(task, count)

@@ -11,6 +11,7 @@
     │   └── SlotMismatch                made for another base
     ├── RetrievalError                  the query or the index cannot be searched
     ├── MergeError                      unknown method, bad parameter, adapters that cannot be merged so
+    ├── CheckpointError                 a float base that a blend cannot be written into
     ├── DeviceError                     the device that was asked for is not there
     ├── GenerationError                 the prompt or the settings cannot be generated from
     │   └── PromptTooLong               prompt and answer exceed the context of the base
@@ -68,6 +69,10 @@ class RetrievalError(EdgeComposeError):
 
 class MergeError(EdgeComposeError):
     """Unknown merge method, a bad parameter, or adapters that cannot be merged this way."""
+
+
+class CheckpointError(EdgeComposeError):
+    """A folder of float weights cannot be used, or is of another base than the bundle's."""
 
 
 class DeviceError(EdgeComposeError):

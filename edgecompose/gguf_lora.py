@@ -14,12 +14,13 @@ from edgecompose.errors import EdgeComposeError, MergeError
 from edgecompose.manifest import BaseSpec
 
 Float = npt.NDArray[np.float32]
-_NAMES = {
+#: What GGUF files call the weight of each module.
+MODULE_NAMES = {
     "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
     "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down",
 }  # fmt: skip
 #: Architecture -> whether its GGUF files hold the rows of q and k in llama.cpp's order of rotary halves.
-_INTERLEAVED = {"llama": True, "qwen2": False, "qwen3": False}
+INTERLEAVED = {"llama": True, "qwen2": False, "qwen3": False}
 
 
 def write_gguf_lora(merged: MergedAdapter, path: Path, base: BaseSpec) -> Path:
@@ -39,9 +40,9 @@ def write_gguf_lora(merged: MergedAdapter, path: Path, base: BaseSpec) -> Path:
 
     if not merged.modules:
         raise MergeError("the blend holds no adapter, so there is nothing to write")
-    if base.architecture not in _INTERLEAVED:
+    if base.architecture not in INTERLEAVED:
         raise MergeError(
-            f"the base's architecture is {base.architecture or 'not known'}; {', '.join(_INTERLEAVED)} can be "
+            f"the base's architecture is {base.architecture or 'not known'}; {', '.join(INTERLEAVED)} can be "
             "written as GGUF; export the base again if the bundle is older than this, or use --format peft"
         )
     if path.exists():
@@ -68,9 +69,9 @@ def gguf_tensors(merged: MergedAdapter, base: BaseSpec) -> Iterator[tuple[str, F
         rank = a.shape[1]
         for layer in range(len(a)):
             rows = np.asarray(b[layer].T * rank, np.float32)
-            if module in ("q_proj", "k_proj") and _INTERLEAVED[base.architecture or ""]:
+            if module in ("q_proj", "k_proj") and INTERLEAVED[base.architecture or ""]:
                 rows = interleaved(rows, len(rows) // base.head_size)
-            place = f"blk.{layer}.{_NAMES[module]}.weight"
+            place = f"blk.{layer}.{MODULE_NAMES[module]}.weight"
             yield f"{place}.lora_a", np.ascontiguousarray(a[layer])
             yield f"{place}.lora_b", np.ascontiguousarray(rows)
 
@@ -78,3 +79,8 @@ def gguf_tensors(merged: MergedAdapter, base: BaseSpec) -> Iterator[tuple[str, F
 def interleaved(rows: Float, heads: int) -> Float:
     """Rows (heads x size, n) of q or k with the two halves of each head taking turns, as rotation pairs them there."""
     return rows.reshape(heads, 2, -1, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def halved(rows: Float, heads: int) -> Float:
+    """The inverse of `interleaved`."""
+    return rows.reshape(heads, -1, 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)

@@ -11,18 +11,8 @@ import numpy.typing as npt
 from safetensors.numpy import save
 
 from edgecompose.blend import MergedAdapter
+from edgecompose.decoder_modules import module_path
 from edgecompose.errors import MergeError
-
-#: Where each module lies in a transformers decoder block.
-_PARENT = {
-    "q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn",
-    "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp",
-}  # fmt: skip
-
-
-def module_path(layer: int, module: str) -> str:
-    """Path of a linear module in a transformers model, such as `model.layers.0.self_attn.q_proj`."""
-    return f"model.layers.{layer}.{_PARENT[module]}.{module}"
 
 
 def write_peft_folder(merged: MergedAdapter, folder: Path, *, base: str) -> list[Path]:

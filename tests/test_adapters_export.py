@@ -25,7 +25,8 @@ from edgecompose.adapter import adapter_metadata, load_adapter
 from edgecompose.errors import AdapterError, EdgeComposeError, ExportError, SlotMismatch, UnsupportedAdapter
 from edgecompose.manifest import BaseSpec, SlotGroup
 from edgecompose.quantization import dequantize
-from edgecompose_export.adapters import export_adapter, scale_of
+from edgecompose_export.adapters import export_adapter
+from edgecompose_export.peft_source import scale_of
 from tests import tiny
 from tests.fixtures_tiny import TinyZoo
 

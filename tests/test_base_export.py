@@ -26,6 +26,7 @@ from edgecompose.adapter import Adapter, load_adapter
 from edgecompose.blend import MergedAdapter
 from edgecompose.bundle import sha256_of
 from edgecompose.decoder import Decoder
+from edgecompose.decoder_modules import PACKED
 from edgecompose.device import choose_device
 from edgecompose.errors import ExportError, GenerationError, PromptTooLong
 from edgecompose.merging import Merger
@@ -36,7 +37,6 @@ from edgecompose_export import base as base_export
 from edgecompose_export.adapters import export_adapter
 from edgecompose_export.base import calibration_prompts, export_base, read_base_spec
 from edgecompose_export.checkpoint import Checkpoint, find_checkpoint
-from edgecompose_export.slots import PACKED
 from tests import tiny
 from tests.fixtures_tiny import Exported, TinyZoo
 

@@ -363,12 +363,14 @@ def examples_in(help_text: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_example_in_the_help_runs(
-    bundle: Path, tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
+    zoo: TinyZoo, bundle: Path, tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("edgecompose.cli_serve.run_server", lambda *args, **settings: click.echo("it would serve"))
     Path("models").mkdir()
     Path("models/demo").symlink_to(bundle)
+    Path("build").mkdir()
+    Path("build/checkpoint").symlink_to(zoo.model("llama"))
     write_questions(Path("questions.jsonl"))
     line = {"custom_id": "a", "url": "/v1/completions", "body": {"prompt": PROMPT}}
     Path("calls.jsonl").write_text(json.dumps(line), encoding="utf-8")
@@ -515,6 +517,37 @@ def test_compose_writes_a_peft_folder_once(bundle: Path, tmp_path: Path) -> None
     assert "already holds adapter_config.json" in fault_of("compose", bundle, PROMPT, "-o", output)
     text = call("compose", bundle, PROMPT, "-o", tmp_path / "other")
     assert f"written       {tmp_path / 'other'}" in text.stdout
+
+
+def test_compose_writes_a_whole_model(zoo: TinyZoo, bundle: Path, tmp_path: Path) -> None:
+    import torch
+    import transformers
+
+    source, output = zoo.model("llama"), tmp_path / "deep" / "model"
+    wanted = ("--format", "merged", "--checkpoint", source, "-o", output)
+    found = result_of("compose", bundle, PROMPT, "--adapter", "animals=1", *wanted)
+    assert {Path(name).name for name in found["files"]} == {path.name for path in source.iterdir()}
+    assert all(Path(name).is_file() for name in found["files"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(output, local_files_only=True).eval()
+    with open_bundle(bundle, device="cpu") as composer:
+        ids = composer.model.tokenizer.encode("the cat sat on a blue mat, twice")
+        merged = composer.compose(PROMPT, Request(weights={"animals": 1.0})).merged
+        ours = composer.model.decoder.start(merged, len(ids)).forward(ids, kept=len(ids)).copy()
+    with torch.no_grad():
+        assert np.abs(ours - model(torch.tensor([ids])).logits[0].numpy()).max() <= 1e-3
+    assert "exists" in fault_of("compose", bundle, PROMPT, *wanted)
+    other = ("--checkpoint", zoo.model("qwen3"), "-o", tmp_path / "x")
+    assert "base was exported from" in fault_of("compose", bundle, PROMPT, "--format", "merged", *other)
+    assert [path.name for path in tmp_path.iterdir()] == ["deep"]
+
+
+@pytest.mark.parametrize("options", [("--format", "merged"), ("--checkpoint", "x"),
+                                     ("--format", "gguf", "--checkpoint", "x")], ids=" ".join)  # fmt: skip
+def test_a_model_and_its_checkpoint_want_each_other(bundle: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    done = call("compose", bundle, PROMPT, "-o", tmp_path / "out", *options)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "--format merged and --checkpoint FOLDER want each other" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

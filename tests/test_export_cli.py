@@ -16,13 +16,13 @@ pytest.importorskip("torch", reason="a package of edgecompose-export")
 pytest.importorskip("onnx", reason="a package of edgecompose-export")
 
 from edgecompose import open_bundle
-from edgecompose.bundle import verify
+from edgecompose.bundle import sha256_of, verify
 from edgecompose_export.cli import main
 from tests import tiny
 from tests.fixtures_tiny import TASKS, TinyZoo, ignore_tracer_warnings
 
 COMMANDS = (
-    ("base",), ("embedder",), ("adapter",), ("examples",), ("train",), ("demo-models",), ("bundle",),
+    ("base",), ("checkpoint",), ("embedder",), ("adapter",), ("examples",), ("train",), ("demo-models",), ("bundle",),
     ("bundle", "build"), ("bundle", "add-task"), ("bundle", "remove-task"),
 )  # fmt: skip
 
@@ -62,6 +62,18 @@ def test_base(zoo: TinyZoo, tmp_path: Path) -> None:
     too_far = ("base", zoo.model("llama"), "-o", tmp_path / "far", "--precision", "int4")
     assert "nats from float32" in fault_of(*too_far)
     assert "has no config.json" in fault_of("base", tmp_path / "absent", "-o", tmp_path / "x")
+
+
+def test_checkpoint(zoo: TinyZoo, tmp_path: Path) -> None:
+    file = tiny.write_gguf(tmp_path / "x.gguf", zoo.model("llama"))
+    done = call("checkpoint", file, "-o", tmp_path / "float")
+    assert done.exit_code == 0, done.output
+    assert f"{tmp_path / 'float'}: float32, 0 MB, of base {sha256_of(file)[:12]}" in done.stdout
+    found = result_of("checkpoint", zoo.model("llama"), "-o", tmp_path / "short", "--dtype", "bfloat16")
+    assert found["dtype"] == "bfloat16" and len(found["base"]) == 64
+    assert found["bytes"] == sum(path.stat().st_size for path in (tmp_path / "short").iterdir())
+    assert "exists; remove it" in fault_of("checkpoint", file, "-o", tmp_path / "float")
+    assert "has no config.json" in fault_of("checkpoint", tmp_path / "absent", "-o", tmp_path / "x")
 
 
 def test_embedder(zoo: TinyZoo, tmp_path: Path) -> None:

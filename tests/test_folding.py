@@ -25,6 +25,7 @@ from edgecompose import Composer, EdgeComposeError, Request, open_bundle
 from edgecompose.blend import MergedAdapter
 from edgecompose.bundle import sha256_of, verify
 from edgecompose.decoder import Decoder, Decoding, FoldedDecoder
+from edgecompose.decoder_modules import PACKED
 from edgecompose.device import choose_device
 from edgecompose.errors import BundleError, FileDamaged, GenerationError, ManifestInvalid
 from edgecompose.folding import FoldedWeights, Folding, folded_bytes, require_folding
@@ -33,7 +34,6 @@ from edgecompose.merging import Merger
 from edgecompose.methods import MergeSettings
 from edgecompose_export.bundles import add_task, remove_task
 from edgecompose_export.folding import DECODER_GRAPH, FOLD_GRAPH
-from edgecompose_export.slots import PACKED
 from tests import tiny
 from tests.fixtures_tiny import TASKS, Exported, TinyZoo
 from tests.test_base_export import IDS, NO_ADAPTER, difference, load_exported

@@ -41,7 +41,7 @@ from edgecompose.quantization import Bits
 from edgecompose.retrieval import new_index, open_index
 from edgecompose.whitening import load_whitening
 from edgecompose_export import __version__
-from edgecompose_export.adapters import CONFIG_FILE, export_adapter
+from edgecompose_export.adapters import export_adapter, source_kind
 from edgecompose_export.admission import read_admission
 from edgecompose_export.base import read_base_spec
 from edgecompose_export.datasets import read_examples
@@ -134,7 +134,7 @@ def add_task(
     """Add a task with its adapter and examples to an existing bundle.
 
     Args:
-        adapter: a quantised adapter file, or a PEFT LoRA folder.
+        adapter: a quantised adapter file, or what `export_adapter` reads.
         examples: JSONL of prompts.
         advance: called with (prompts embedded, prompts in all).
 
@@ -240,15 +240,17 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _place_adapter(source: Path, name: str, base: BaseSpec, root: Path, bits: Bits) -> AdapterSpec:
-    """Copy a quantised adapter, or export a PEFT folder, into `adapters/`; check that it fits."""
+    """Copy a quantised adapter, or export one of another kind, into `adapters/`; check that it fits."""
     relative = f"adapters/{name}.safetensors"
     target = root / relative
-    if (source / CONFIG_FILE).is_file():
+    if source_kind(source) is not None:
         target.unlink(missing_ok=True)
         spec = export_adapter(source, base, target, bits).spec
         return replace(spec, file=relative)
     if not source.is_file():
-        raise ExportError(f"adapter '{source}' is neither a PEFT folder nor a quantised adapter file")
+        raise ExportError(
+            f"adapter '{source}' is neither a PEFT folder nor an mlx_lm folder, a GGUF LoRA file or a quantised file"
+        )
     _copy(source, target)
     try:
         adapter = load_adapter(target, name, base.slots, base.identity)

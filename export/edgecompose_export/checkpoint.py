@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -12,8 +11,10 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from edgecompose.atomic import new_folder
 from edgecompose.bundle import sha256_of
-from edgecompose.errors import ExportError
+from edgecompose.errors import CheckpointError, ExportError
+from edgecompose.float_checkpoint import BASE_KEY, read_shard, weights_identity, write_shard
 
 #: Pre-tokenizers that GGUF names and transformers' conversion leaves out (llama.cpp, llama-vocab.cpp).
 _DIGITS_APART = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"})
@@ -63,13 +64,17 @@ class Checkpoint:
         return self._tokenizer
 
     def identity(self) -> str:
-        """sha256 that names the base: that of its GGUF file, or of its weight files in name order."""
+        """sha256 that names the base: that of its GGUF file, or of its weight files in name order.
+
+        Raises:
+            ExportError: a folder without weights.
+        """
         if self.gguf is not None:
             return sha256_of(self.folder / self.gguf)
-        weights = sorted([*self.folder.glob("*.safetensors"), *self.folder.glob("*.bin")])
-        if not weights:
-            raise ExportError(f"'{self.folder}' holds no weights; .safetensors files are wanted")
-        return hashlib.sha256("".join(sha256_of(path) for path in weights).encode()).hexdigest()
+        try:
+            return weights_identity(self.folder)
+        except CheckpointError as error:
+            raise ExportError(str(error)) from error
 
     def write_tokenizer(self, folder: Path) -> str | None:
         """Write `tokenizer.json` into `folder`; return the chat template, None when there is none."""
@@ -84,6 +89,35 @@ class Checkpoint:
         (folder / "tokenizer.json").write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
         template = loaded.chat_template
         return _self_contained(template, loaded) if isinstance(template, str) else None
+
+    def write_folder(self, output: Path, dtype: str = "float32") -> str:
+        """Write a Hugging Face folder of float weights that record this base, for `edgecompose compose --checkpoint`.
+
+        Args:
+            output: does not exist yet; appears when it is complete.
+            dtype: 'float32', 'float16' or 'bfloat16'.
+
+        Returns:
+            The identity that was recorded.
+
+        Raises:
+            ExportError: `output` exists, or this cannot be loaded.
+        """
+        import torch
+
+        if output.exists():
+            raise ExportError(f"'{output}' exists; remove it or give another folder")
+        identity = self.identity()
+        with new_folder(output) as work:
+            self.model(getattr(torch, dtype)).save_pretrained(work)
+            whole = None if self.gguf is None else False  # else the GGUF goes along as its tokenizer.model
+            self.tokenizer().save_pretrained(work, legacy_format=whole)
+            self.write_tokenizer(work)
+            for path in sorted(work.glob("*.safetensors")):
+                marked, shard = path.with_suffix(".marked"), read_shard(path)
+                write_shard(shard, marked, {**shard.metadata, BASE_KEY: identity}, {})
+                marked.replace(path)
+        return identity
 
 
 def _one_line(error: Exception) -> str:

@@ -78,6 +78,30 @@ def base(source: Path, output: Path, precision: Any, accept_distance: bool, as_j
 @main.command()
 @click.argument("source", type=PathArgument)
 @click.option("-o", "--output", type=PathArgument, required=True, help="Folder to write.")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True,
+    help="Of the weights.",
+)  # fmt: skip
+@json_option
+def checkpoint(source: Path, output: Path, dtype: str, as_json: bool) -> None:
+    """Write a base's float weights as a Hugging Face folder, for `edgecompose compose --format merged`.
+
+    \b
+    edgecompose-export checkpoint SmolLM2-135M-Instruct.Q4_1.gguf -o build/checkpoint
+    """
+    from edgecompose_export.checkpoint import find_checkpoint
+
+    with _steps() as advance:
+        advance("converting")
+        identity = find_checkpoint(source).write_folder(output, dtype)
+    size = sum(path.stat().st_size for path in output.iterdir())
+    found = {"folder": str(output), "dtype": dtype, "base": identity, "bytes": size}
+    _print(f"{output}: {dtype}, {size / 1e6:.0f} MB, of base {identity[:12]}", found, as_json)
+
+
+@main.command()
+@click.argument("source", type=PathArgument)
+@click.option("-o", "--output", type=PathArgument, required=True, help="Folder to write.")
 @click.option("--precision", type=click.Choice(["f32", "int8"]), default="int8", show_default=True)
 @click.option(
     "--ends",
@@ -108,10 +132,13 @@ def embedder(source: Path, output: Path, precision: Any, ends: int, as_json: boo
 @bits_option
 @json_option
 def adapter(source: Path, base_folder: Path, output: Path, bits: str, as_json: bool) -> None:
-    """Quantise a PEFT LoRA folder; what cannot be carried over is refused by name.
+    """Quantise a LoRA adapter: a PEFT folder, an mlx_lm folder, or a GGUF file of llama.cpp.
+
+    What cannot be carried over is refused by name.
 
     \b
     edgecompose-export adapter lora/snli --base build/base -o adapters/snli.safetensors
+    edgecompose-export adapter snli.gguf --base build/base -o adapters/snli.safetensors
     """
     from edgecompose_export.adapters import export_adapter
     from edgecompose_export.base import read_base_spec
@@ -239,7 +266,10 @@ def build(recipe: Path, output: Path, base: Path | None, force: bool, as_json: b
 @bundle.command("add-task")
 @click.argument("directory", metavar="BUNDLE", type=PathArgument)
 @click.argument("name")
-@click.option("--adapter", "adapter_path", type=PathArgument, required=True, help="Quantised adapter or PEFT folder.")
+@click.option(
+    "--adapter", "adapter_path", type=PathArgument, required=True,
+    help="Quantised adapter, PEFT or mlx_lm folder, or GGUF LoRA file.",
+)  # fmt: skip
 @click.option("--examples", "examples_file", type=PathArgument, required=True, help="JSONL of prompts.")
 @bits_option
 @json_option

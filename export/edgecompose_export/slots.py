@@ -14,12 +14,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from edgecompose.decoder_modules import PACKED
 from edgecompose.errors import ExportError
 from edgecompose.manifest import SlotGroup
 
 _LINEAR = re.compile(r"^/model/layers\.(\d+)/(?:attn|mlp)/(\w+_proj)/MatMul(?:_\w+)?$")
-#: Projections that the builder packs into one MatMul, and the modules that they are made of.
-PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 

@@ -1,0 +1,106 @@
+"""An adapter folder of mlx_lm to float factors."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from edgecompose.bundle import sha256_of
+from edgecompose.errors import AdapterError, UnsupportedAdapter
+from edgecompose_export.lora_source import (
+    CONFIG_FILE,
+    Half,
+    LoraSource,
+    Side,
+    pair_up,
+    read_adapter_config,
+    read_tensors,
+    refuse_unknown,
+)
+
+WEIGHTS_FILE = "adapters.safetensors"
+_KEY = re.compile(r"^(.*?\.(\d+)\..*?(\w+))\.lora_(a|b)$")
+#: Experts that mlx_lm keeps in one tensor.
+_FUSED = re.compile(r"switch_mlp|\.experts\.")
+
+
+def is_mlx_folder(folder: Path, config: Any) -> bool:
+    """Whether a folder with this `adapter_config.json` was written by mlx_lm, and not by PEFT."""
+    if not isinstance(config, dict) or "peft_type" in config:
+        return False
+    return "fine_tune_type" in config or "lora_parameters" in config or (folder / WEIGHTS_FILE).is_file()
+
+
+def read_mlx_folder(folder: Path) -> LoraSource:
+    """The factors of a folder that holds adapter_config.json and adapters.safetensors.
+
+    mlx_lm keeps A as (in, r) and B as (r, out); both are turned here.
+
+    Raises:
+        UnsupportedAdapter: DoRA, full fine-tuning, fused experts, a scale of unclear meaning, or unknown tensors.
+        AdapterError: unreadable or incomplete.
+    """
+    name, path = folder.name, folder / WEIGHTS_FILE
+    config = read_adapter_config(folder)
+    rank, scale = _rank_and_scale(name, config)
+    if not path.is_file():
+        raise AdapterError(f"adapter '{folder}' has no {WEIGHTS_FILE}, which mlx_lm writes; give its whole folder")
+    halves, unknown = [], []
+    for key, values in read_tensors(path, name):
+        if key.endswith(".m"):
+            raise UnsupportedAdapter(f"adapter '{name}' holds '{key}', a magnitude of DoRA; it cannot be composed")
+        if _FUSED.search(key):
+            raise UnsupportedAdapter(f"adapter '{name}' holds '{key}', of fused experts; they have no slots")
+        match = _KEY.match(key)
+        if match is None:
+            unknown.append(key)
+        else:
+            turned = np.ascontiguousarray(values.T)
+            halves.append(Half(match[1], match[3], int(match[2]), cast(Side, match[4].upper()), turned))
+    refuse_unknown(name, unknown)
+
+    def scale_of(module_path: str, found: int) -> float:
+        if found != rank:
+            raise AdapterError(
+                f"adapter '{name}': '{module_path}' has rank {found}, {CONFIG_FILE} says {rank}; "
+                "the folder mixes two adapters"
+            )
+        return scale
+
+    about = {"name": name, "kind": "mlx", "weights_sha256": sha256_of(path), "r": rank, "scale": scale}
+    return LoraSource(name, "mlx", pair_up(name, halves, scale_of), about)
+
+
+def _rank_and_scale(adapter: str, config: Any) -> tuple[int, float]:
+    """Rank, and what the product of the factors is multiplied by.
+
+    That was scale * alpha / rank up to version 0.14, and is scale since then, though alpha stayed in configs for a
+    while. Versions up to 0.18 write `lora_layers`, later ones `num_layers`: only `lora_layers` with alpha is unclear.
+    """
+    kind = config.get("fine_tune_type") or ("dora" if config.get("use_dora") else "lora")
+    if kind != "lora":
+        raise UnsupportedAdapter(f"adapter '{adapter}' has fine_tune_type {kind!r}; only 'lora' can be composed")
+    parameters = config.get("lora_parameters")
+    if not isinstance(parameters, Mapping):
+        raise AdapterError(
+            f"adapter '{adapter}': {CONFIG_FILE} has no lora_parameters; rank and scale are wanted there"
+        )
+    rank, scale = parameters.get("rank"), parameters.get("scale")
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise AdapterError(f"adapter '{adapter}' has rank {rank!r:.60}; a positive whole number is wanted")
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise AdapterError(
+            f"adapter '{adapter}': {scale!r:.60} is no usable scale in lora_parameters; a number is wanted"
+        )
+    alpha = parameters.get("alpha", rank)
+    if "num_layers" not in config and alpha != rank:
+        raise UnsupportedAdapter(
+            f"adapter '{adapter}' has scale {scale} and alpha {alpha!r:.60}, and mlx_lm up to 0.14 multiplied by "
+            f"scale * alpha / rank, later by scale; put what was meant into scale, and remove alpha from {CONFIG_FILE}"
+        )
+    return rank, float(scale)

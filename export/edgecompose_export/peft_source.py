@@ -1,0 +1,124 @@
+"""A PEFT LoRA folder to float factors; whatever cannot be carried over is refused by name."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from edgecompose.bundle import sha256_of
+from edgecompose.errors import AdapterError, UnsupportedAdapter
+from edgecompose_export.lora_source import (
+    CONFIG_FILE,
+    Half,
+    LoraSource,
+    Side,
+    pair_up,
+    read_adapter_config,
+    read_tensors,
+    refuse_unknown,
+)
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+_KEY = re.compile(r"^(?:base_model\.model\.)?(.*?\.(\d+)\..*?(\w+))\.lora_(A|B)(?:\.\w+)?\.weight$")
+#: Settings of PEFT that change what an adapter means in a way that low-rank slots cannot carry.
+_REFUSED = (
+    "use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters", "use_qalora",
+    "alora_invocation_tokens", "arrow_config", "fan_in_fan_out", "layer_replication", "megatron_config", "use_bdlora",
+    "kasa_config", "velora_config", "monteclora_config",
+)  # fmt: skip
+#: Initialisations that change the base's own weights, so that the factors mean nothing without them.
+_MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+#: What PEFT takes where a config names no lora_alpha.
+_PEFT_ALPHA = 8
+
+
+def read_peft_folder(folder: Path) -> LoraSource:
+    """The factors of a folder that holds adapter_config.json and adapter_model.safetensors.
+
+    Raises:
+        UnsupportedAdapter: DoRA, bias, modules_to_save, a mutating initialisation, or unknown tensors.
+        AdapterError: unreadable or incomplete.
+    """
+    config, path = read_config(folder), folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise AdapterError(f"adapter '{folder}' has no {WEIGHTS_FILE}; save it with safe_serialization=True")
+    found = [(key, _KEY.match(key), values) for key, values in read_tensors(path, folder.name)]
+    refuse_unknown(folder.name, (key for key, match, _ in found if match is None))
+    halves = [Half(m[1], m[3], int(m[2]), cast(Side, m[4]), values) for _, m, values in found if m is not None]
+
+    def scale(module_path: str, rank: int) -> float:
+        if rank != (said := _rank_of(module_path, config)):
+            raise AdapterError(
+                f"adapter '{folder.name}': '{module_path}' has rank {rank}, {CONFIG_FILE} says {said}; "
+                "the scale would be wrong, so it is not exported"
+            )
+        return scale_of(module_path, config)
+
+    about = {
+        "name": folder.name, "weights_sha256": sha256_of(path), "r": config.get("r"),
+        "lora_alpha": config.get("lora_alpha"), "use_rslora": bool(config.get("use_rslora")),
+    }  # fmt: skip
+    return LoraSource(folder.name, "peft", pair_up(folder.name, halves, scale), about)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`adapter_config.json`, refused when it asks for something that slots cannot carry."""
+    config = read_adapter_config(folder)
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise UnsupportedAdapter(f"adapter '{folder.name}' is of type {kind!r}; only LORA is supported")
+    found = [name for name in _REFUSED if config.get(name)]
+    if config.get("bias", "none") != "none":
+        found.append(f"bias={config['bias']}")
+    init = str(config.get("init_lora_weights", "")).lower()
+    if init.startswith(_MUTATING):
+        found.append(f"init_lora_weights={init} (convert it to plain LoRA when saving)")
+    if found:
+        raise UnsupportedAdapter(
+            f"adapter '{folder.name}' uses {', '.join(found)}, which cannot be composed; not exported"
+        )
+    if not isinstance(config.get("r"), int) or config["r"] < 1:
+        raise AdapterError(f"adapter '{folder.name}' has rank {config.get('r')!r}; a positive whole number is wanted")
+    _check_scales(folder.name, config)
+    return config
+
+
+def scale_of(module_path: str, config: Mapping[str, Any]) -> float:
+    """PEFT's scale of one module: alpha / r, or alpha / sqrt(r) for rsLoRA, with the patterns applied."""
+    rank = _rank_of(module_path, config)
+    alpha = _pattern(module_path, config.get("alpha_pattern") or {}, config.get("lora_alpha", _PEFT_ALPHA))
+    return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+
+def _rank_of(module_path: str, config: Mapping[str, Any]) -> Any:
+    return _pattern(module_path, config.get("rank_pattern") or {}, config["r"])
+
+
+def _check_scales(adapter: str, config: Mapping[str, Any]) -> None:
+    """Refuse ranks and alphas that give no scale."""
+    for name in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(name) or {}
+        if not isinstance(pattern, dict):
+            raise AdapterError(f"adapter '{adapter}': {name} is {pattern!r:.60}; an object is wanted")
+        for key in pattern:
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise AdapterError(f"adapter '{adapter}': {name} has the unusable key {key!r}: {error}") from error
+    alphas = [config.get("lora_alpha", _PEFT_ALPHA), *(config.get("alpha_pattern") or {}).values()]
+    ranks = list((config.get("rank_pattern") or {}).values())
+    for value in (*alphas, *ranks):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise AdapterError(f"adapter '{adapter}': {value!r:.60} is no usable rank or alpha; a number is wanted")
+    if any(rank < 1 for rank in ranks):
+        raise AdapterError(f"adapter '{adapter}': rank_pattern has a rank below 1")
+
+
+def _pattern(module_path: str, patterns: Mapping[str, Any], default: Any) -> Any:
+    for key, value in patterns.items():
+        if re.match(rf"(.*\.)?({key})$", module_path):
+            return value
+    return default
