@@ -236,7 +236,7 @@ def compose(
     with open_composer(bundle, device) as composer:
         base, composition = composer.bundle.manifest.base, composer.compose(text, request_of(composer, options))
         if form == "peft":
-            paths = write_peft_folder(composition.merged, output, base=base.source)
+            paths = write_peft_folder(composition.merged, output, base)
         elif form == "gguf":
             paths = [write_gguf_lora(composition.merged, output, base)]
         elif checkpoint is not None:

@@ -10,17 +10,20 @@ import numpy as np
 import numpy.typing as npt
 
 from edgecompose.blend import MergedAdapter
+from edgecompose.decoder_modules import model_factors
 from edgecompose.errors import EdgeComposeError, MergeError
 from edgecompose.manifest import BaseSpec
 
 Float = npt.NDArray[np.float32]
-#: What GGUF files call the weight of each module.
-MODULE_NAMES = {
+_SEPARATE = {
     "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
     "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down",
 }  # fmt: skip
-#: Architecture -> whether its GGUF files hold the rows of q and k in llama.cpp's order of rotary halves.
-INTERLEAVED = {"llama": True, "qwen2": False, "qwen3": False}
+_PACKED = {"qkv_proj": "attn_qkv", "o_proj": "attn_output", "gate_up_proj": "ffn_up", "down_proj": "ffn_down"}
+#: Architecture -> what its GGUF files call the weight of each module.
+MODULE_NAMES = {"llama": _SEPARATE, "phi3": _PACKED, "qwen2": _SEPARATE, "qwen3": _SEPARATE}
+#: Architectures whose GGUF files hold the rows of q and k in llama.cpp's order of rotary halves.
+INTERLEAVED = frozenset({"llama"})
 
 
 def write_gguf_lora(merged: MergedAdapter, path: Path, base: BaseSpec) -> Path:
@@ -40,9 +43,9 @@ def write_gguf_lora(merged: MergedAdapter, path: Path, base: BaseSpec) -> Path:
 
     if not merged.modules:
         raise MergeError("the blend holds no adapter, so there is nothing to write")
-    if base.architecture not in INTERLEAVED:
+    if base.architecture not in MODULE_NAMES:
         raise MergeError(
-            f"the base's architecture is {base.architecture or 'not known'}; {', '.join(INTERLEAVED)} can be "
+            f"the base's architecture is {base.architecture or 'not known'}; {', '.join(MODULE_NAMES)} can be "
             "written as GGUF; export the base again if the bundle is older than this, or use --format peft"
         )
     if path.exists():
@@ -65,13 +68,14 @@ def write_gguf_lora(merged: MergedAdapter, path: Path, base: BaseSpec) -> Path:
 
 def gguf_tensors(merged: MergedAdapter, base: BaseSpec) -> Iterator[tuple[str, Float]]:
     """Name and values of each tensor: `lora_a` (R, n_in), `lora_b` (n_out, R)."""
-    for module, (a, b) in merged.factors().items():
+    names = MODULE_NAMES[base.architecture or ""]
+    for module, (a, b) in model_factors(merged.factors(), base).items():
         rank = a.shape[1]
         for layer in range(len(a)):
             rows = np.asarray(b[layer].T * rank, np.float32)
-            if module in ("q_proj", "k_proj") and INTERLEAVED[base.architecture or ""]:
+            if module in ("q_proj", "k_proj") and base.architecture in INTERLEAVED:
                 rows = interleaved(rows, len(rows) // base.head_size)
-            place = f"blk.{layer}.{MODULE_NAMES[module]}.weight"
+            place = f"blk.{layer}.{names[module]}.weight"
             yield f"{place}.lora_a", np.ascontiguousarray(a[layer])
             yield f"{place}.lora_b", np.ascontiguousarray(rows)
 

@@ -11,17 +11,18 @@ import numpy.typing as npt
 from safetensors.numpy import save
 
 from edgecompose.blend import MergedAdapter
-from edgecompose.decoder_modules import module_path
+from edgecompose.decoder_modules import model_factors, module_path
 from edgecompose.errors import MergeError
+from edgecompose.manifest import BaseSpec
 
 
-def write_peft_folder(merged: MergedAdapter, folder: Path, *, base: str) -> list[Path]:
+def write_peft_folder(merged: MergedAdapter, folder: Path, base: BaseSpec) -> list[Path]:
     """Write `adapter_config.json` and `adapter_model.safetensors` into `folder`, which is made if need be.
 
     The scale is 1 (alpha = r in every module): weights and scales of the parts are in the factors.
 
     Args:
-        base: name of the base model, for the config.
+        base: names the model, and says whether it packs modules into one.
 
     Raises:
         MergeError: the blend holds no adapter, or `folder` already holds one.
@@ -34,7 +35,7 @@ def write_peft_folder(merged: MergedAdapter, folder: Path, *, base: str) -> list
         raise MergeError(f"'{folder}' already holds {', '.join(taken)}; give another folder")
     tensors: dict[str, npt.NDArray[np.float32]] = {}
     ranks: dict[str, int] = {}
-    for name, (a, b) in merged.factors().items():
+    for name, (a, b) in model_factors(merged.factors(), base).items():
         for layer in range(a.shape[0]):
             path = f"base_model.model.{module_path(layer, name)}"
             tensors[f"{path}.lora_A.weight"] = a[layer]
@@ -42,7 +43,7 @@ def write_peft_folder(merged: MergedAdapter, folder: Path, *, base: str) -> list
         ranks[name] = a.shape[1]
     folder.mkdir(parents=True, exist_ok=True)
     paths[1].write_bytes(save(tensors, metadata={"format": "pt"}))
-    paths[0].write_text(json.dumps(_config(ranks, base), indent=1) + "\n", encoding="utf-8")
+    paths[0].write_text(json.dumps(_config(ranks, base.source), indent=1) + "\n", encoding="utf-8")
     return paths
 
 

@@ -100,7 +100,7 @@ def test_a_blend_is_the_weighted_sum_of_its_adapters(composer: Composer) -> None
 
 def test_a_blend_is_written_as_a_peft_folder(composer: Composer, tmp_path: Path) -> None:
     merged = composer.compose(PROMPTS["mrpc"]).merged
-    paths = write_peft_folder(merged, tmp_path / "blend", base="SmolLM2-135M-Instruct")
+    paths = write_peft_folder(merged, tmp_path / "blend", composer.bundle.manifest.base)
     assert all(path.stat().st_size > 0 for path in paths)
 
 

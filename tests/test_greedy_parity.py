@@ -63,7 +63,7 @@ def cases(composer: Composer, tmp_path_factory: pytest.TempPathFactory) -> list[
         raw = number % 2 == 0
         ids = tokenizer.encode(prompt if raw else tokenizer.chat([{"role": "user", "content": prompt}]))
         merged = composer.compose(prompt, REQUEST).merged
-        write_peft_folder(merged, folder / str(number), base="base")
+        write_peft_folder(merged, folder / str(number), composer.bundle.manifest.base)
         model = peft.PeftModel.from_pretrained(reference, str(folder / str(number)))
         found.append(Case(prompt, raw, ids, merged, _generate(model, ids, composer.bundle.manifest.base.end_tokens)))
         model.unload()

@@ -26,6 +26,8 @@ from edgecompose.adapter import Adapter, adapter_metadata, load_adapter
 from edgecompose.errors import AdapterError, EdgeComposeError, SlotMismatch, UnsupportedAdapter
 from edgecompose.gguf_lora import MODULE_NAMES, halved, interleaved, write_gguf_lora
 from edgecompose.manifest import BaseSpec
+from edgecompose.merging import Merger
+from edgecompose.methods import MergeSettings
 from edgecompose.quantization import dequantize
 from edgecompose_export.adapters import export_adapter, source_kind
 from edgecompose_export.bundles import add_task
@@ -156,7 +158,7 @@ def test_packed_projections_are_split(zoo: TinyZoo, tmp_path: Path, kind: str) -
 def test_names_are_those_of_the_package_gguf() -> None:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
     parents = {"q": "self_attn", "k": "self_attn", "v": "self_attn", "o": "self_attn"}
-    for module, name in MODULE_NAMES.items():
+    for module, name in MODULE_NAMES["llama"].items():
         assert names.get_name(f"model.layers.0.{parents.get(module[:-5], 'mlp')}.{module}") == f"blk.0.{name}"
 
 
@@ -174,6 +176,24 @@ def test_a_blend_that_was_written_is_read_back(bundle: Path, tmp_path: Path) -> 
     found = updates(exported(tmp_path / "blend.gguf", tmp_path / "x.safetensors", base, 16))
     assert set(found) == set(wanted)
     for name, update in wanted.items():
+        assert np.abs(found[name] - update).max() <= 2e-3 * np.abs(update).max(), name
+
+
+def test_a_blend_for_a_packed_model_is_read_back(zoo: TinyZoo, merger: Merger, tmp_path: Path) -> None:
+    base = dataclasses.replace(BASE, architecture="phi3")
+    whole = exported(zoo.lora("packed all", "phi3"), tmp_path / "whole", base)
+    few = exported(zoo.lora("packed few", "phi3", target_modules=["qkv_proj"], r=2), tmp_path / "few", base)
+    merged = merger.merge([whole, dataclasses.replace(few, name="few")], [0.75, -0.5], MergeSettings())
+    read = gguf.GGUFReader(write_gguf_lora(merged, tmp_path / "blend.gguf", base))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.PHI3, 2)
+    known = {names.get_name(f"model.layers.0.{path}") for path in (
+        "self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj",
+    )}  # fmt: skip
+    written = {t.name for t in read.tensors if t.name.startswith("blk.0.")}
+    assert written == {f"{name}.weight.lora_{side}" for name in known for side in "ab"}
+    found = updates(exported(tmp_path / "blend.gguf", tmp_path / "back", base, 16))
+    for name, (a, b) in merged.factors().items():
+        update = a.swapaxes(1, 2) @ b
         assert np.abs(found[name] - update).max() <= 2e-3 * np.abs(update).max(), name
 
 
@@ -312,7 +332,7 @@ GGUF_REFUSED: dict[str, tuple[dict[str, Any], Callable[[Tensors], None], type[Ed
     "a control vector": ({"adapter.type": "control"}, _as_it_is, UnsupportedAdapter, "adapter.type 'control'"),
     "aLoRA": ({"adapter.alora.invocation_tokens": [1, 2]}, _as_it_is, UnsupportedAdapter, r"aLoRA \(adapter\.al"),
     "other architecture": ({"general.architecture": "qwen2"}, _as_it_is, SlotMismatch, "qwen2, this base is llama"),
-    "strange architecture": ({"general.architecture": "rwkv7"}, _as_it_is, UnsupportedAdapter, "'rwkv7'; llama, qwen2"),
+    "strange architecture": ({"general.architecture": "rwkv7"}, _as_it_is, UnsupportedAdapter, "'rwkv7'; llama, phi3"),
     "NaN alpha": ({"adapter.lora.alpha": float("nan")}, _as_it_is, AdapterError, "alpha is nan"),
     "text alpha": ({"adapter.lora.alpha": "8"}, _as_it_is, AdapterError, "alpha is '8'"),
     "embedding": ({}, _with("token_embd.weight.lora_a", np.ones((4, 4), np.float32)), UnsupportedAdapter, "token_embd"),

@@ -26,7 +26,7 @@ from edgecompose.adapter import load_adapter
 from edgecompose.atomic import new_folder
 from edgecompose.blend import MergedAdapter
 from edgecompose.bundle import sha256_of
-from edgecompose.decoder_modules import PACKED, module_path
+from edgecompose.decoder_modules import module_path
 from edgecompose.errors import CheckpointError, EdgeComposeError, ExportError, MergeError
 from edgecompose.float_checkpoint import BASE_KEY, INDEX_FILE, open_checkpoint, weights_identity
 from edgecompose.manifest import BaseSpec
@@ -94,38 +94,8 @@ def tensors_of(folder: Path) -> dict[str, Any]:
     return {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in load_file(path).items()}
 
 
-def write_packed_peft_folder(merged: MergedAdapter, folder: Path) -> None:
-    """The blend for a model that packs q, k, v and gate, up: ranks one after another, B in blocks."""
-    factors, widths = merged.factors(), {group.name: group.n_out for group in slots_of_llama().slots}
-    tensors, ranks = {}, {}
-    whole = {part: packed for packed, parts in PACKED.items() for part in parts}
-    for module in {whole.get(name, name) for name in factors}:
-        parts = PACKED.get(module, (module,))
-        for layer in range(2):
-            a = np.concatenate([factors[part][0][layer] for part in parts])
-            b = np.zeros((sum(widths[part] for part in parts), len(a)), np.float32)
-            row = column = 0
-            for part in parts:
-                own = factors[part][1][layer].T
-                b[row : row + own.shape[0], column : column + own.shape[1]] = own
-                row, column = row + own.shape[0], column + own.shape[1]
-            path = module_path(layer, parts[0]).replace(parts[0], module)
-            tensors[f"base_model.model.{path}.lora_A.weight"] = torch.tensor(a)
-            tensors[f"base_model.model.{path}.lora_B.weight"] = torch.tensor(b)
-            ranks[module] = len(a)
-    config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 1, "lora_alpha": 1, "rank_pattern": ranks,
-        "alpha_pattern": ranks, "target_modules": sorted(ranks),
-    }  # fmt: skip
-    tiny.write_json(folder / "adapter_config.json", config)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
 def merged_by_peft(merged: MergedAdapter, architecture: str, folder: Path, checkpoint: Path, dtype: str) -> Any:
-    if architecture == "phi3":
-        write_packed_peft_folder(merged, folder)
-    else:
-        write_peft_folder(merged, folder, base="x")
+    write_peft_folder(merged, folder, dataclasses.replace(slots_of_llama(), architecture=architecture))
     return peft.PeftModel.from_pretrained(load(checkpoint, dtype), folder).merge_and_unload().eval()
 
 

@@ -22,12 +22,6 @@ from edgecompose_export.lora_source import Float, Half, LoraSource, Side, pair_u
 _MAGIC = b"GGUF"
 _TENSOR = re.compile(r"^(blk\.(\d+)\.(\w+))\.weight\.lora_(a|b)$")
 _TYPES = ("F32", "F16", "BF16", "Q8_0")
-_MODULES = {name: module for module, name in MODULE_NAMES.items()}
-#: Architecture -> our modules by their names in GGUF. Phi3's files hold its packed projections.
-_NAMES: Mapping[str, Mapping[str, str]] = {
-    **dict.fromkeys(INTERLEAVED, _MODULES),
-    "phi3": {"attn_qkv": "qkv_proj", "attn_output": "o_proj", "ffn_up": "gate_up_proj", "ffn_down": "down_proj"},
-}
 
 
 class _Reader(gguf.GGUFReader):  # type: ignore[misc]
@@ -77,7 +71,7 @@ def read_gguf_lora(path: Path, base: BaseSpec) -> LoraSource:
     if swapped:
         raise UnsupportedAdapter(f"adapter '{name}' is of the other byte order; convert it on this kind of machine")
     architecture, alpha = _check_fields(name, fields, base)
-    modules = _NAMES[architecture]
+    modules = {name: module for module, name in MODULE_NAMES[architecture].items()}
     found = [(tensor, _TENSOR.match(tensor.name)) for tensor in reader.tensors]
     refuse_unknown(name, (t.name for t, match in found if match is None or match[3] not in modules))
     halves = []
@@ -85,7 +79,7 @@ def read_gguf_lora(path: Path, base: BaseSpec) -> LoraSource:
         assert match is not None  # unknown names were refused above
         module, side = modules[match[3]], cast(Side, match[4].upper())
         values = _values(name, tensor)
-        if side == "B" and module in ("q_proj", "k_proj") and INTERLEAVED.get(architecture):
+        if side == "B" and module in ("q_proj", "k_proj") and architecture in INTERLEAVED:
             values = _in_halves(name, match[1], values, base)
         halves.append(Half(match[1], module, int(match[2]), side, values))
     about = {"name": name, "kind": "gguf", "weights_sha256": sha256_of(path), "lora_alpha": alpha}
@@ -101,10 +95,10 @@ def _check_fields(adapter: str, fields: Mapping[str, Any], base: BaseSpec) -> tu
     if activated:
         raise UnsupportedAdapter(f"adapter '{adapter}' is an aLoRA ({', '.join(activated)}), which cannot be composed")
     architecture, alpha = fields.get("general.architecture"), fields.get("adapter.lora.alpha", 0.0)
-    if not isinstance(architecture, str) or architecture not in _NAMES:
+    if not isinstance(architecture, str) or architecture not in MODULE_NAMES:
         raise UnsupportedAdapter(
             f"adapter '{adapter}' is for the architecture {architecture!r:.60}; "
-            f"{', '.join(_NAMES)} can be read from GGUF"
+            f"{', '.join(MODULE_NAMES)} can be read from GGUF"
         )
     if base.architecture not in (None, architecture):
         raise SlotMismatch(
