@@ -124,7 +124,10 @@ _PROGRAMS: Mapping[str, click.Group] = MappingProxyType({"edgecompose": runtime,
 
 
 def _commands(group: click.Group, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], click.Command]]:
-    for name, command in group.commands.items():
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
         if isinstance(command, click.Group):
             yield from _commands(command, (*path, name))
         elif not command.hidden:
