@@ -163,6 +163,7 @@ class Page:
             shutil.copytree(self._bundle, self.folder / "my-bundle")
         for name, source in (
             ("SmolLM2-135M-Instruct", self._zoo.model("llama")), ("all-MiniLM-L6-v2", self._zoo.encoder()),
+            ("SmolLM2-135M-Instruct.Q4_1.gguf", self._bundle.with_suffix(".gguf")),
             ("lora/snli", self._zoo.lora("animals", **ADAPTERS["animals"])),
             ("lora/boolq", self._zoo.lora("colours", **ADAPTERS["colours"])),
             ("lora/wic", self._zoo.lora("numbers", **ADAPTERS["numbers"])),
@@ -282,7 +283,7 @@ def parse(line: str) -> None:
 
 @pytest.fixture(scope="module")
 def demo(zoo: TinyZoo) -> Path:
-    """A tiny bundle whose tasks have names of the demo's."""
+    """A tiny bundle whose tasks have names of the demo's, and its base as a GGUF file beside it."""
     lines = [line for line in zoo.recipe().read_text(encoding="utf-8").splitlines() if line != "keep_text = true"]
     text = "\n".join(lines)
     for task, name in DEMO_TASKS.items():
@@ -290,6 +291,7 @@ def demo(zoo: TinyZoo) -> Path:
     recipe, bundle = zoo.root / "demo.toml", zoo.root / "demo"
     recipe.write_text(text, encoding="utf-8")
     build_bundle(recipe, bundle)
+    tiny.write_gguf(bundle.with_suffix(".gguf"), zoo.model("llama"))
     return bundle
 
 
