@@ -102,14 +102,17 @@ def generation_options(command: F) -> F:
             "--sample-top-p", type=click.FloatRange(0, 1, min_open=True), default=0.95, show_default=True,
             help="Of --sample: the fewest tokens whose probabilities reach it.",
         ),
-        click.option("--top-k", type=click.IntRange(0), default=0, help="Of --sample: the k likeliest tokens; 0 all."),
         click.option(
-            "--min-p", type=click.FloatRange(0, 1), default=0.0,
+            "--top-k", type=click.IntRange(0), default=0, show_default=True,
+            help="Of --sample: the k likeliest tokens; 0 all.",
+        ),
+        click.option(
+            "--min-p", type=click.FloatRange(0, 1), default=0.0, show_default=True,
             help="Of --sample: tokens at least that times as likely as the likeliest.",
         ),
         click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of --sample."),
         click.option(
-            "--repetition-penalty", type=click.FloatRange(0, min_open=True), default=1.0,
+            "--repetition-penalty", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True,
             help="Above 1, what was said before is less likely; with or without --sample.",
         ),
     ]  # fmt: skip

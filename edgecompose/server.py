@@ -116,15 +116,15 @@ class _Service:
             self.metrics.waiting.dec()
 
     async def chat(self, http: HttpRequest) -> Response:
-        """/v1/chat/completions."""
+        """/v1/chat/completions: the answer to a conversation."""
         return await self._answer(await self._parse("chat", http), http)
 
     async def complete(self, http: HttpRequest) -> Response:
-        """/v1/completions."""
+        """/v1/completions: the answer to each of some prompts, which are sent as they are."""
         return await self._answer(await self._parse("text", http), http)
 
     async def embed(self, http: HttpRequest) -> Response:
-        """/v1/embeddings."""
+        """/v1/embeddings: the vectors that the bundle's encoder gives texts."""
         texts, packed = openai_api.parse_inputs(await _body(http, self._settings.body_bytes))
         async with self._admitted():
             embedder = self._composer.embedder
@@ -148,25 +148,25 @@ class _Service:
         return JSONResponse({"object": "composition", "prompt": query, **composition_json(composition)})
 
     async def models(self, http: HttpRequest) -> Response:
-        """/v1/models."""
+        """/v1/models: what `model` may be."""
         return JSONResponse(
             {"object": "list", "data": [_model(name) for name in openai_api.model_names(self._composer)]}
         )
 
     async def model(self, http: HttpRequest) -> Response:
-        """/v1/models/NAME."""
+        """/v1/models/NAME: one of them."""
         name = http.path_params["name"]
         if name not in openai_api.model_names(self._composer):
             raise openai_api.unknown_model(name)
         return JSONResponse(_model(name))
 
     async def health(self, http: HttpRequest) -> Response:
-        """/health."""
+        """/health: that the server lives, the bundle, the device; wants no key."""
         manifest = self._composer.bundle.manifest
         return JSONResponse({"status": "ok", "bundle": manifest.name, "device": self._composer.device.kind})
 
     async def metrics_text(self, http: HttpRequest) -> Response:
-        """/metrics, for Prometheus."""
+        """/metrics: requests, tokens and time of each stage, for Prometheus."""
         text, kind = self.metrics.text()
         return Response(text, media_type=kind)
 
@@ -307,6 +307,7 @@ async def _disconnected(http: HttpRequest) -> None:
 
 
 async def _asset(http: HttpRequest) -> Response:
+    """/: the page to try it on, and its files; wants no key."""
     name, kind = _ASSETS[http.url.path]
     headers = {**_FRESH, "Content-Security-Policy": _PAGE_POLICY, "Referrer-Policy": "no-referrer"}
     return Response((_PAGE / name).read_bytes(), media_type=kind, headers=headers)

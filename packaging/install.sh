@@ -183,7 +183,7 @@ case :${PATH:-}: in *:"${HOME:-}/.local/bin":*) if [ -n "$link" ]; then command=
 cat <<END
 EdgeCompose $version is installed. Run it with
 
-    $command run $(quoted "$prefix/bundle") 'Is the sky blue?'
+    $command run $(quoted "$prefix/bundle") 'Customer review: Great soup. Positive or negative? Answer:'
 END
 if [ -n "$python" ]; then printf '\nand its Python package with\n\n    %s\n' "$(quoted "$prefix/venv/bin/python")"; fi
 printf '\nRemove it with\n\n    sh %s --uninstall\n' "$(quoted "$prefix/install.sh")"

@@ -112,6 +112,19 @@ def test_a_blend_is_folded_where_that_was_asked_for(bundle: Path, bundle_copy: P
     assert "can be folded" not in call("inspect", bundle_copy).stdout
 
 
+def test_an_empty_answer_to_a_raw_prompt_is_explained(bundle_copy: Path) -> None:
+    path = bundle_copy / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest["defaults"]["prompt_form"] = "raw"
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    answer = result_of("run", bundle_copy, PROMPT)["answer"]
+    done = call("run", bundle_copy, PROMPT, "--stop", answer[0])
+    assert (done.exit_code, done.stdout) == (0, "\n")
+    assert "or give --chat" in done.stderr
+    assert call("run", bundle_copy, PROMPT, "--stop", answer[0], "--raw").stderr == ""
+    assert call("run", bundle_copy, PROMPT).stderr == ""
+
+
 def test_standard_input_is_read(bundle: Path) -> None:
     wanted = result_of("run", bundle, "l'été, 猫")
     for stdin in ("l'été, 猫", "l'été, 猫\n"):

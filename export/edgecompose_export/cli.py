@@ -102,7 +102,10 @@ def checkpoint(source: Path, output: Path, dtype: str, as_json: bool) -> None:
 @main.command()
 @click.argument("source", type=PathArgument)
 @click.option("-o", "--output", type=PathArgument, required=True, help="Folder to write.")
-@click.option("--precision", type=click.Choice(["f32", "int8"]), default="int8", show_default=True)
+@click.option(
+    "--precision", type=click.Choice(["f32", "int8"]), default="int8", show_default=True,
+    help="Weights of the encoder; int8 is smaller and runs on the CPU only.",
+)  # fmt: skip
 @click.option(
     "--ends",
     type=click.IntRange(min=0),
@@ -191,10 +194,15 @@ def examples(
 @click.argument("source", type=PathArgument)
 @click.argument("examples_file", metavar="EXAMPLES.jsonl", type=PathArgument)
 @click.option("-o", "--output", type=PathArgument, required=True, help="PEFT folder to write, or to go on with.")
-@click.option("--rank", type=click.IntRange(min=1), default=8, show_default=True)
-@click.option("--alpha", type=click.IntRange(min=1), default=16, show_default=True)
-@click.option("--epochs", type=click.IntRange(min=1), default=2, show_default=True)
-@click.option("--learning-rate", type=click.FloatRange(0, min_open=True), default=1e-3, show_default=True)
+@click.option("--rank", type=click.IntRange(min=1), default=8, show_default=True, help="Of every module.")
+@click.option(
+    "--alpha", type=click.IntRange(min=1), default=16, show_default=True, help="Updates are scaled by alpha/rank."
+)
+@click.option("--epochs", type=click.IntRange(min=1), default=2, show_default=True, help="Passes over the examples.")
+@click.option(
+    "--learning-rate", type=click.FloatRange(0, min_open=True), default=1e-3, show_default=True,
+    help="The largest, after warming up and before decaying.",
+)  # fmt: skip
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Examples a step.")
 @click.option(
     "--max-length", type=click.IntRange(min=8), default=512, show_default=True, help="Longer examples are left out."
@@ -204,7 +212,9 @@ def examples(
     "--prompt-form", type=click.Choice(["chat", "raw", "both"]), default="both", show_default=True,
     help="Train on the chat template, on the raw prompt, or on both by turns.",
 )  # fmt: skip
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the first factors and of the order."
+)
 @json_option
 def train(source: Path, examples_file: Path, output: Path, limit: int | None, as_json: bool, **settings: Any) -> None:
     """Fine-tune a LoRA adapter on a task's examples; run it again to go on after an interruption.
