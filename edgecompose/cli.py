@@ -40,11 +40,6 @@ from edgecompose.onnx_adapter import write_onnx_adapter
 from edgecompose.peft_folder import write_peft_folder
 from edgecompose.request import Answer
 
-_EMPTY = (
-    "the answer is empty; the prompt was sent as it is, since the bundle's adapters were trained so: end it where an "
-    "answer begins, as their examples do, or give --chat"
-)
-
 
 class _Commands(ErrorGroup):
     """All commands; those that want many more modules are imported when they are asked for."""
@@ -104,12 +99,9 @@ def run(bundle: Path, prompt: str, explain: bool, device: str, as_json: bool, **
                 if streams:
                     _print_piece(piece)
             answer = generation.answer
-        sent_raw = request.raw is None and composer.sends_raw(request, answer.retrieval)
     if streams:
         click.echo()
     _say_what_was_left_out(answer)
-    if sent_raw and not answer.text:
-        click.echo(f"edgecompose: {_EMPTY}", err=True)
     if explain:
         _explain(answer)
     if as_json:

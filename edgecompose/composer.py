@@ -226,9 +226,13 @@ class Composer:
             choices = _encode_choices(tokenizer, request.choices, raw=raw)
             limit = given(request.max_tokens, self.bundle.manifest.defaults.max_tokens)
             room = max(map(len, choices), default=limit)
-            encoded = self.model.encode(messages, room, raw=raw, overflow=request.overflow)
+            encode = functools.partial(self.model.encode, messages, room, overflow=request.overflow)
+            encoded = encode(raw=raw)
             blend = self.model.attach(composition.merged, fold=request.attachment == "fold", clock=clock)
-        pieces = self._answer(query, request, composition, encoded, choices, limit, blend, clock)
+        in_template = None
+        if raw and request.raw is None and tokenizer.has_chat_template:
+            in_template = functools.partial(encode, raw=False)
+        pieces = self._answer(query, request, composition, encoded, in_template, choices, limit, blend, clock)
         return Generation(composition, pieces)
 
     def _answer(
@@ -237,12 +241,17 @@ class Composer:
         request: Request,
         composition: Composition,
         encoded: Encoded,
+        in_template: Callable[[], Encoded] | None,
         choices: Sequence[Sequence[int]],
         limit: int,
         blend: Blend,
         clock: Clock,
     ) -> Generator[str, None, Answer]:
-        """Read the prompt, then the pieces of the answer one by one; returns all that there is to know of it."""
+        """Read the prompt, then the pieces of the answer one by one; returns all that there is to know of it.
+
+        Args:
+            in_template: gives the prompt in the chat template, for one that was sent raw and gets no answer.
+        """
         scores: dict[str, float] | None = None
         finish: Finish = "stop"
         if choices:
@@ -251,27 +260,34 @@ class Composer:
             text, count = max(scores, key=scores.__getitem__), sum(map(len, choices))
             yield text
         else:
-            pieces, written = [], self.model.write(
-                encoded, blend, clock, max_tokens=limit, sampling=request.sampling, stop=request.stop,
-                reuse=request.reuse,
-            )  # fmt: skip
-            try:
-                while True:
-                    with clock.stage("total"):
-                        pieces.append(next(written))
-                    yield pieces[-1]
-            except StopIteration as ended:
-                count, finish = ended.value
-            finally:
-                written.close()
-            text = "".join(pieces)
+            text, count, finish = yield from self._write(encoded, blend, request, limit, clock)
+            if not count and in_template is not None:
+                encoded = in_template()
+                text, count, finish = yield from self._write(encoded, blend, request, limit, clock)
         return Answer(
             query, text, composition.retrieval, composition.settings, composition.merged.digest,
             self.device, clock.spent, len(encoded.ids), count, scores, composition.merged.report,
             "fold" if isinstance(blend, FoldedWeights) else "attach",
             None if request.weights is not None else embedder_device(self.bundle.manifest.embedder, self.device),
-            finish, encoded.dropped,
+            finish, encoded.dropped, encoded.form,
         )  # fmt: skip
+
+    def _write(
+        self, encoded: Encoded, blend: Blend, request: Request, limit: int, clock: Clock
+    ) -> Generator[str, None, tuple[str, int, Finish]]:
+        """The pieces of the answer; returns it whole, its number of tokens and why it ended."""
+        pieces, written = [], self.model.write(
+            encoded, blend, clock, max_tokens=limit, sampling=request.sampling, stop=request.stop, reuse=request.reuse
+        )  # fmt: skip
+        try:
+            while True:
+                with clock.stage("total"):
+                    pieces.append(next(written))
+                yield pieces[-1]
+        except StopIteration as ended:
+            return "".join(pieces), *ended.value
+        finally:
+            written.close()
 
     def _retrieve(self, prompt: str, request: Request, clock: Clock) -> Retrieval:
         if request.weights is not None:

@@ -18,6 +18,7 @@ from edgecompose.device import Device
 from edgecompose.errors import GenerationError
 from edgecompose.folding import FoldedWeights, Folding, folded_bytes, require_folding
 from edgecompose.generation import Finish, generate, score_choices, stream_text
+from edgecompose.manifest import PromptForm
 from edgecompose.memory import release_freed_memory
 from edgecompose.prefixes import PrefixCache
 from edgecompose.sampling import Sampler, Sampling, likeliest
@@ -30,10 +31,11 @@ _FIRST_ROOM = 192
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids of a prompt, and how many were left out of it."""
+    """Token ids of a prompt, how many were left out of it, and whether it stands in the chat template."""
 
     ids: list[int]
     dropped: int
+    form: PromptForm
 
 
 class LanguageModel:
@@ -113,7 +115,7 @@ class LanguageModel:
         check_capacity(len(ids) + room, self._spec)
         if not ids:
             raise GenerationError("the prompt is empty; give some text")
-        return Encoded(ids, len(whole) - len(ids))
+        return Encoded(ids, len(whole) - len(ids), "raw" if raw else "chat")
 
     def attach(self, merged: MergedAdapter, *, fold: bool, clock: Clock) -> Blend:
         """What meets the base: the blend, or a copy of the base's weights with it; nothing to fold in none."""

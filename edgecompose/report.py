@@ -43,6 +43,7 @@ def answer_json(answer: Answer) -> Json:
             "prompt": answer.prompt_tokens, "generated": answer.generated_tokens, "dropped": answer.dropped_tokens
         },
         "finish": answer.finish,
+        "prompt_form": answer.prompt_form,
         "composition": answer.composition,
         "merge": merge_json(answer.settings, answer.report),
     }  # fmt: skip
@@ -177,6 +178,7 @@ def explain_answer(answer: Answer) -> list[str]:
     timings = "  ".join(f"{stage} {answer.timings_ms[stage]:.1f}" for stage in STAGES)
     decode = answer.timings_ms["decode"]
     speed = f", {answer.generated_tokens / decode * 1e3:.0f} tokens/s" if answer.choices is None and decode else ""
+    template = ", in the chat template" if answer.prompt_form == "chat" else ""
     lines = explain_retrieval(answer.retrieval)
     place, elsewhere = answer.embedder_device, []
     if place is not None and place.kind != answer.device.kind:
@@ -190,7 +192,7 @@ def explain_answer(answer: Answer) -> list[str]:
         f"{'folded' if answer.attachment == 'fold' else 'attached'}",
         f"device        {answer.device.kind} ({answer.device.reason})",
         *elsewhere,
-        f"tokens        {answer.prompt_tokens} in the prompt, {answer.generated_tokens} in the answer{speed}",
+        f"tokens        {answer.prompt_tokens} in the prompt{template}, {answer.generated_tokens} in the answer{speed}",
         f"time (ms)     {timings}",
     ]
 

@@ -12,6 +12,7 @@ from edgecompose.conversation import Overflow, Query
 from edgecompose.device import Device
 from edgecompose.errors import GenerationError, RetrievalError
 from edgecompose.generation import Finish
+from edgecompose.manifest import PromptForm
 from edgecompose.methods import MergeSettings
 from edgecompose.retrieval import Neighbour
 from edgecompose.sampling import Sampling
@@ -39,7 +40,8 @@ class Request:
     `weights` composes by hand and skips retrieval; `exclude` leaves tasks out of it;
     `neighbours`, `temperature` and `nucleus` are the paper's N, T and p, `size_correction`, `shortcut` and `fallback`
     those of `weighting.WeighSettings`; `raw` sends the prompt as it is (True) or in the chat template (False), None as
-    the bundle's adapters were trained, and in the chat template where the base answers alone for lack of anything near;
+    the bundle's adapters were trained, and in the chat template where the base answers alone for lack of anything near,
+    or where a prompt that was sent as it is got no token for an answer;
     `choices` are scored instead of generating; `sampling` None takes the likeliest token always; `stop` are texts that
     the answer ends before; `query` is which message of a conversation retrieval reads; `overflow` 'truncate' leaves out
     the oldest part of a prompt that the context has no room for, and the answer says how much; `reuse` lets a prompt
@@ -110,7 +112,7 @@ class Answer:
     answer was cut at its longest; `dropped_tokens` of the prompt were left out for lack of room.
     `choices` maps each given choice to its mean log-likelihood (nats a token), None when none were given.
     `attachment` is the one that was used: nothing is folded where no adapter was chosen.
-    `embedder_device` is None where nothing was embedded.
+    `embedder_device` is None where nothing was embedded. `prompt_form` is 'chat' where the chat template was used.
     """
 
     prompt: str
@@ -128,3 +130,4 @@ class Answer:
     embedder_device: Device | None = None
     finish: Finish = "stop"
     dropped_tokens: int = 0
+    prompt_form: PromptForm = "raw"

@@ -55,7 +55,7 @@ def test_an_answer_as_json_has_the_documented_keys(bundle: Path) -> None:
     found = result_of("run", bundle, PROMPT)
     assert set(found) == {
         "prompt", "answer", "method", "attachment", "weights", "neighbours", "distribution", "device", "timings_ms",
-        "tokens", "finish", "composition", "merge",
+        "tokens", "finish", "prompt_form", "composition", "merge",
     }  # fmt: skip
     assert (found["prompt"], found["method"]) == (PROMPT, "product")
     assert sum(found["weights"].values()) == pytest.approx(1)
@@ -112,17 +112,25 @@ def test_a_blend_is_folded_where_that_was_asked_for(bundle: Path, bundle_copy: P
     assert "can be folded" not in call("inspect", bundle_copy).stdout
 
 
-def test_an_empty_answer_to_a_raw_prompt_is_explained(bundle_copy: Path) -> None:
+def test_a_raw_prompt_without_an_answer_is_sent_in_the_chat_template(bundle_copy: Path) -> None:
     path = bundle_copy / "manifest.json"
     manifest = json.loads(path.read_text(encoding="utf-8"))
     manifest["defaults"]["prompt_form"] = "raw"
     path.write_text(json.dumps(manifest), encoding="utf-8")
-    answer = result_of("run", bundle_copy, PROMPT)["answer"]
-    done = call("run", bundle_copy, PROMPT, "--stop", answer[0])
-    assert (done.exit_code, done.stdout) == (0, "\n")
-    assert "or give --chat" in done.stderr
-    assert call("run", bundle_copy, PROMPT, "--stop", answer[0], "--raw").stderr == ""
-    assert call("run", bundle_copy, PROMPT).stderr == ""
+    assert result_of("run", bundle_copy, PROMPT)["prompt_form"] == "raw"
+    chat = result_of("run", bundle_copy, PROMPT, "--chat")
+    with open_bundle(bundle_copy, device="cpu") as composer:
+        ids = composer.model.tokenizer.encode(PROMPT)
+        decoding = composer.model.decoder.start(composer.compose(PROMPT).merged, len(ids))
+        manifest["base"]["end_tokens"].append(int(decoding.forward(ids)[0].argmax()))
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    found = result_of("run", bundle_copy, PROMPT)
+    assert (found["prompt_form"], chat["prompt_form"]) == ("chat", "chat")
+    assert found["answer"] and chat["answer"].startswith(found["answer"])
+    assert found["tokens"]["prompt"] == chat["tokens"]["prompt"]
+    raw = result_of("run", bundle_copy, PROMPT, "--raw")
+    assert (raw["answer"], raw["prompt_form"], raw["tokens"]["generated"]) == ("", "raw", 0)
+    assert "in the chat template" in call("run", bundle_copy, PROMPT, "--explain").stderr
 
 
 def test_standard_input_is_read(bundle: Path) -> None:
