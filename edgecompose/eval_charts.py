@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import io
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -61,8 +62,10 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
+        frozen = getattr(sys, "frozen", False)
+        found = "this executable does not hold; with a Python of your own" if frozen else "is not installed;"
         raise EvaluationError(
-            "a report wants matplotlib, which is not installed; run: pip install 'edgecompose[report]'"
+            f"a report wants matplotlib, which {found} run: pip install 'edgecompose[report]'"
         ) from error
 
 
