@@ -20,7 +20,7 @@ from edgecompose.manifest import BaseSpec
 Float = npt.NDArray[np.float32]
 #: Caches have room for a multiple of so many tokens, so that the next sequence under the same blend can have them.
 _CAPACITY_STEP = 64
-_IDLE_SEATS = 1
+_IDLE_SEATS = 2
 #: Tokens that a pass of the graph reads at most: what it computes on the way of a longer prompt takes more memory, and,
 #: as it leaves a CPU's caches, more time.
 _PIECE = 128
