@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 pytest.importorskip("onnx", reason="quantising a base wants the packages of the extra [export]")
-from edgecompose_export.quantize import BLOCK, quantize_rows_4bit, quantize_rows_8bit
+from edgecompose_export.quantize import BLOCK, extend_rows_4bit, quantize_rows_4bit, quantize_rows_8bit
 
 Float = npt.NDArray[np.float32]
 ROWS = arrays.arrays(
@@ -96,3 +96,23 @@ def test_shapes_are_those_of_the_kernel() -> None:
     for values in (scales, more_scales, correction):
         assert values.shape == (5, 3)
         assert values.dtype == np.float32
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 18, 31, 32, 33, 48, 64, 100, 128])
+def test_the_correction_is_kept_in_blocks_behind_the_weights(count: int) -> None:
+    rng = np.random.default_rng(count)
+    correction = rng.normal(size=(7, count)).astype(np.float32)
+    packed, scales, copies = extend_rows_4bit(correction)
+    assert packed.shape == (7, -(-copies * count // BLOCK), 16) and scales.shape == packed.shape[:2]
+    weights = ((_unpack(packed).astype(np.float32) - 8) * scales[..., None]).reshape(7, -1)
+    sums = rng.normal(size=(5, count)).astype(np.float32)
+    extended = np.tile(sums, copies)
+    assert not weights[:, extended.shape[1] :].any()  # there is nothing there to multiply with
+    kept = weights[:, : extended.shape[1]].reshape(7, copies, count).sum(1)
+    assert np.abs(kept - correction).max() <= np.abs(correction).max() / 128
+    np.testing.assert_allclose(extended @ weights[:, : extended.shape[1]].T, sums @ kept.T, atol=1e-4)
+
+
+def test_no_correction_adds_nothing() -> None:
+    packed, scales, _ = extend_rows_4bit(np.zeros((2, 18), np.float32))
+    assert not scales.any() and (_unpack(packed) == 8).all()
