@@ -21,9 +21,9 @@ Float = npt.NDArray[np.float32]
 #: Caches have room for a multiple of so many tokens, so that the next sequence under the same blend can have them.
 _CAPACITY_STEP = 64
 _IDLE_SEATS = 2
-#: Tokens that a pass of the graph reads at most: what it computes on the way of a longer prompt takes more memory, and,
-#: as it leaves a CPU's caches, more time.
-_PIECE = 128
+#: Tokens that a pass of the graph reads at most, by device: what it computes on the way of a longer prompt takes more
+#: memory, and, as it leaves a CPU's caches, more time; a GPU wants large passes.
+_PIECES = {"cpu": 128, "cuda": 2048}
 _HOST = host("inputs and logits live on the host")
 #: Element types that a key-value cache may have, as ONNX Runtime calls them.
 _CACHE_TYPES: dict[str, type[np.float16 | np.float32]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -122,6 +122,7 @@ class _Seat:
         self.binding: IOBinding = session.io_binding()
         self.blend = blend
         self.capacity = 0
+        self.piece = _PIECES[device.kind]
         self._spec = spec
         self._dtype = _cache_dtype(session)
         # Attention in float32 has no CUDA kernel, so ONNX Runtime runs it on the CPU whatever the device. A cache on
@@ -200,8 +201,8 @@ class Decoding:
             raise GenerationError(f"token id {max(ids)} is outside the vocabulary of {self._spec.vocabulary}")
         self.seat.grow(self.length + count, kept=self.length)
         rows = []
-        for start in range(0, count, _PIECE):
-            piece = ids[start : start + _PIECE]
+        for start in range(0, count, self.seat.piece):
+            piece = ids[start : start + self.seat.piece]
             later = count - start - len(piece)
             rows.append(self._pass(piece, min(len(piece), max(1, kept - later))))
             if later:

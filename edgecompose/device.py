@@ -143,7 +143,8 @@ def open_session(graph: Path | bytes, device: Device, *, name: str, threads: int
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.enable_mem_pattern = False  # it is made for inputs of one shape, and costs memory and time with others
+    # memory patterns are made for inputs of one shape; with others they cost memory and, on a CPU, time
+    options.enable_mem_pattern = device.kind != "cpu"
     if threads is None and usable_cores() < (os.cpu_count() or 1):
         threads = usable_cores()  # ONNX Runtime counts the machine's, and two threads on one core wait for each other
     if threads is not None:

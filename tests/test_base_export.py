@@ -444,3 +444,20 @@ def test_a_cache_that_grows_holds_what_one_made_large_holds(zoo: TinyZoo) -> Non
     narrow.forward([1] * 58)
     with pytest.raises(PromptTooLong, match="has a context of"):
         narrow.extend(exported.spec.context + 1)
+
+
+@pytest.mark.parametrize("kept", [1, 3, 4, 5, 9, 18])
+def test_a_long_prompt_is_read_in_pieces(zoo: TinyZoo, kept: int) -> None:
+    exported = zoo.base("llama", "fp32")
+    decoder = Decoder(exported.folder / exported.spec.graph, exported.spec, choose_device("cpu"))
+    ids = [5 + 7 * i % 90 for i in range(18)]
+    whole = decoder.start(MergedAdapter({}, "whole"), 30)
+    wanted = whole.forward(ids, kept=kept).copy()
+    later = whole.forward([9, 10]).copy()
+    pieces = decoder.start(MergedAdapter({}, "pieces"), 30)
+    pieces.seat.piece = 4
+    found = pieces.forward(ids, kept=kept)
+    assert found.shape == wanted.shape == (kept, exported.spec.vocabulary)
+    np.testing.assert_allclose(found, wanted, atol=2e-5)
+    assert pieces.tokens == whole.tokens[:18]
+    np.testing.assert_allclose(pieces.forward([9, 10]), later, atol=2e-5)
