@@ -46,6 +46,18 @@ _RETRIEVAL_BYTES, _NEIGHBOUR_BYTES, _QUERY_BYTES = 16 << 20, 200, 1 << 20
 _PARALLEL = 4
 
 
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Asked:
+    """What is to be answered, once its blend is there: `query` is what retrieval read, `limit` the most tokens."""
+
+    query: str
+    request: Request
+    composition: Composition
+    blend: Blend
+    limit: int
+    clock: Clock
+
+
 class Composer:
     """An opened bundle on a device. Parts are loaded when first needed; `close` lets go of them.
 
@@ -232,56 +244,54 @@ class Composer:
         in_template = None
         if raw and request.raw is None and tokenizer.has_chat_template:
             in_template = functools.partial(encode, raw=False)
-        pieces = self._answer(query, request, composition, encoded, in_template, choices, limit, blend, clock)
-        return Generation(composition, pieces)
+        asked = _Asked(query, request, composition, blend, limit, clock)
+        return Generation(composition, self._answer(asked, encoded, in_template, choices))
 
     def _answer(
         self,
-        query: str,
-        request: Request,
-        composition: Composition,
+        asked: _Asked,
         encoded: Encoded,
         in_template: Callable[[], Encoded] | None,
         choices: Sequence[Sequence[int]],
-        limit: int,
-        blend: Blend,
-        clock: Clock,
     ) -> Generator[str, None, Answer]:
         """Read the prompt, then the pieces of the answer one by one; returns all that there is to know of it.
 
         Args:
             in_template: gives the prompt in the chat template, for one that was sent raw and gets no answer.
+            choices: those of the request, as token ids.
         """
+        request, composition, clock = asked.request, asked.composition, asked.clock
         scores: dict[str, float] | None = None
         finish: Finish = "stop"
         if choices:
             with clock.stage("total"):
-                scores = dict(zip(request.choices, self.model.choose(encoded, choices, blend, clock), strict=True))
+                found = self.model.choose(encoded, choices, asked.blend, clock)
+            scores = dict(zip(request.choices, found, strict=True))
             text, count = max(scores, key=scores.__getitem__), sum(map(len, choices))
             yield text
         else:
-            text, count, finish = yield from self._write(encoded, blend, request, limit, clock)
+            text, count, finish = yield from self._write(asked, encoded)
             if not count and in_template is not None:
                 encoded = in_template()
-                text, count, finish = yield from self._write(encoded, blend, request, limit, clock)
+                text, count, finish = yield from self._write(asked, encoded)
         return Answer(
-            query, text, composition.retrieval, composition.settings, composition.merged.digest,
+            asked.query, text, composition.retrieval, composition.settings, composition.merged.digest,
             self.device, clock.spent, len(encoded.ids), count, scores, composition.merged.report,
-            "fold" if isinstance(blend, FoldedWeights) else "attach",
+            "fold" if isinstance(asked.blend, FoldedWeights) else "attach",
             None if request.weights is not None else embedder_device(self.bundle.manifest.embedder, self.device),
             finish, encoded.dropped, encoded.form,
         )  # fmt: skip
 
-    def _write(
-        self, encoded: Encoded, blend: Blend, request: Request, limit: int, clock: Clock
-    ) -> Generator[str, None, tuple[str, int, Finish]]:
+    def _write(self, asked: _Asked, encoded: Encoded) -> Generator[str, None, tuple[str, int, Finish]]:
         """The pieces of the answer; returns it whole, its number of tokens and why it ended."""
+        request = asked.request
         pieces, written = [], self.model.write(
-            encoded, blend, clock, max_tokens=limit, sampling=request.sampling, stop=request.stop, reuse=request.reuse
+            encoded, asked.blend, asked.clock, max_tokens=asked.limit, sampling=request.sampling, stop=request.stop,
+            reuse=request.reuse,
         )  # fmt: skip
         try:
             while True:
-                with clock.stage("total"):
+                with asked.clock.stage("total"):
                     pieces.append(next(written))
                 yield pieces[-1]
         except StopIteration as ended:
