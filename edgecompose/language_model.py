@@ -73,7 +73,9 @@ class LanguageModel:
     @functools.cached_property
     def decoder(self) -> Decoder:
         """The base model."""
-        return Decoder(self._beside_decoder(decoder_graph(self._spec, self._device)), self._spec, self._device)
+        decoder = Decoder(self._beside_decoder(decoder_graph(self._spec, self._device)), self._spec, self._device)
+        release_freed_memory()
+        return decoder
 
     @functools.cached_property
     def folding(self) -> Folding:

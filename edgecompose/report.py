@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import usearch
 
 from edgecompose import device as devices
 from edgecompose.blend import MergeReport
@@ -145,6 +144,8 @@ def doctor_json() -> Json:
         chosen = device_json(devices.choose_device("auto"))
     except DeviceError as error:  # pragma: no cover - auto falls back
         chosen, problems = {"kind": "none", "providers": [], "reason": str(error)}, [*problems, str(error)]
+    import usearch
+
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -7,14 +7,17 @@ from bisect import bisect_right
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from usearch.index import Index, MetricKind, ScalarKind
 
 from edgecompose.errors import RetrievalError, UnknownAdapter
 from edgecompose.manifest import IndexSpec, TaskSpec
 from edgecompose.whitening import Whitening
+
+if TYPE_CHECKING:  # a blend by hand is answered without it, and it takes 14 MB
+    from usearch.index import Index
 
 Float = npt.NDArray[np.float32]
 #: Up to so many vectors every one is compared; beyond, USearch's graph is walked.
@@ -22,7 +25,6 @@ EXACT_BELOW = 20_000
 #: The graph of larger indexes: neighbours of a vector, and how widely is looked for them when vectors are added and
 #: searched. Half as many neighbours miss 3 % of the nearest 100 of a million, these 0.01 % (benchmarks/retrieval.py).
 CONNECTIVITY, EXPANSION_ADD, EXPANSION_SEARCH = 32, 256, 192
-_SCALARS = {"f16": ScalarKind.F16, "f32": ScalarKind.F32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,8 @@ def new_index(dimension: int, dtype: str, *, vectors: int = 0, editable: bool = 
     Args:
         vectors: how many it is to hold; a large one gets a denser graph.
     """
+    from usearch.index import Index
+
     large = vectors > EXACT_BELOW
     return Index(
         ndim=dimension, metric="cos", dtype=dtype, enable_key_lookups=editable,
@@ -127,6 +131,9 @@ def open_index(path: Path, spec: IndexSpec, *, editable: bool = False) -> Index:
     Raises:
         RetrievalError: unreadable, or of another size, dimension or type than `spec` says.
     """
+    from usearch.index import Index, MetricKind, ScalarKind
+
+    scalars = {"f16": ScalarKind.F16, "f32": ScalarKind.F32}
     try:
         described = Index.metadata(str(path)) or {}
     except (RuntimeError, ValueError, OSError) as error:
@@ -138,7 +145,7 @@ def open_index(path: Path, spec: IndexSpec, *, editable: bool = False) -> Index:
     except (RuntimeError, ValueError, OSError) as error:
         raise RetrievalError(f"index '{path.name}' cannot be loaded: {error}; export the bundle again") from error
     kinds = (described.get("kind_metric"), described.get("kind_scalar"))
-    if described and kinds != (MetricKind.Cos, _SCALARS[spec.dtype]):
+    if described and kinds != (MetricKind.Cos, scalars[spec.dtype]):
         raise RetrievalError(
             f"index '{path.name}' is of {kinds[0]} and {kinds[1]}, cosine in {spec.dtype} is wanted; "
             "export the bundle again"
