@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 @contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
+def new_folder(output: Path, *, put: Callable[[Path, Path], object] = Path.rename) -> Iterator[Path]:
     """A folder beside `output` to write to, which gets that name when the block ends well, and is removed if not.
+
+    Args:
+        put: gives the folder (first) that name (second), by default where nothing has it.
 
     Raises:
         OSError: it cannot be made or renamed, as where `output` holds something.
@@ -21,6 +24,6 @@ def new_folder(output: Path) -> Iterator[Path]:
     try:
         work.mkdir(parents=True)
         yield work
-        work.rename(output)
+        put(work, output)
     finally:
         shutil.rmtree(work, ignore_errors=True)

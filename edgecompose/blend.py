@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgecompose.device import OrtValue
+from edgecompose.errors import MergeError
 
 Float = npt.NDArray[np.float32]
 Side = Literal["A", "B"]
@@ -76,3 +77,13 @@ class MergedAdapter:
             a, b = (flat[offset : offset + math.prod(shape)].reshape(shape).copy() for offset, shape in parts)
             found[name] = (a, b)
         return found
+
+
+def require_adapters(merged: MergedAdapter) -> None:
+    """Refuse to write a blend of nothing.
+
+    Raises:
+        MergeError: the blend holds no adapter.
+    """
+    if not merged.modules:
+        raise MergeError("the blend holds no adapter, so there is nothing to write")

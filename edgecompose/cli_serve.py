@@ -38,9 +38,7 @@ def batch(
     """
     found = read_calls(calls)
     with open_composer(bundle, device) as composer, counting("answering", len(found)) as advance:
-        done, failed = answer_calls(
-            composer, found, output, max_tokens=max_tokens, parallel=parallel, advance=advance
-        )  # fmt: skip
+        done, failed = answer_calls(composer, found, output, max_tokens=max_tokens, parallel=parallel, advance=advance)
     if as_json:
         print_json({"calls": len(found), "answered": done, "failed": failed, "output": str(output)})
     else:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from edgecompose.blend import MergedAdapter
+from edgecompose.blend import MergedAdapter, require_adapters
 from edgecompose.decoder_modules import model_factors
 from edgecompose.errors import EdgeComposeError, MergeError
 from edgecompose.manifest import BaseSpec
@@ -41,8 +41,7 @@ def write_gguf_lora(merged: MergedAdapter, path: Path, base: BaseSpec) -> Path:
         raise EdgeComposeError("writing GGUF needs the package gguf; run: pip install 'edgecompose[gguf]'")
     from gguf import GGUFWriter
 
-    if not merged.modules:
-        raise MergeError("the blend holds no adapter, so there is nothing to write")
+    require_adapters(merged)
     if base.architecture not in MODULE_NAMES:
         raise MergeError(
             f"the base's architecture is {base.architecture or 'not known'}; {', '.join(MODULE_NAMES)} can be "

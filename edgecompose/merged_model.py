@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgecompose.atomic import new_folder
-from edgecompose.blend import MergedAdapter
+from edgecompose.blend import MergedAdapter, require_adapters
 from edgecompose.decoder_modules import PACKED
 from edgecompose.errors import CheckpointError, MergeError
 from edgecompose.float_checkpoint import BASE_KEY, INDEX_FILE, FloatCheckpoint, StoredTensor, write_shard
@@ -58,8 +58,7 @@ def write_merged_model(
         CheckpointError: of another base, or without a module that the blend changes.
         OSError: something cannot be read or written.
     """
-    if not merged.modules:
-        raise MergeError("the blend holds no adapter, so there is nothing to write")
+    require_adapters(merged)
     if output.exists():
         raise MergeError(f"'{output}' exists; give another folder")
     checkpoint.check_base(base.identity, advance=advance)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgecompose.binding import slot_tensors
-from edgecompose.blend import MergedAdapter
+from edgecompose.blend import MergedAdapter, require_adapters
 from edgecompose.device import write_adapter_file
 from edgecompose.errors import MergeError
 
@@ -19,8 +19,7 @@ def write_onnx_adapter(merged: MergedAdapter, path: Path) -> Path:
         MergeError: the blend holds no adapter, or the file exists.
         OSError: the file cannot be written.
     """
-    if not merged.modules:
-        raise MergeError("the blend holds no adapter, so there is nothing to write")
+    require_adapters(merged)
     if path.exists():
         raise MergeError(f"'{path}' exists; give another file")
     path.parent.mkdir(parents=True, exist_ok=True)

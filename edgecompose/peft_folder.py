@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save
 
-from edgecompose.blend import MergedAdapter
+from edgecompose.blend import MergedAdapter, require_adapters
 from edgecompose.decoder_modules import model_factors, module_path
 from edgecompose.errors import MergeError
 from edgecompose.manifest import BaseSpec
@@ -27,8 +27,7 @@ def write_peft_folder(merged: MergedAdapter, folder: Path, base: BaseSpec) -> li
     Raises:
         MergeError: the blend holds no adapter, or `folder` already holds one.
     """
-    if not merged.modules:
-        raise MergeError("the blend holds no adapter, so there is nothing to write")
+    require_adapters(merged)
     paths = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
     taken = [path.name for path in paths if path.exists()]
     if taken:

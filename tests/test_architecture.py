@@ -41,7 +41,7 @@ ARROWS: dict[str, set[str]] = {
     "core_space": set(),
     "buffers": {"device"},
     "methods": {"errors"},
-    "blend": {"device"},
+    "blend": {"device", "errors"},
     "rows": {"blend", "device", "quantization"},
     "graph_runner": {"device"},
     "mixing": {"adapter", "blend", "buffers", "core_space", "graph_runner", "methods", "rows", "trimming"},

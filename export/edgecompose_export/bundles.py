@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from edgecompose.adapter import adapter_metadata, load_adapter
+from edgecompose.atomic import new_folder
 from edgecompose.bundle import Bundle, describe_file, sha256_of
 from edgecompose.device import choose_device
 from edgecompose.embedder import Embedder
@@ -90,10 +91,7 @@ def build_bundle(
         raise ExportError(f"'{output}' is a file; give a directory")
     if output.exists() and any(output.iterdir()) and not (output / MANIFEST_FILE).is_file():
         raise ExportError(f"'{output}' is not a bundle and is not empty, so it is not replaced")
-    work = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    shutil.rmtree(work, ignore_errors=True)
-    try:
-        work.mkdir(parents=True)
+    with new_folder(output, put=_replace_directory) as work:
         advance("copying base and embedder")
         spec = _copy_base(base or root / recipe.base, work)
         embedder = _copy_embedder(root / recipe.embedder, work)
@@ -116,9 +114,6 @@ def build_bundle(
         )  # fmt: skip
         _write_manifest(work, manifest)
         Bundle(work)
-        _replace_directory(work, output)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return manifest
 
 
