@@ -137,9 +137,9 @@ def read_gguf(path: Path) -> GgufFile:
             or a tensor twice.
     """
     try:
-        with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            with memoryview(mapped) as data:
-                return _parse(_Header(path, data))
+        with path.open("rb") as stream:
+            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        return _parse(_Header(path, memoryview(mapped)))
     except (OSError, ValueError) as error:  # an empty file cannot be mapped
         raise ExportError(f"GGUF file '{path}' cannot be read: {error}; copy it again") from error
 
