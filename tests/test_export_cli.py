@@ -22,7 +22,7 @@ from tests import tiny
 from tests.fixtures_tiny import TASKS, TinyZoo, ignore_tracer_warnings
 
 COMMANDS = (
-    ("base",), ("checkpoint",), ("embedder",), ("adapter",), ("examples",), ("train",), ("demo-models",), ("bundle",),
+    ("base",), ("checkpoint",), ("embedder",), ("adapter",), ("examples",), ("train",), ("fetch",), ("bundle",),
     ("bundle", "build"), ("bundle", "add-task"), ("bundle", "remove-task"),
 )  # fmt: skip
 
@@ -219,7 +219,7 @@ def test_merge_graphs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [("unknown",), ("base",), ("base", "x"), ("adapter", "x", "-o", "y"), ("train", "x", "y", "-o", "z", "--rank", "0"),
-     ("bundle", "add-task", "x"), ("bundle", "x"), ("base", "x", "-o", "y", "--precision", "int2")],
+     ("bundle", "add-task", "x"), ("bundle", "x"), ("fetch",), ("base", "x", "-o", "y", "--precision", "int2")],
     ids=" ".join,
 )  # fmt: skip
 def test_a_wrong_call_is_exit_code_2(arguments: tuple[str, ...]) -> None:

