@@ -413,7 +413,7 @@ def _encode_choices(tokenizer: Tokenizer, choices: Sequence[str], *, raw: bool) 
     """Token ids of each choice, as it would follow the prompt."""
     if len(set(choices)) != len(choices):
         raise GenerationError("a choice is given twice; give each once")
-    return [tokenizer.encode(f" {choice}" if raw else choice) for choice in choices]
+    return [tokenizer.encode_continuation(f" {choice}" if raw else choice) for choice in choices]
 
 
 def _key(text: str) -> str:

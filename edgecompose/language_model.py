@@ -174,7 +174,7 @@ class LanguageModel:
 
     def _ids(self, messages: Sequence[Message], raw: bool) -> list[int]:
         if raw:
-            return self.tokenizer.encode(messages[-1].content)
+            return self.tokenizer.encode_prompt(messages[-1].content)
         return self.tokenizer.encode(self.tokenizer.chat([{"role": m.role, "content": m.content} for m in messages]))
 
     def _cut(self, messages: Sequence[Message], excess: int) -> tuple[Message, ...] | None:

@@ -1,27 +1,25 @@
-"""Text to token ids and back, and the chat template; knows nothing of graphs or adapters."""
+"""Text to token ids and back; knows nothing of graphs or adapters."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import tokenizers
 
+from edgecompose.chat_template import ChatTemplate
 from edgecompose.errors import BundleError, GenerationError
-
-if TYPE_CHECKING:  # a raw prompt is answered without it
-    import jinja2
 
 Message = dict[str, str]
 
 
 class Tokenizer:
-    """A `tokenizer.json` without any token added at either end.
+    """A `tokenizer.json`, and the chat template beside it.
 
-    The chat template writes its own special tokens, and a raw prompt gets none
-    (`add_bos_token = false` in the bases we know), so nothing is ever prepended here.
+    Text has three places, and each its own ids: a raw prompt gets what the tokenizer adds (`encode_prompt`), a prompt
+    that a chat template wrote has its special tokens already (`encode`), and what follows a prompt begins nothing
+    (`encode_continuation`).
     """
 
     def __init__(self, path: Path, *, chat_template: str | None = None) -> None:
@@ -31,7 +29,7 @@ class Tokenizer:
             raise BundleError(f"tokenizer '{path.name}' cannot be read: {error}; export the bundle again") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._chat_template = chat_template
+        self._template = None if chat_template is None else ChatTemplate(chat_template)
 
     @property
     def vocabulary_size(self) -> int:
@@ -41,12 +39,58 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         """Whether `chat` can be called."""
-        return self._chat_template is not None
+        return self._template is not None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, special tokens written in it being recognised, none added."""
+        """Token ids of `text`, special tokens written in it being recognised, none added.
+
+        Raises:
+            GenerationError: `text` is not valid Unicode.
+        """
+        return self._encode(text, add_special_tokens=False)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a raw prompt, those of transformers' `tokenizer(text)`: with a first token if the base has one.
+
+        A text that begins with that token already keeps one.
+
+        Raises:
+            GenerationError: `text` is not valid Unicode.
+        """
+        ids = self._encode(text, add_special_tokens=True)
+        first = self.first_tokens
+        return ids[len(first) :] if first and ids[len(first) : 2 * len(first)] == first else ids
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Token ids of text that goes on after other text, such as an answer; nothing is added before it.
+
+        A tokenizer of SentencePiece puts a space before every text by itself; a space that `text` begins with is then
+        this one.
+
+        Raises:
+            GenerationError: `text` is not valid Unicode.
+        """
+        return self.encode(text[1:] if self._prefixes_a_space and text.startswith(" ") else text)
+
+    @functools.cached_property
+    def first_tokens(self) -> list[int]:
+        """Ids that the tokenizer puts before a raw prompt: one or none in the bases we know."""
+        encoded = self._tokenizer.encode("a", add_special_tokens=True)
+        first = []
+        for token, added in zip(encoded.ids, encoded.special_tokens_mask, strict=True):
+            if not added:
+                break
+            first.append(int(token))
+        return first
+
+    @functools.cached_property
+    def _prefixes_a_space(self) -> bool:
+        pieces = self._tokenizer.encode("a", add_special_tokens=False).tokens
+        return bool(pieces) and str(pieces[0]).startswith("\u2581")
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         try:
-            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
         except TypeError as error:  # a lone surrogate, which is how Python spells bytes that are not UTF-8
             raise GenerationError(f"the text is not valid Unicode: {text!r:.80}; give UTF-8") from error
 
@@ -56,8 +100,8 @@ class Tokenizer:
 
     def token_id(self, token: str) -> int | None:
         """Id of one token by its exact spelling, None when there is no such token."""
-        found = self._tokenizer.token_to_id(token)
-        return None if found is None else int(found)
+        number = self._tokenizer.token_to_id(token)
+        return None if number is None else int(number)
 
     def chat(self, messages: Sequence[Message]) -> str:
         """The conversation as one prompt that ends where the assistant's answer begins.
@@ -69,17 +113,9 @@ class Tokenizer:
             GenerationError: the base has no chat template, or the template refuses these messages.
             BundleError: the template is not valid.
         """
-        if self._chat_template is None:
+        if self._template is None:
             raise GenerationError("this base has no chat template; use --raw to send the prompt as it is")
-        template = self._template
-        try:
-            return template.render(messages=list(messages), add_generation_prompt=True)
-        except Exception as error:  # a template is a program and may raise anything
-            raise GenerationError(f"the chat template refused the messages: {error}") from error
-
-    @functools.cached_property
-    def _template(self) -> jinja2.Template:
-        return _compile(self._chat_template or "")
+        return self._template.render(messages)
 
     def stream(self) -> TokenStream:
         """A fresh incremental decoder."""
@@ -117,20 +153,3 @@ class TokenStream:
             self._ids = self._ids[self._shown :]
             self._shown = len(self._ids)
         return fresh
-
-
-def _compile(source: str) -> jinja2.Template:
-    import jinja2.sandbox
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-
-    def refuse(message: str) -> str:
-        raise jinja2.TemplateError(message)
-
-    environment.globals["raise_exception"] = refuse
-    try:
-        return environment.from_string(source)
-    except (jinja2.TemplateError, RecursionError) as error:
-        raise BundleError(f"the chat template of the bundle is not valid Jinja: {error}") from error

@@ -221,10 +221,12 @@ def template_processing(first: tuple[str | None, int | None], last: tuple[str | 
         return None
 
     def around(name: str, kind: int) -> list[State]:
-        steps = [{"SpecialToken": {"id": text, "type_id": kind}} if text is not None else None for text in (first[0],)]
-        steps.append({"Sequence": {"id": name, "type_id": kind}})
-        steps.append(None if last[0] is None else {"SpecialToken": {"id": last[0], "type_id": kind}})
-        return [step for step in steps if step is not None]
+        steps: list[State] = [{"Sequence": {"id": name, "type_id": kind}}]
+        if first[0] is not None:
+            steps.insert(0, {"SpecialToken": {"id": first[0], "type_id": kind}})
+        if last[0] is not None:
+            steps.append({"SpecialToken": {"id": last[0], "type_id": kind}})
+        return steps
 
     tokens = {text: {"id": text, "ids": [token], "tokens": [text]} for text, token in (first, last) if text is not None}
     single = around("A", 0)
@@ -242,22 +244,20 @@ def _byte_level_bpe(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> tupl
     merges = _merges(metadata)
     if merges is None:
         raise ExportError(f"the GGUF file has no {_KEY}merges, which 'gpt2' tokenizers need; convert the model again")
-    known = [pair for pair in merges if pair[0] in ids and pair[1] in ids and pair[0] + pair[1] in ids]
-    if len(known) < len(merges):
-        lost = next(pair for pair in merges if pair[0] + pair[1] not in ids or not ids.keys() >= set(pair))
+    lost = next((m for m in merges if m[0] not in ids or m[1] not in ids or m[0] + m[1] not in ids), None)
+    if lost is not None:
         raise ExportError(
-            f"{_KEY}merges of the GGUF file joins {lost[0]!r} and {lost[1]!r}, which are no tokens or make none; "
+            f"{_KEY}merges of the GGUF file joins {lost[0]!r:.50} and {lost[1]!r:.50}, which are or make no token; "
             "convert the model again"
         )
     steps = list(rule.steps)
-    model = _bpe(ids, merges, ignore_merges=rule.ignore_merges)
     return (
         {
             **_EMPTY, "added_tokens": _added(vocabulary, ids),
             "normalizer": {"type": "NFC"} if rule.nfc else None,
             "pre_tokenizer": steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": steps},
             "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-            "model": model,
+            "model": _bpe(ids, merges, ignore_merges=rule.ignore_merges),
         },
         rule.first,
     )  # fmt: skip
@@ -267,12 +267,13 @@ def _rule(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> _Rule:
     name = metadata.get(f"{_KEY}pre")
     if name in (None, "", "default"):
         name = _guess(metadata, vocabulary)
-    if name in PRE_TOKENIZERS:
-        return PRE_TOKENIZERS[name]
+    rule = PRE_TOKENIZERS.get(str(name))
+    if rule is not None:
+        return rule
     raise ExportError(
-        f"the GGUF file names the pre-tokenizer {metadata.get(f'{_KEY}pre')!r:.60} ({_KEY}pre), which is not known here "
-        f"({', '.join(sorted(PRE_TOKENIZERS))} are); give the model's Hugging Face folder, or convert it with a newer "
-        "llama.cpp"
+        f"the GGUF file names the pre-tokenizer {metadata.get(f'{_KEY}pre')!r:.60} ({_KEY}pre), which is not known "
+        f"here; known: {', '.join(sorted(PRE_TOKENIZERS))}; give the model's Hugging Face folder, or convert it with a "
+        "newer llama.cpp"
     )
 
 

@@ -57,10 +57,10 @@ def encode_example(tokenizer: Tokenizer, example: Example, *, chat: bool, end: i
     """Ids of one example in one form, closed by the end-of-text id."""
     if chat:
         prompt = tokenizer.encode(tokenizer.chat([{"role": "user", "content": example.prompt}]))
-        answer = tokenizer.encode(example.answer)
+        answer = tokenizer.encode_continuation(example.answer)
     else:
-        prompt = tokenizer.encode(example.prompt)
-        answer = tokenizer.encode(" " + example.answer)
+        prompt = tokenizer.encode_prompt(example.prompt)
+        answer = tokenizer.encode_continuation(" " + example.answer)
     return Encoded((*prompt, *answer, end), len(answer) + 1)
 
 
