@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import shutil
+import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from edgecompose.manifest import (
     MANIFEST_FILE,
     AdapterSpec,
     BaseSpec,
+    Defaults,
     EmbedderSpec,
     FileEntry,
     IndexSpec,
@@ -95,6 +97,7 @@ def build_bundle(
         advance("copying base and embedder")
         spec = _copy_base(base or root / recipe.base, work)
         embedder = _copy_embedder(root / recipe.embedder, work)
+        defaults = _defaults(recipe, recipe_path, spec, advance)
         advance("adapters")
         adapters = {
             name: _place_adapter(root / t.adapter, name, spec, work, recipe.bits) for name, t in recipe.tasks.items()
@@ -110,7 +113,7 @@ def build_bundle(
         files = {p.relative_to(work).as_posix(): describe_file(p) for p in sorted(work.rglob("*")) if p.is_file()}
         manifest = Manifest(
             name=recipe.name, base=spec, embedder=embedder, index=index, tasks=tasks, adapters=adapters,
-            defaults=recipe.defaults, files=files, inner_products=inner, created_by=_CREATED_BY,
+            defaults=defaults, files=files, inner_products=inner, created_by=_CREATED_BY,
         )  # fmt: skip
         _write_manifest(work, manifest)
         Bundle(work)
@@ -195,6 +198,23 @@ def remove_task(root: Path, name: str) -> Manifest:
     changed = replace(changed, files={path: entry for path, entry in changed.files.items() if path in named})
     _commit(root, manifest, changed)
     return changed
+
+
+def _defaults(recipe: Recipe, path: Path, base: BaseSpec, advance: Advance) -> Defaults:
+    """The recipe's defaults; a base without a chat template takes raw prompts, and `advance` is told so.
+
+    Raises:
+        ExportError: the recipe says prompt_form = "chat", and the base has no chat template.
+    """
+    if base.chat_template is not None or recipe.defaults.prompt_form == "raw":
+        return recipe.defaults
+    if "prompt_form" in tomllib.loads(path.read_text(encoding="utf-8-sig")).get("defaults", {}):
+        raise ExportError(
+            f"recipe '{path}' says prompt_form = \"chat\", but base '{base.source}' has no chat template; say "
+            'prompt_form = "raw", or export the base with a chat template'
+        )
+    advance("the base has no chat template: prompts are sent raw")
+    return replace(recipe.defaults, prompt_form="raw")
 
 
 def _copy_base(folder: Path, work: Path) -> BaseSpec:

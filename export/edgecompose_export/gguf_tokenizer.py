@@ -172,6 +172,10 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
                 "convert the model again"
             )
         special[name] = value
+    if metadata.get(f"{_KEY}model") == "llama" and len(tokens) > 2:  # llama.cpp's defaults
+        for name, number in (("bos", 1), ("eos", 2)):
+            if types[number] == CONTROL:
+                special.setdefault(name, number)
     return Vocabulary(tokens, types, special)
 
 
