@@ -173,6 +173,8 @@ class Decoding:
         self._shape = (0, 0)
         self._ids: OrtValue = None
         self._logits: OrtValue = None
+        self._long = False
+        self._bind_frequencies()
 
     @property
     def length(self) -> int:
@@ -199,6 +201,10 @@ class Decoding:
             raise GenerationError(f"the sequence would have {self.length + count} of {self._capacity} tokens")
         if min(ids) < 0 or max(ids) >= self._spec.vocabulary:
             raise GenerationError(f"token id {max(ids)} is outside the vocabulary of {self._spec.vocabulary}")
+        if self._turns_long(self.length + count):
+            ids = [*self.tokens, *ids]
+            self.rewind(0)
+            count = len(ids)
         self.seat.grow(self.length + count, kept=self.length)
         rows = []
         for start in range(0, count, self.seat.piece):
@@ -208,6 +214,22 @@ class Decoding:
             if later:
                 rows[-1] = rows[-1].copy()
         return rows[0] if len(rows) == 1 else np.concatenate(rows)[-kept:]
+
+    def _turns_long(self, length: int) -> bool:
+        """Take the frequencies of a sequence of `length` tokens; tell whether cached keys were made with others.
+
+        As transformers has it: one sequence is read with one set of frequencies, and read again when it passes the limit.
+        """
+        limit = self._spec.long_from
+        if limit is None or (length > limit) == self._long:
+            return False
+        self._long = length > limit
+        self._bind_frequencies()
+        return self.length > 0
+
+    def _bind_frequencies(self) -> None:
+        if self._spec.long_from is not None:
+            self._binding.bind_ortvalue_input("long_context", _HOST.place(np.array([self._long], np.int64)))
 
     def _pass(self, ids: Sequence[int], kept: int) -> Float:
         """Run the graph once."""
@@ -257,7 +279,8 @@ class Decoding:
 
 def _sequence_axes(spec: BaseSpec) -> dict[str, dict[int, int]]:
     """What a decoder takes whatever its weights are: new tokens, lengths, caches."""
-    names = ("input_ids", "seqlens_k", "total_sequence_length", "logits_kept")
+    names = ["input_ids", "seqlens_k", "total_sequence_length", "logits_kept"]
+    names += [] if spec.long_from is None else ["long_context"]
     caches = [f"past_key_values.{layer}.{part}" for layer in range(spec.layers) for part in ("key", "value")]
     return {**{name: {} for name in names}, **{name: {1: spec.kv_heads, 3: spec.head_size} for name in caches}}
 

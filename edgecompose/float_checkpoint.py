@@ -111,15 +111,34 @@ def open_checkpoint(folder: Path) -> FloatCheckpoint:
 
 
 def weights_identity(folder: Path, *, advance: Advance = _ignore) -> str:
-    """sha256 over the sha256 of each weight file (.safetensors, .bin) of a folder, in name order.
+    """sha256 over the sha256 of each weight file of a folder, in name order.
 
     Raises:
         CheckpointError: there is none.
     """
-    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    if not weights:
-        raise CheckpointError(f"'{folder}' holds no weights; .safetensors files are wanted")
-    return hashlib.sha256("".join(sha256_of(path, advance=advance) for path in weights).encode()).hexdigest()
+    paths = weight_files(folder)
+    return hashlib.sha256("".join(sha256_of(path, advance=advance) for path in paths).encode()).hexdigest()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a folder's weights, in name order: what transformers would load, and nothing beside it.
+
+    Raises:
+        CheckpointError: there is none, or one that the index names is missing.
+    """
+    for single, index in ((WEIGHTS_FILE, INDEX_FILE), ("pytorch_model.bin", "pytorch_model.bin.index.json")):
+        if (folder / single).is_file():
+            return [folder / single]
+        if (folder / index).is_file():
+            paths = [folder / name for name in _indexed_names(folder, index)]
+            missing = [path.name for path in paths if not path.is_file()]
+            if missing:
+                raise CheckpointError(
+                    f"checkpoint '{folder}': {index} names {', '.join(missing[:4])}, which "
+                    f"{'is' if len(missing) == 1 else 'are'} not there; copy all shards"
+                )
+            return paths
+    raise CheckpointError(f"'{folder}' holds no weights; expected {WEIGHTS_FILE}, or shards with {INDEX_FILE}")
 
 
 def read_shard(path: Path) -> Shard:
@@ -186,10 +205,14 @@ def _shard_names(folder: Path) -> list[str]:
             f"checkpoint '{folder}' has neither {WEIGHTS_FILE} nor {INDEX_FILE}; make them with: "
             "edgecompose-export checkpoint SOURCE -o FOLDER"
         )
-    found = _read_json(folder / INDEX_FILE).get("weight_map")
-    names = sorted(set(map(str, found.values()))) if isinstance(found, dict) else []
+    return _indexed_names(folder, INDEX_FILE)
+
+
+def _indexed_names(folder: Path, index: str) -> list[str]:
+    files = _read_json(folder / index).get("weight_map")
+    names = sorted(set(map(str, files.values()))) if isinstance(files, dict) else []
     if not names or any(Path(name).name != name for name in names):
-        raise CheckpointError(f"checkpoint '{folder}': {INDEX_FILE} names no files beside it; copy it again")
+        raise CheckpointError(f"checkpoint '{folder}': {index} names no files beside it; copy it again")
     return names
 
 

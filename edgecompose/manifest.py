@@ -89,7 +89,8 @@ class BaseSpec:
     """The decoder graph and what the decoding loop has to know of it; `folding` is there for float bases only.
 
     `cuda_graph` is the decoder with attention in float16, which is all that CUDA has kernels for. `architecture` is
-    what transformers and GGUF call its kind, such as 'llama'.
+    what transformers calls its kind, such as 'llama'. A sequence of more than `long_from` tokens is read with other
+    rotary frequencies than a shorter one (LongRoPE); None where length does not matter.
     """
 
     graph: str
@@ -108,6 +109,7 @@ class BaseSpec:
     folding: FoldingSpec | None = None
     cuda_graph: str | None = None
     architecture: str | None = None
+    long_from: int | None = None
 
     def __post_init__(self) -> None:
         names = [group.name for group in self.slots]

@@ -1,0 +1,146 @@
+"""Rotary position embeddings: inverse frequencies and their scalings, as transformers computes them (float32).
+
+Sources: RoFormer (arXiv 2104.09864), linear interpolation (2306.15595), YaRN (2309.00071), LongRoPE (2402.13753), and
+transformers' `modeling_rope_utils`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgecompose.errors import ExportError
+
+Float = npt.NDArray[np.float32]
+#: Scalings of `rope_scaling` that are computed here.
+SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rotary:
+    """The rotation of queries and keys in some layers.
+
+    Attributes:
+        frequencies: inverse frequencies, (pairs,) float32, in radians a position; the first 2 x pairs of a head turn.
+        scale: factor of cosines and sines.
+        long_frequencies: those of sequences longer than `long_from` tokens, None where length does not matter.
+    """
+
+    frequencies: Float
+    scale: float = 1.0
+    long_frequencies: Float | None = None
+    long_from: int | None = None
+
+    @property
+    def pairs(self) -> int:
+        """How many pairs of a head's values turn."""
+        return len(self.frequencies)
+
+
+def rotary_from_config(
+    theta: float, dimensions: int, scaling: Mapping[str, Any] | None, *, context: int, original: int | None = None
+) -> Rotary:
+    """The rotation that a configuration describes.
+
+    Args:
+        theta: base of the frequencies.
+        dimensions: values of a head that turn, an even number.
+        scaling: `rope_scaling` of transformers 4, or `rope_parameters` of transformers 5; None for none.
+        context: `max_position_embeddings`.
+        original: `original_max_position_embeddings` of the configuration itself (Phi3).
+
+    Raises:
+        ExportError: a scaling that is not known, or one of its numbers is missing or no positive number.
+    """
+    pairs = np.float32(theta) ** (np.arange(0, dimensions, 2, dtype=np.float32) / np.float32(dimensions))
+    frequencies = (np.float32(1) / pairs).astype(np.float32)
+    scaling = scaling or {}
+    kind = str(scaling.get("rope_type", scaling.get("type", "default")) or "default")
+    if kind == "su":
+        kind = "longrope"
+    if kind not in SCALINGS:
+        raise ExportError(f"rope_scaling is of type {kind!r:.40}; {', '.join(SCALINGS)} can be exported")
+    if kind in ("default", "dynamic"):  # dynamic scaling begins where the context ends
+        return Rotary(frequencies)
+    if kind == "linear":
+        return Rotary(frequencies / np.float32(_number(scaling, "factor")))
+    if kind == "llama3":
+        return Rotary(_llama3(frequencies, scaling))
+    if kind == "yarn":
+        return _yarn(frequencies, theta, dimensions, scaling, context)
+    return _longrope(frequencies, scaling, context, original)
+
+
+def longrope_scale(context: int, original: int) -> float:
+    """LongRoPE's factor of cosines and sines for a context extended from `original` tokens."""
+    return 1.0 if context <= original else math.sqrt(1 + math.log(context / original) / math.log(original))
+
+
+def _llama3(frequencies: Float, scaling: Mapping[str, Any]) -> Float:
+    factor, original = _number(scaling, "factor"), _number(scaling, "original_max_position_embeddings")
+    low, high = _number(scaling, "low_freq_factor"), _number(scaling, "high_freq_factor")
+    wavelengths = 2 * math.pi / frequencies
+    smooth = (original / wavelengths - low) / (high - low)
+    blended = (1 - smooth) * frequencies / factor + smooth * frequencies
+    scaled = np.where(wavelengths > original / low, frequencies / factor, blended)
+    return np.where(wavelengths < original / high, frequencies, scaled).astype(np.float32)
+
+
+def _yarn(
+    frequencies: Float, theta: float, dimensions: int, scaling: Mapping[str, Any], context: int
+) -> Rotary:
+    factor = _number(scaling, "factor")
+    original = float(scaling.get("original_max_position_embeddings") or context)
+
+    def correction(rotations: float) -> float:
+        return dimensions * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    def mscale(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1
+
+    low = correction(float(scaling.get("beta_fast") or 32))
+    high = correction(float(scaling.get("beta_slow") or 1))
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dimensions - 1)
+    width = high - low if high != low else 0.001
+    ramp = np.clip((np.arange(len(frequencies), dtype=np.float32) - low) / width, 0, 1)
+    scaled = frequencies / np.float32(factor) * ramp + frequencies * (1 - ramp)
+    scale = scaling.get("attention_factor")
+    if scale is None:
+        both = scaling.get("mscale"), scaling.get("mscale_all_dim")
+        scale = mscale(both[0]) / mscale(both[1]) if both[0] and both[1] else mscale(1)
+    return Rotary(scaled.astype(np.float32), float(scale))
+
+
+def _longrope(frequencies: Float, scaling: Mapping[str, Any], context: int, original: int | None) -> Rotary:
+    start = original or scaling.get("original_max_position_embeddings")
+    scale = scaling.get("attention_factor")
+    if scale is None:
+        if original:
+            scale = longrope_scale(context, original)
+        else:
+            factor = float(scaling.get("factor") or 1.0)
+            scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(context))
+    short, long = (_factors(scaling, f"{name}_factor", len(frequencies)) for name in ("short", "long"))
+    return Rotary(frequencies / short, float(scale), frequencies / long, int(start or context))
+
+
+def _factors(scaling: Mapping[str, Any], name: str, count: int) -> Float:
+    values = scaling.get(name)
+    if not isinstance(values, Sequence) or len(values) != count:
+        length = len(values) if isinstance(values, Sequence) else "no list"
+        raise ExportError(f"rope_scaling: {name} has {length} entries, expected {count}; copy config.json again")
+    return np.array(values, np.float32)
+
+
+def _number(scaling: Mapping[str, Any], name: str) -> float:
+    value = scaling.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0 or not math.isfinite(value):
+        raise ExportError(f"rope_scaling: {name} is {value!r:.40}, expected a positive number; copy config.json again")
+    return float(value)
