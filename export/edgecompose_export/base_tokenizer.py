@@ -283,16 +283,18 @@ def _with_added(
 ) -> State:
     """The state with the tokens of the other files that tokenizer.json lacks or describes otherwise."""
     special = [text for value in values.values() for text in ([value] if isinstance(value, str) else value)]
-    known = {_flags(row) for row in state["added_tokens"]}
-    rows: list[dict[str, Any]] = []
     decoder = settings.get("added_tokens_decoder")
     if isinstance(decoder, dict):
-        rows = [row for _, row in sorted(decoder.items(), key=lambda item: int(item[0])) if isinstance(row, dict)]
+        named = {int(number): row for number, row in decoder.items() if isinstance(row, dict)}
     else:
-        own = {row["id"] for row in state["added_tokens"]}
-        older = sorted(_read(folder / "added_tokens.json").items(), key=lambda item: item[1])
-        rows = [{"content": text, "special": text in special} for text, number in older if number not in own]
-    rows = [row for row in rows if _flags(row) not in known]
+        older = _read(folder / "added_tokens.json")
+        named = {number: {"content": text, "special": text in special} for text, number in older.items()}
+        named |= {row["id"]: row for row in state["added_tokens"]}
+    rows = [row | {"special": bool(row.get("special")) or row.get("content") in special} for row in named.values()]
+    known = {_flags(row) for row in state["added_tokens"]}
+    rows = [
+        row for _, row in sorted(zip(named, rows, strict=True), key=lambda item: item[0]) if _flags(row) not in known
+    ]
     present = {row["content"] for row in (*state["added_tokens"], *rows)}
     rows += [{"content": text, "special": True} for text in dict.fromkeys(special) if text not in present]
     prefix = settings.get("add_prefix_space", False)
@@ -310,9 +312,8 @@ def _with_added(
     for row in rows:
         content, single, left, right, normalized, is_special = _flags(row)
         token = tokenizers.AddedToken(
-            content, single_word=single, lstrip=left, rstrip=right, normalized=normalized,
-            special=is_special or content in special,
-        )  # fmt: skip
+            content, single_word=single, lstrip=left, rstrip=right, normalized=normalized, special=is_special
+        )
         loaded.add_tokens([token])
     whole: State = json.loads(loaded.to_str())
     return whole

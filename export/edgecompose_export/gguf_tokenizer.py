@@ -12,7 +12,7 @@ Kinds of tokens (`tokenizer.ggml.token_type`): 1 normal, 2 unknown, 3 control, 4
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from edgecompose.errors import ExportError
 #: tokenizer.json as parsed.
 State = dict[str, Any]
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 2, 3, 4, 5
+#: Kinds that are matched in the text before anything else.
+_MATCHED = frozenset({UNKNOWN, CONTROL, USER_DEFINED})
 _KEY = "tokenizer.ggml."
 _SPACE = "▁"  # how SentencePiece writes a space
 #: Rows that only fill the embedding; no tokenizer has them.
@@ -241,10 +243,7 @@ def template_processing(first: tuple[str | None, int | None], last: tuple[str | 
 
 def _byte_level_bpe(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> tuple[State, bool]:
     rule = _rule(metadata, vocabulary)
-    ids: dict[str, int] = {}
-    for number, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True)):
-        if kind != UNUSED:
-            ids.setdefault(token, number)
+    ids = _ids(vocabulary, lambda token, kind: kind != UNUSED)
     merges = _merges(metadata)
     if merges is None:
         raise ExportError(f"the GGUF file has no {_KEY}merges, which 'gpt2' tokenizers need; convert the model again")
@@ -265,6 +264,17 @@ def _byte_level_bpe(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> tupl
         },
         rule.first,
     )  # fmt: skip
+
+
+def _ids(vocabulary: Vocabulary, kept: Callable[[str, int], bool]) -> dict[str, int]:
+    """Ids of the tokens that are kept. Of two with one text, the one that is matched in the text counts."""
+    ids: dict[str, int] = {}
+    for number, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True)):
+        if kept(token, kind) and (
+            token not in ids or (kind in _MATCHED and vocabulary.types[ids[token]] not in _MATCHED)
+        ):
+            ids[token] = number
+    return ids
 
 
 def _rule(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> _Rule:
@@ -302,10 +312,8 @@ def _sentencepiece(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> tuple
         _SPACE * len(token) if kind == USER_DEFINED and token.strip(" ") == "" else token
         for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
     ]
-    ids: dict[str, int] = {}
-    for number, (token, kind) in enumerate(zip(tokens, vocabulary.types, strict=True)):
-        if kind != UNUSED or not _FILLER.match(token):
-            ids.setdefault(token, number)
+    spaced = Vocabulary(tokens, vocabulary.types, vocabulary.special)
+    ids = _ids(spaced, lambda token, kind: kind != UNUSED or not _FILLER.match(token))
     if gemma and "\t" not in ids and "<0x09>" in ids:  # as transformers does for Gemma 1 and 2
         ids["\t"] = ids.pop("<0x09>")
     merges = _merges(metadata)
@@ -323,7 +331,6 @@ def _sentencepiece(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> tuple
         {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
         *strip,
     ]  # fmt: skip
-    spaced = Vocabulary(tokens, vocabulary.types, vocabulary.special)
     return (
         {
             **_EMPTY, "added_tokens": _added(spaced, ids, strips=_strips_right(architecture)),
@@ -393,7 +400,7 @@ def _added(vocabulary: Vocabulary, ids: Mapping[str, int], *, strips: bool = Fal
     """Tokens that are matched in the text before anything else."""
     rows = []
     for number, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True)):
-        if kind in (UNKNOWN, CONTROL, USER_DEFINED) and token and ids.get(token) == number:
+        if kind in _MATCHED and token and ids.get(token) == number:
             right = strips and kind in (CONTROL, USER_DEFINED) and token not in _NEVER_STRIPS
             rows.append(
                 {
