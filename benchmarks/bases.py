@@ -170,7 +170,7 @@ def measure(options: argparse.Namespace, effort: Effort) -> list[str]:
             try:
                 _measure_one(source, precision, options, effort)
             except SystemExit as error:  # other bases go on
-                failed.append(f"{source.name} {precision}: {' '.join(str(error).split())[-1000:]}")
+                failed.append(f"{source.name} {precision} failed: {str(error).strip().splitlines()[-1]}")
                 print(failed[-1], file=sys.stderr)
     return failed
 

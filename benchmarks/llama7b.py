@@ -3,9 +3,9 @@
     python benchmarks/llama7b.py build/models/llama-2-7b-random [--layers N]
     python benchmarks/bases.py llama-2-7b-random --precisions int8 --rank 64
 
-Speed and memory depend on the shape, not on the values. The weights are drawn and written block by block, so the program
-takes less than 2 GB. The same seed gives the same bytes. The tokenizer is a byte-level BPE of 32,000 tokens with the
-ChatML template of the tests' tiny models.
+Speed and memory depend on the shape, not on the values. The weights are drawn and written block by block, so the
+program takes less than 2 GB. The same seed gives the same bytes. The tokenizer is a byte-level BPE of 32,000 tokens
+with the ChatML template of the tests' tiny models.
 """
 
 from __future__ import annotations
