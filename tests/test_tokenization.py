@@ -1,4 +1,4 @@
-"""The tokenizer adds nothing of its own, and the chat template cannot do harm."""
+"""Raw prompts get what the tokenizer adds, other text nothing, and the chat template cannot do harm."""
 
 from __future__ import annotations
 
@@ -6,10 +6,18 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+import transformers
 from hypothesis import given
+from tokenizers import models, normalizers, pre_tokenizers, processors
 
+from edgecompose.bundle import Bundle
+from edgecompose.conversation import Message
+from edgecompose.device import choose_device
 from edgecompose.errors import BundleError, GenerationError
+from edgecompose.language_model import LanguageModel
 from edgecompose.tokenization import Tokenizer
+from edgecompose_export.datasets import Example
+from edgecompose_export.train import encode_example
 from tests.factories import TEXT, write_tokenizer
 
 CHATML = """{% for message in messages %}
@@ -33,11 +41,78 @@ def tokenizer(path: Path) -> Tokenizer:
     return Tokenizer(path)
 
 
-def test_no_special_token_is_added(tokenizer: Tokenizer) -> None:
+def test_only_a_raw_prompt_gets_a_first_token(tokenizer: Tokenizer) -> None:
     start = tokenizer.token_id("<s>")
     assert start == 256
-    assert start not in tokenizer.encode("hello")
-    assert tokenizer.encode("") == []
+    assert tokenizer.first_tokens == [start]
+    assert start not in tokenizer.encode("hello") + tokenizer.encode_continuation("hello")
+    assert (tokenizer.encode(""), tokenizer.encode_continuation("")) == ([], [])
+    assert tokenizer.encode_prompt("hello") == [start, *tokenizer.encode("hello")]
+    assert tokenizer.encode_prompt("") == [start]
+
+
+@given(TEXT.map(lambda text: text.encode(errors="ignore").decode()))
+def test_raw_prompts_have_the_ids_of_transformers(tokenizer: Tokenizer, path: Path, text: str) -> None:
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
+    assert tokenizer.encode_prompt(text) == theirs(text)["input_ids"]
+
+
+@pytest.mark.parametrize("text", ["<s>", "<s>hello", "<s><s>hello", "hello<s>"])
+def test_a_text_that_begins_with_the_first_token_gets_no_other(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.encode_prompt(text) == (ids if text.startswith("<s>") else [256, *ids])
+
+
+@pytest.mark.parametrize(
+    ("single", "first"), [(None, []), ("$A </s>", []), ("<s> $A </s>", [256]), ("<s> </s> $A", [256, 257])]
+)
+def test_what_a_tokenizer_adds_is_added_to_raw_prompts(
+    path: Path, tmp_path: Path, single: str | None, first: list[int]
+) -> None:
+    changed = tokenizers.Tokenizer.from_file(str(path))
+    names = [(name, changed.token_to_id(name)) for name in ("<s>", "</s>")]
+    changed.post_processor = (
+        processors.ByteLevel() if single is None else processors.TemplateProcessing(single=single, special_tokens=names)
+    )
+    changed.save(str(tmp_path / "tokenizer.json"))
+    made = Tokenizer(tmp_path / "tokenizer.json")
+    assert made.first_tokens == first
+    last = [257] if single is not None and single.endswith("</s>") else []
+    for text in ("aab", "</s></s>", "<s></s>b"):
+        ids = made.encode(text)
+        begins = first and ids[: len(first)] == first
+        assert made.encode_prompt(text) == [*([] if begins else first), *ids, *last]
+
+
+def test_a_continuation_has_one_space_before_it(tmp_path: Path) -> None:
+    """A tokenizer of SentencePiece puts a space before every text, whatever the text begins with."""
+    words = tokenizers.Tokenizer(models.BPE({"\u2581": 0, "a": 1, "\u2581a": 2, "b": 3}, [("\u2581", "a")]))
+    words.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    words.save(str(tmp_path / "tokenizer.json"))
+    made = Tokenizer(tmp_path / "tokenizer.json")
+    assert made.encode_continuation(" ab") == made.encode_continuation("ab") == [2, 3]
+    assert made.encode_prompt("b ab")[-2:] == [2, 3]
+    words.normalizer, words.pre_tokenizer = None, pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer(tmp_path / "tokenizer.json").encode_continuation(" ab") == [1, 3]
+
+
+def test_runs_and_training_send_the_same_raw_prompt(bundle: Path, tokenizer: Tokenizer) -> None:
+    model = LanguageModel(Bundle(bundle), choose_device("cpu"))
+    model.__dict__["tokenizer"] = tokenizer
+    encoded = model.encode([Message("user", "two and two?")], 4, raw=True, overflow="refuse")
+    assert encoded.ids == tokenizer.encode_prompt("two and two?")
+    example = encode_example(tokenizer, Example("two and two?", "four"), chat=False, end=257)
+    assert list(example.ids) == [*encoded.ids, *tokenizer.encode(" four"), 257]
+    assert example.answer == len(tokenizer.encode(" four")) + 1
+
+
+def test_a_long_raw_prompt_is_cut_behind_its_first_token(bundle: Path, tokenizer: Tokenizer) -> None:
+    model = LanguageModel(Bundle(bundle), choose_device("cpu"))
+    model.__dict__["tokenizer"] = tokenizer
+    context = model.encode([Message("user", "ab" * 2000)], 4, raw=True, overflow="truncate")
+    assert context.ids[0] == 256
+    assert len(context.ids) + 4 == Bundle(bundle).manifest.base.context
 
 
 def test_special_tokens_written_in_the_text_are_recognised(tokenizer: Tokenizer) -> None:
