@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import tokenizers
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
 from edgecompose.chat_template import ChatTemplate
@@ -246,6 +248,7 @@ def test_the_tokenizer_of_another_model_is_refused(tmp_path: Path, vocabulary: i
         ("tokenizer.json", "{", r"tokenizer\.json' is not JSON"),
         ("tokenizer.json", '{"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}', "kind 'Unigram'"),
         ("tokenizer.json", '{"model": 3}', "kind None"),
+        ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {"a": "x"}}}', r"tokenizer\.json' cannot be read"),
         ("tokenizer_config.json", "[1]", "holds a list"),
         ("tokenizer_config.json", b"\xff\xfe{\x00", "save it as UTF-8"),
         ("generation_config.json", "nothing", "generation_config.json' is not JSON"),
@@ -259,6 +262,37 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path, name: str, content:
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ExportError, match=message):
         tokenizer_of_folder(folder)
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 300) | st.sampled_from(["<s>", "a", "", "é", "{{", "default"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["1", "x", "content", "special", "name", "template", "default"]), inner, max_size=4
+        )
+    ),
+    max_leaves=8,
+)
+_FIELDS = (
+    "added_tokens_decoder", "bos_token", "eos_token", "additional_special_tokens", "extra_special_tokens",
+    "chat_template", "tokenizer_class", "add_bos_token", "add_prefix_space", "eos_token_id", "text_config", "model_type", "<extra>",
+)  # fmt: skip
+
+
+@given(st.lists(st.dictionaries(st.sampled_from(_FIELDS), _JSON, max_size=4), min_size=5, max_size=5))
+def test_whatever_the_files_say_there_is_a_tokenizer_or_a_refusal(
+    tmp_path_factory: pytest.TempPathFactory, settings: list[dict[str, Any]]
+) -> None:
+    folder = _folder(tmp_path_factory.getbasetemp() / "odd", LLAMA)
+    names = ("tokenizer_config", "special_tokens_map", "added_tokens", "config", "generation_config")
+    for name, value in zip(names, settings, strict=True):
+        write_json(folder / f"{name}.json", value)
+    try:
+        ours = tokenizer_of_folder(folder)
+    except ExportError:
+        return
+    tokenizers.Tokenizer.from_str(json.dumps(ours.state))
 
 
 def test_a_folder_with_older_files_only_is_converted(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers.convert_slow_tokenizer import generate_merges
 from transformers.models.gemma import GemmaTokenizer
 from transformers.models.llama import LlamaTokenizer
 
@@ -363,9 +364,7 @@ def test_scores_give_the_same_merges_as_transformers() -> None:
     _, metadata = _sentencepiece(gemma=False)
     ids = {token: number for number, token in enumerate(metadata["tokenizer.ggml.tokens"])}
     scores = metadata["tokenizer.ggml.scores"]
-    theirs = transformers.convert_slow_tokenizer.generate_merges(
-        ids, [(token, scores[number]) for token, number in ids.items()]
-    )
+    theirs = generate_merges(ids, [(token, scores[number]) for token, number in ids.items()])
     assert merges_of_scores(ids, scores) == theirs
 
 

@@ -178,9 +178,9 @@ def tokenizer_of_folder(folder: Path) -> BaseTokenizer:
             f"'{folder / 'tokenizer.json'}' has a model of the kind {_kind(state)!r:.40}, expected one with a "
             "vocabulary of words (BPE); give a base whose tokenizer is BPE"
         )
-    state = {"added_tokens": [], **state}
+    loaded = _load(folder, state)
     values = _special_tokens(folder, settings, kind)
-    state = _with_added(folder, state, settings, values)
+    state = _with_added(folder, {"added_tokens": [], **state}, loaded, settings, values)
     if kind.first is not None:
         state |= {"post_processor": _ends_of_text(state, settings, values, first=kind.first)}
     template = _default_template(_templates(folder, settings), f"'{folder}'")
@@ -228,7 +228,7 @@ def _end_of_turn(template: str, added: Mapping[str, State]) -> int | None:
 def _default_template(templates: Any, source: str) -> str | None:
     """The one template, or the default of several."""
     if isinstance(templates, list):
-        templates = {row.get("name"): row.get("template") for row in templates if isinstance(row, dict)}
+        templates = {str(row.get("name")): row.get("template") for row in templates if isinstance(row, dict)}
     if isinstance(templates, dict):
         if templates and "default" not in templates:
             raise ExportError(
@@ -278,17 +278,31 @@ def _special_tokens(folder: Path, settings: Mapping[str, Any], kind: _Class) -> 
     return texts
 
 
+def _load(folder: Path, state: State) -> Any:
+    """The tokenizer, so that a damaged file is told here and not in a run."""
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(state))
+    except Exception as error:  # the library raises bare Exception on any malformed file
+        raise ExportError(
+            f"'{folder / 'tokenizer.json'}' cannot be read: {' '.join(str(error).split())}; copy it again"
+        ) from error
+
+
 def _with_added(
-    folder: Path, state: State, settings: Mapping[str, Any], values: Mapping[str, str | list[str]]
+    folder: Path, state: State, loaded: Any, settings: Mapping[str, Any], values: Mapping[str, str | list[str]]
 ) -> State:
     """The state with the tokens of the other files that tokenizer.json lacks or describes otherwise."""
     special = [text for value in values.values() for text in ([value] if isinstance(value, str) else value)]
     decoder = settings.get("added_tokens_decoder")
     if isinstance(decoder, dict):
-        named = {int(number): row for number, row in decoder.items() if isinstance(row, dict)}
+        named = {int(number): row for number, row in decoder.items() if number.isdecimal() and isinstance(row, dict)}
     else:
         older = _read(folder / "added_tokens.json")
-        named = {number: {"content": text, "special": text in special} for text, number in older.items()}
+        named = {
+            number: {"content": text, "special": text in special}
+            for text, number in older.items()
+            if isinstance(number, int)
+        }
         named |= {row["id"]: row for row in state["added_tokens"]}
     rows = [row | {"special": bool(row.get("special")) or row.get("content") in special} for row in named.values()]
     known = {_flags(row) for row in state["added_tokens"]}
@@ -303,12 +317,6 @@ def _with_added(
         state = state | {"pre_tokenizer": cut | {"add_prefix_space": prefix}}
     if not rows:
         return state
-    try:
-        loaded = tokenizers.Tokenizer.from_str(json.dumps(state, ensure_ascii=False))
-    except Exception as error:  # the library raises bare Exception on any malformed file
-        raise ExportError(
-            f"'{folder / 'tokenizer.json'}' cannot be read: {' '.join(str(error).split())}; copy it again"
-        ) from error
     for row in rows:
         content, single, left, right, normalized, is_special = _flags(row)
         token = tokenizers.AddedToken(
@@ -382,7 +390,7 @@ def _id_of(state: State, text: str) -> int | None:
 
 def _ids_in(value: Any) -> list[int | None]:
     """Ids of a config's `eos_token_id`, which is one, a list or null."""
-    return [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int) and v >= 0]
+    return [v for v in (value if isinstance(value, list) else [value]) if type(v) is int and v >= 0]
 
 
 def _parts(merge: Any) -> tuple[str, ...]:

@@ -371,7 +371,8 @@ def merges_of_scores(ids: Mapping[str, int], scores: Sequence[float]) -> list[tu
 def _scores(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> list[float]:
     """Scores by id. SentencePiece gives user-defined tokens 0; converters write what they like there."""
     scores = metadata.get(f"{_KEY}scores")
-    if not isinstance(scores, list) or len(scores) != len(vocabulary.tokens):
+    numbers = isinstance(scores, list) and all(isinstance(score, (int, float)) for score in scores)
+    if not isinstance(scores, list) or not numbers or len(scores) != len(vocabulary.tokens):
         raise ExportError(
             f"{_KEY}scores of the GGUF file is {_short(scores)}, expected {len(vocabulary.tokens)} numbers, one a "
             "token; convert the model again"
