@@ -147,7 +147,7 @@ class Base:
 
     def prompt(self) -> list[int]:
         """Ids of PROMPT, at most half of the context."""
-        return Tokenizer(self.tokenizer).encode(PROMPT)[: self.spec.context // 2]
+        return Tokenizer(self.tokenizer).encode_prompt(PROMPT)[: self.spec.context // 2]
 
 
 def merge_parity(device: Device, reference: Device) -> Iterator[MethodParity]:

@@ -133,7 +133,7 @@ def measure_compose(composer: Composer, runs: int = 30) -> dict[str, float]:
     result = {name: statistics.median(spent) for name, spent in stages.items()}
     result |= {"new_best": min(stages["new"]), "cached": statistics.median(cached)}
     return result | {
-        "prompt_tokens": len(composer.model.tokenizer.encode(PROMPT)),
+        "prompt_tokens": len(composer.model.tokenizer.encode_prompt(PROMPT)),
         "rank": float(_rank_of(composer, names)),
     }
 

@@ -276,7 +276,8 @@ _JSON = st.recursive(
 )
 _FIELDS = (
     "added_tokens_decoder", "bos_token", "eos_token", "additional_special_tokens", "extra_special_tokens",
-    "chat_template", "tokenizer_class", "add_bos_token", "add_prefix_space", "eos_token_id", "text_config", "model_type", "<extra>",
+    "chat_template", "tokenizer_class", "add_bos_token", "add_prefix_space", "eos_token_id", "text_config",
+    "model_type", "<extra>",
 )  # fmt: skip
 
 

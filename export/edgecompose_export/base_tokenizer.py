@@ -266,13 +266,14 @@ def _special_tokens(folder: Path, settings: Mapping[str, Any], kind: _Class) -> 
     if isinstance(extra, dict):
         values |= extra
     elif isinstance(extra, list):  # as transformers 5 writes additional ones
-        values["additional_special_tokens"] = [*(values.get("additional_special_tokens") or []), *extra]
+        listed = values.get("additional_special_tokens")
+        values["additional_special_tokens"] = [*(listed if isinstance(listed, list) else []), *extra]
     texts: dict[str, str | list[str]] = {}
     for name, value in values.items():
         if isinstance(value, list):
-            listed = [text for text in map(_content, value) if text]
-            if listed:
-                texts[name] = listed
+            several = [text for text in map(_content, value) if text]
+            if several:
+                texts[name] = several
         elif text := _content(value):
             texts[name] = text
     return texts
@@ -296,6 +297,7 @@ def _with_added(
     decoder = settings.get("added_tokens_decoder")
     if isinstance(decoder, dict):
         named = {int(number): row for number, row in decoder.items() if number.isdecimal() and isinstance(row, dict)}
+        named = {number: row for number, row in named.items() if _content(row)}
     else:
         older = _read(folder / "added_tokens.json")
         named = {
