@@ -273,6 +273,40 @@ def test_what_cannot_be_read_is_refused_by_name(changes: dict[str, Any], message
         gguf_tokenizer(_metadata("llama-bpe", **changes))
 
 
+_ODD = (
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 9)
+    | st.floats()
+    | st.sampled_from(["", "a", "default", "gemma", "gpt2"])
+)
+_KEYS = (
+    "model", "pre", "tokens", "token_type", "scores", "merges", "bos_token_id", "eos_token_id", "unknown_token_id",
+    "add_bos_token", "add_eos_token", "add_space_prefix",
+)  # fmt: skip
+
+
+@given(
+    kind=st.sampled_from(["gpt2", "llama"]),
+    tokens=st.lists(st.sampled_from(["<unk>", "<s>", "</s>", "a", "b", "ab", "", " ", "  ", "▁", "▁a", "é", "<0x09>"])),
+    types=st.lists(st.integers(0, 7), min_size=13, max_size=13),
+    merges=st.lists(st.sampled_from(["a b", "▁ a", "a  b", " a", "x y", "ab"]), max_size=3),
+    changes=st.dictionaries(st.sampled_from(_KEYS), _ODD | st.lists(_ODD, max_size=3), max_size=2),
+)
+def test_whatever_a_header_says_there_is_a_tokenizer_or_a_refusal(
+    kind: str, tokens: list[str], types: list[int], merges: list[str], changes: dict[str, Any]
+) -> None:
+    values = {
+        "model": kind, "pre": "qwen2", "tokens": tokens, "token_type": (types * len(tokens))[: len(tokens)],
+        "scores": [-1.0] * len(tokens), "merges": merges, **changes,
+    }  # fmt: skip
+    try:
+        made = gguf_tokenizer({f"tokenizer.ggml.{name}": value for name, value in values.items()})
+    except ExportError:
+        return
+    tokenizers.Tokenizer.from_str(json.dumps(made)).encode("a b ab\t")
+
+
 # SentencePiece
 
 

@@ -168,7 +168,7 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
         value = metadata.get(f"{_KEY}{name}_token_id")
         if value is None or value == 0xFFFFFFFF:  # how some converters write "none"
             continue
-        if not isinstance(value, int) or not 0 <= value < len(tokens):
+        if type(value) is not int or not 0 <= value < len(tokens):
             raise ExportError(
                 f"{_KEY}{name}_token_id of the GGUF file is {value!r:.40}, expected an id below {len(tokens)}; "
                 "convert the model again"
@@ -385,6 +385,8 @@ def _merges(metadata: Mapping[str, Any]) -> list[tuple[str, str]] | None:
     listed = metadata.get(f"{_KEY}merges")
     if not listed:
         return None
+    if not isinstance(listed, list):
+        raise ExportError(f"{_KEY}merges of the GGUF file is {_short(listed)}, expected a list; convert it again")
     pairs = []
     for number, merge in enumerate(listed):
         cut = merge.find(" ", 1) if isinstance(merge, str) else -1
