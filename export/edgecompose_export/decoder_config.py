@@ -327,9 +327,17 @@ def _from_metadata(
     gemma, granite = row.name.startswith("gemma"), row.name == "granite"
     if "blk.0.attn_q_norm.weight" in shapes and row.query_key_norm == "none":
         raise ExportError(f"a {row.name} with norms of queries and keys is not exported")
+    if row.name == "olmo2" and fields.get("attention.sliding_window"):
+        raise ExportError("an OLMo 2 with sliding windows (OLMo 3) is not exported; give an OLMo 2")
     embedding = shapes["token_embd.weight"]
     epsilon = "attention.layer_norm_epsilon" if row.norm == "layer" else "attention.layer_norm_rms_epsilon"
-    softcap = {"gemma2": (50.0, 30.0)}.get(row.name, (0.0, 0.0))
+    capped = row.name in ("gemma2", "gemma3_text")
+    attention_softcap, logit_softcap = (50.0, 30.0) if row.name == "gemma2" else (0.0, 0.0)
+    if row.name == "gemma2":
+        attention_softcap = float(fields.get("attn_logit_softcapping", attention_softcap))
+    if capped:
+        logit_softcap = float(fields.get("final_logit_softcapping", logit_softcap))
+    scale = float(fields.get("attention.scale") or 0) if granite else 0.0
     layers, rotaries = _gguf_layers(row, fields, factors, count, head_size, context)
     return DecoderConfig(
         architecture=row, vocabulary=int(embedding[0]), hidden=hidden, intermediate=_one(fields["feed_forward_length"]),
@@ -337,13 +345,13 @@ def _from_metadata(
         layers=layers, rotaries=rotaries, epsilon=float(fields[epsilon]),
         activation="gelu_tanh" if gemma else "silu", tied="output.weight" not in shapes,
         biases=_gguf_biases(row, shapes),
-        attention_scale=float(fields.get("attention.scale", _gguf_scale(row, hidden, heads, head_size, count))),
-        attention_softcap=float(fields.get("attn_logit_softcapping", softcap[0])),
-        logit_softcap=float(fields.get("final_logit_softcapping", softcap[1])),
-        embedding_multiplier=math.sqrt(hidden) if gemma else float(fields.get("embedding_scale", 1.0)),
-        residual_multiplier=float(fields.get("residual_scale", 1.0)) if granite else 1.0,
-        logit_divisor=float(fields.get("logit_scale", 1.0)) if granite else 1.0,
-        parallel=row.name == "stablelm" and bool(fields.get("use_parallel_residual")),
+        attention_scale=scale or _gguf_scale(row, hidden, heads, head_size, count),
+        attention_softcap=attention_softcap, logit_softcap=logit_softcap,
+        embedding_multiplier=math.sqrt(hidden) if gemma
+        else float(fields.get("embedding_scale") or 1) if granite else 1.0,
+        residual_multiplier=float(fields.get("residual_scale") or 1) if granite else 1.0,
+        logit_divisor=float(fields.get("logit_scale") or 1) if granite else 1.0,
+        parallel=row.name == "stablelm" and "blk.0.ffn_norm.weight" not in shapes,
     )  # fmt: skip
 
 
@@ -389,9 +397,7 @@ def _gguf_layers(
 
 def _gguf_rotary(fields: Mapping[str, Any], factors: Mapping[str, Float], dimensions: int, context: int) -> Rotary:
     theta = float(fields.get("rope.freq_base", 10000.0))
-    kind = str(fields.get("rope.scaling.type", "none"))
     original = fields.get("rope.scaling.original_context_length")
-    linear = fields.get("rope.scaling.factor", fields.get("rope.scale_linear"))
     if "rope_factors_long" in factors:
         start = int(original or context)
         scaling = {
@@ -400,6 +406,8 @@ def _gguf_rotary(fields: Mapping[str, Any], factors: Mapping[str, Float], dimens
             "long_factor": factors["rope_factors_long"].tolist(), "short_factor": factors["rope_factors_short"].tolist(),
         }  # fmt: skip
         return rotary_from_config(theta, dimensions, scaling, context=context, original=start)
+    linear = fields.get("rope.scaling.factor", fields.get("rope.scale_linear"))
+    kind = str(fields.get("rope.scaling.type", "linear" if linear else "none"))  # as llama.cpp
     if kind == "longrope":
         raise ExportError("the file says LongRoPE but has no rope_factors_long and rope_factors_short; convert it again")
     if kind not in ("none", "linear", "yarn"):
@@ -407,13 +415,15 @@ def _gguf_rotary(fields: Mapping[str, Any], factors: Mapping[str, Float], dimens
     scaling = {"rope_type": kind, "factor": linear, "original_max_position_embeddings": original}
     if kind == "yarn":
         scaling |= {
-            "beta_fast": fields.get("rope.scaling.yarn_beta_fast"), "beta_slow": fields.get("rope.scaling.yarn_beta_slow")
+            "beta_fast": fields.get("rope.scaling.yarn_beta_fast"), "beta_slow": fields.get("rope.scaling.yarn_beta_slow"),
+            "attention_factor": fields.get("rope.scaling.yarn_attn_factor"),
         }  # fmt: skip
     unscaled = kind == "none" or linear in (None, 0, 1)
     rotary = rotary_from_config(theta, dimensions, None if unscaled else scaling, context=context)
-    if "rope_freqs" in factors:  # Llama 3: what the original inverse frequencies are divided by
-        divisors = np.asarray(factors["rope_freqs"], np.float32)
-        if len(divisors) != rotary.pairs:
-            raise ExportError(f"rope_freqs has {len(divisors)} entries, expected {rotary.pairs}; convert it again")
-        return Rotary(rotary.frequencies / divisors, rotary.scale)
-    return rotary
+    scale = rotary.scale * float(fields.get("rope.scaling.attn_factor") or 1)
+    if "rope_freqs" not in factors:
+        return Rotary(rotary.frequencies, scale)
+    divisors = np.asarray(factors["rope_freqs"], np.float32)  # Llama 3
+    if len(divisors) != rotary.pairs:
+        raise ExportError(f"rope_freqs has {len(divisors)} entries, expected {rotary.pairs}; convert it again")
+    return Rotary(rotary.frequencies / divisors, scale)
