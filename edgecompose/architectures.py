@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
+from edgecompose.errors import BundleError
+
 NormKind = Literal["rms", "layer"]
 #: Where the norms of a block stand: before attention and MLP, behind both (before each is added), or before and behind.
 NormPlacement = Literal["before", "after", "around"]
@@ -117,6 +119,28 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({
         ),
     )
 })  # fmt: skip
+
+
+#: Path in a block of any transformers model -> the linear module, or what packs several.
+MODULE_AT: Mapping[str, str] = MappingProxyType(
+    {path: module for row in ARCHITECTURES.values() for module, path in row.paths.items()}
+)
+
+
+def architecture_of(name: str | None) -> Architecture:
+    """The row of a base's architecture; Llama's where an older bundle names none.
+
+    Raises:
+        BundleError: no row has that name.
+    """
+    if name is None:
+        return ARCHITECTURES["llama"]
+    if name not in ARCHITECTURES:
+        raise BundleError(
+            f"the base is of the architecture {name!r:.40}, expected one of {', '.join(ARCHITECTURES)}; "
+            "update edgecompose, or export the base again"
+        )
+    return ARCHITECTURES[name]
 
 
 def gguf_architectures() -> dict[str, Architecture]:

@@ -9,21 +9,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from edgecompose.architectures import ARCHITECTURES, Architecture, architecture_of
 from edgecompose.blend import MergedAdapter, require_adapters
 from edgecompose.decoder_modules import model_factors
 from edgecompose.errors import EdgeComposeError, MergeError
 from edgecompose.manifest import BaseSpec
 
 Float = npt.NDArray[np.float32]
-_SEPARATE = {
-    "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
-    "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down",
-}  # fmt: skip
-_PACKED = {"qkv_proj": "attn_qkv", "o_proj": "attn_output", "gate_up_proj": "ffn_up", "down_proj": "ffn_down"}
-#: Architecture -> what its GGUF files call the weight of each module.
-MODULE_NAMES = {"llama": _SEPARATE, "phi3": _PACKED, "qwen2": _SEPARATE, "qwen3": _SEPARATE}
-#: Architectures whose GGUF files hold the rows of q and k in llama.cpp's order of rotary halves.
-INTERLEAVED = frozenset({"llama"})
 
 
 def write_gguf_lora(merged: MergedAdapter, path: Path, base: BaseSpec) -> Path:
@@ -32,8 +24,8 @@ def write_gguf_lora(merged: MergedAdapter, path: Path, base: BaseSpec) -> Path:
     llama.cpp scales a module by alpha / rank; alpha is 1 and B carries the rank, so that the scale is 1 at any rank.
 
     Raises:
-        MergeError: the blend holds no adapter, the file exists, or how GGUF files of the base lay weights out is not
-            known here.
+        MergeError: the blend holds no adapter, the file exists, or there are no GGUF files of the base's architecture.
+        BundleError: the base's architecture is not known.
         EdgeComposeError: the package gguf is not installed.
         OSError: the file cannot be written.
     """
@@ -42,15 +34,11 @@ def write_gguf_lora(merged: MergedAdapter, path: Path, base: BaseSpec) -> Path:
     from gguf import GGUFWriter
 
     require_adapters(merged)
-    if base.architecture not in MODULE_NAMES:
-        raise MergeError(
-            f"the base's architecture is {base.architecture or 'not known'}; {', '.join(MODULE_NAMES)} can be "
-            "written as GGUF; export the base again if the bundle is older than this, or use --format peft"
-        )
+    row = _row(base)
     if path.exists():
         raise MergeError(f"'{path}' exists; give another file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    writer = GGUFWriter(path, base.architecture)
+    writer = GGUFWriter(path, row.gguf)
     try:
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
@@ -67,16 +55,25 @@ def write_gguf_lora(merged: MergedAdapter, path: Path, base: BaseSpec) -> Path:
 
 def gguf_tensors(merged: MergedAdapter, base: BaseSpec) -> Iterator[tuple[str, Float]]:
     """Name and values of each tensor: `lora_a` (R, n_in), `lora_b` (n_out, R)."""
-    names = MODULE_NAMES[base.architecture or ""]
-    for module, (a, b) in model_factors(merged.factors(), base).items():
+    row = architecture_of(base.architecture)
+    for module, (a, b) in model_factors(merged.factors(), base, row.gguf_paths).items():
         rank = a.shape[1]
         for layer in range(len(a)):
             rows = np.asarray(b[layer].T * rank, np.float32)
-            if module in ("q_proj", "k_proj") and base.architecture in INTERLEAVED:
+            if row.interleaved and module in ("q_proj", "k_proj"):
                 rows = interleaved(rows, len(rows) // base.head_size)
-            place = f"blk.{layer}.{names[module]}.weight"
+            place = f"blk.{layer}.{row.gguf_paths[module]}.weight"
             yield f"{place}.lora_a", np.ascontiguousarray(a[layer])
             yield f"{place}.lora_b", np.ascontiguousarray(rows)
+
+
+def _row(base: BaseSpec) -> Architecture:
+    row = architecture_of(base.architecture)
+    if base.architecture is None or row.gguf is None:
+        reason = "is not known; export it again" if base.architecture is None else f"is {row.name}"
+        known = ", ".join(row.name for row in ARCHITECTURES.values() if row.gguf is not None)
+        raise MergeError(f"the base's architecture {reason}; {known} can be written as GGUF; use --format peft")
+    return row
 
 
 def interleaved(rows: Float, heads: int) -> Float:

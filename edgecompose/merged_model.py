@@ -12,16 +12,18 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from edgecompose.architectures import MODULE_AT, PACKED
 from edgecompose.atomic import new_folder
 from edgecompose.blend import MergedAdapter, require_adapters
-from edgecompose.decoder_modules import PACKED
 from edgecompose.errors import CheckpointError, MergeError
 from edgecompose.float_checkpoint import BASE_KEY, INDEX_FILE, FloatCheckpoint, StoredTensor, write_shard
 from edgecompose.manifest import BaseSpec
 
 Float = npt.NDArray[np.float32]
 Advance = Callable[[int], None]
-_WEIGHT = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.weight$")
+_WEIGHT = re.compile(r"^((?:.*\.)?)layers\.(\d+)\.(\w+\.\w+)\.weight$")
+#: Parts of multimodal models that have layers of the same names.
+_OTHER_TOWER = re.compile(r"vision|visual|audio")
 #: Files beside weights that a model is not complete without, by the end of their names.
 _COPIED = (".json", ".jinja", ".model", ".txt", ".py", ".tiktoken")
 _LICENCES = ("LICENSE", "NOTICE")
@@ -123,13 +125,12 @@ def _changes(
     missing = {key for key in updates if key[1] not in PACKED}
     wrong = f"give the float base that the bundle's base was exported from, not '{checkpoint.folder}'"
     for tensor in (tensor for shard in checkpoint.shards for tensor in shard.tensors):
-        match = _WEIGHT.search(tensor.name)
-        key = (int(match[1]), match[2]) if match else None
+        key = _place(tensor.name)
         if key is None or key not in updates:
             continue
         layer, module = key
         if tensor.shape != shapes[module]:
-            raise CheckpointError(f"'{tensor.name}' is of shape {tensor.shape}, wanted is {shapes[module]}; {wrong}")
+            raise CheckpointError(f"'{tensor.name}' is of shape {tensor.shape}, expected {shapes[module]}; {wrong}")
         own = {(layer, part) for part in PACKED.get(module, (module,))} & set(updates)
         if not own <= missing:
             raise CheckpointError(
@@ -143,6 +144,14 @@ def _changes(
         shown = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
         raise CheckpointError(f"the blend changes weights that the checkpoint lacks: {shown}; {wrong}")
     return changes
+
+
+def _place(tensor: str) -> tuple[int, str] | None:
+    """Layer and linear module, or what packs several, of a weight of the text decoder."""
+    match = _WEIGHT.match(tensor)
+    if match is None or _OTHER_TOWER.search(match[1]) or match[3] not in MODULE_AT:
+        return None
+    return int(match[2]), MODULE_AT[match[3]]
 
 
 def _merge(tensor: StoredTensor, updates: Sequence[RowUpdate], content: bytes) -> bytes:

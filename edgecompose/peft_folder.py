@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save
 
+from edgecompose.architectures import architecture_of
 from edgecompose.blend import MergedAdapter, require_adapters
-from edgecompose.decoder_modules import model_factors, module_path
+from edgecompose.decoder_modules import model_factors
 from edgecompose.errors import MergeError
 from edgecompose.manifest import BaseSpec
 
@@ -22,24 +23,26 @@ def write_peft_folder(merged: MergedAdapter, folder: Path, base: BaseSpec) -> li
     The scale is 1 (alpha = r in every module): weights and scales of the parts are in the factors.
 
     Args:
-        base: names the model, and says whether it packs modules into one.
+        base: names the model and its architecture, and says how wide modules are.
 
     Raises:
         MergeError: the blend holds no adapter, or `folder` already holds one.
+        BundleError: the base's architecture is not known.
     """
     require_adapters(merged)
     paths = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
     taken = [path.name for path in paths if path.exists()]
     if taken:
         raise MergeError(f"'{folder}' already holds {', '.join(taken)}; give another folder")
+    row = architecture_of(base.architecture)
     tensors: dict[str, npt.NDArray[np.float32]] = {}
     ranks: dict[str, int] = {}
-    for name, (a, b) in model_factors(merged.factors(), base).items():
+    for name, (a, b) in model_factors(merged.factors(), base, row.paths).items():
         for layer in range(a.shape[0]):
-            path = f"base_model.model.{module_path(layer, name)}"
+            path = f"base_model.model.{row.path(layer, name)}"
             tensors[f"{path}.lora_A.weight"] = a[layer]
             tensors[f"{path}.lora_B.weight"] = np.ascontiguousarray(b[layer].T)
-        ranks[name] = a.shape[1]
+        ranks[row.paths[name].split(".")[-1]] = a.shape[1]
     folder.mkdir(parents=True, exist_ok=True)
     paths[1].write_bytes(save(tensors, metadata={"format": "pt"}))
     paths[0].write_text(json.dumps(_config(ranks, base.source), indent=1) + "\n", encoding="utf-8")

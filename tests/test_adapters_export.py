@@ -178,11 +178,11 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "DoRA": ({"use_dora": True}, "use_dora"),
     "bias": ({"bias": "all"}, "bias=all"),
     "bias of LoRA": ({"lora_bias": True}, "lora_bias"),
-    "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-    "tokens": ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+    "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save (lm_head: trained with new tokens)"),
+    "other modules_to_save": ({"modules_to_save": ["score"]}, "modules_to_save (score),"),
+    "tokens": ({"trainable_token_indices": [1, 2]}, "trainable_token_indices (trained with new tokens)"),
     "parameters": ({"target_parameters": ["x"]}, "target_parameters"),
     "replication": ({"layer_replication": [[0, 2]]}, "layer_replication"),
-    "conv": ({"fan_in_fan_out": True}, "fan_in_fan_out"),
     "QALoRA": ({"use_qalora": True}, "use_qalora"),
     "aLoRA": ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
     "PiSSA": ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa"),
@@ -204,6 +204,14 @@ def test_what_would_be_dropped_in_silence_is_refused(lora: Path, tmp_path: Path,
     with pytest.raises(UnsupportedAdapter, match=f"'one'.*{re.escape(named)}"):
         export_adapter(lora, BASE, tmp_path / "a.safetensors")
     assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_fan_in_fan_out_means_nothing_for_linear_modules(lora: Path, tmp_path: Path) -> None:
+    """PEFT warns and goes on; configs of older versions still say so."""
+    export_adapter(lora, BASE, tmp_path / "a.safetensors")
+    change_config(lora, fan_in_fan_out=True)
+    export_adapter(lora, BASE, tmp_path / "b.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "eva"])
@@ -247,10 +255,16 @@ def _three_dimensions(tensors: dict[str, Any]) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[dict[str, Any]], None], type[EdgeComposeError], str]] = {
-    "embedding": (_put("base_model.model.model.embed_tokens.lora_embedding_A", lambda: torch.ones(2, 2)),
-                  UnsupportedAdapter, "lora_embedding_A"),
-    "output layer": (_put("base_model.model.lm_head.lora_A.weight", lambda: torch.ones(4, 64)),
-                     UnsupportedAdapter, "lm_head"),
+    **{
+        f"tensor {key}": (_put(f"base_model.model.{key}", lambda: torch.ones(4, 64)), UnsupportedAdapter,
+                          f"{re.escape(key)}; it was trained with new tokens")
+        for key in (
+            "lm_head.weight", "lm_head.lora_A.weight", "model.embed_tokens.weight",
+            "model.embed_tokens.lora_embedding_A", "model.embed_tokens.token_adapter.trainable_tokens_delta",
+        )
+    },
+    "vision": (_put("base_model.model.vision_tower.encoder.layers.0.self_attn.q_proj.lora_A.weight",
+                    lambda: torch.ones(4, 64)), UnsupportedAdapter, "no slot: base_model.model.vision_tower"),
     "bias tensor": (_put("base_model.model.model.layers.0.self_attn.q_proj.bias", lambda: torch.ones(64)),
                     UnsupportedAdapter, "q_proj.bias"),
     "A alone": (lambda tensors: tensors.pop(_Q.format("B")), AdapterError, r"0\.self_attn\.q_proj' has lora_A alone"),

@@ -23,8 +23,9 @@ from safetensors.torch import load_file, save_file
 
 from edgecompose import Request, open_bundle
 from edgecompose.adapter import Adapter, adapter_metadata, load_adapter
+from edgecompose.architectures import ARCHITECTURES, Architecture
 from edgecompose.errors import AdapterError, EdgeComposeError, SlotMismatch, UnsupportedAdapter
-from edgecompose.gguf_lora import MODULE_NAMES, halved, interleaved, write_gguf_lora
+from edgecompose.gguf_lora import halved, interleaved, write_gguf_lora
 from edgecompose.manifest import BaseSpec
 from edgecompose.merging import Merger
 from edgecompose.methods import MergeSettings
@@ -155,11 +156,12 @@ def test_packed_projections_are_split(zoo: TinyZoo, tmp_path: Path, kind: str) -
     assert same_arrays(*made)
 
 
-def test_names_are_those_of_the_package_gguf() -> None:
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
-    parents = {"q": "self_attn", "k": "self_attn", "v": "self_attn", "o": "self_attn"}
-    for module, name in MODULE_NAMES["llama"].items():
-        assert names.get_name(f"model.layers.0.{parents.get(module[:-5], 'mlp')}.{module}") == f"blk.0.{name}"
+@pytest.mark.parametrize("row", [row for row in ARCHITECTURES.values() if row.gguf], ids=lambda row: row.name)
+def test_names_are_those_of_the_package_gguf(row: Architecture) -> None:
+    names = gguf.get_tensor_name_map(next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == row.gguf), 1)
+    assert row.paths.keys() == row.gguf_paths.keys()
+    for module, name in row.gguf_paths.items():
+        assert names.get_name(row.path(0, module)) == f"blk.0.{name}"
 
 
 def test_rows_go_back_to_halves() -> None:
@@ -213,6 +215,21 @@ def test_scales_are_those_of_llama_cpp(zoo: TinyZoo, tmp_path: Path, alpha: floa
         fields["adapter.lora.alpha"] = alpha
     adapter = exported(write_gguf(tmp_path / "x.gguf", gguf_tensors(zoo.lora("one")), fields), tmp_path / "x")
     assert all((m.scaling == np.float32(scale)).all() for m in adapter.modules.values())
+
+
+def test_files_of_a_mistral_are_called_llama(zoo: TinyZoo, tmp_path: Path) -> None:
+    source = write_gguf(tmp_path / "x.gguf", gguf_tensors(zoo.lora("one")))
+    bases = (BASE, dataclasses.replace(BASE, architecture="mistral"))
+    assert same_arrays(*(exported(source, tmp_path / str(base.architecture), base) for base in bases))
+    hybrid = dataclasses.replace(BASE, architecture="granitemoehybrid")
+    refused(source, hybrid, tmp_path, SlotMismatch, r"llama, this base is granitemoehybrid \(has none in GGUF files\)")
+
+
+def test_files_of_the_other_byte_order_are_refused(zoo: TinyZoo, tmp_path: Path) -> None:
+    source = write_gguf(tmp_path / "x.gguf", gguf_tensors(zoo.lora("one")))
+    content = source.read_bytes()
+    source.write_bytes(content[:4] + content[4:8][::-1] + content[8:])
+    refused(source, BASE, tmp_path, UnsupportedAdapter, "the other byte order; convert it on this kind of machine")
 
 
 def test_a_base_of_unknown_architecture_takes_the_files(zoo: TinyZoo, tmp_path: Path) -> None:
@@ -280,13 +297,15 @@ MLX_REFUSED: dict[str, tuple[dict[str, Any], Callable[[Tensors], None], type[Edg
     "magnitude": ({}, _with(f"{_MLX_QUERY}.m", torch.ones(64)), UnsupportedAdapter, r"q_proj\.m', a magnitude of DoRA"),
     "experts": ({}, _with("model.layers.0.mlp.switch_mlp.up_proj.lora_a", torch.ones(2, 4, 64)), UnsupportedAdapter,
                 "fused experts"),
-    "embedding": ({}, _with("model.embed_tokens.lora_a", torch.ones(300, 4)), UnsupportedAdapter, "embed_tokens"),
-    "output": ({}, _with("lm_head.lora_b", torch.ones(4, 300)), UnsupportedAdapter, "lm_head"),
+    "embedding": ({}, _with("model.embed_tokens.lora_a", torch.ones(300, 4)), UnsupportedAdapter,
+                  r"embed_tokens\.lora_a; it was trained with new tokens"),
+    "output": ({}, _with("lm_head.lora_b", torch.ones(4, 300)), UnsupportedAdapter,
+               r"lm_head\.lora_b; it was trained with new tokens"),
     "NaN": ({}, _poison(f"{_MLX_QUERY}.lora_b"), AdapterError, "not finite"),
     "alone": ({}, _without(f"{_MLX_QUERY}.lora_b"), AdapterError, r"0\.self_attn\.q_proj' has lora_A alone"),
     "other shape": ({}, _with(f"{_MLX_QUERY}.lora_b", torch.ones(4, 32)), SlotMismatch, "64x32 there"),
     "not turned": ({}, _with(f"{_MLX_QUERY}.lora_a", torch.ones(4, 64)), AdapterError, "factors of shapes"),
-    "no scale": ({"lora_parameters": {"rank": 4}}, _as_it_is, AdapterError, "None is no usable scale"),
+    "no scale": ({"lora_parameters": {"rank": 4}}, _as_it_is, AdapterError, "None is no usable scale.*; give a number"),
     "text": ({"lora_parameters": _PARAMETERS | {"scale": "2"}}, _as_it_is, AdapterError, "'2' is no usable scale"),
     "infinite": ({"lora_parameters": _PARAMETERS | {"scale": float("inf")}}, _as_it_is, AdapterError, "usable scale"),
     "no parameters": ({"lora_parameters": None}, _as_it_is, AdapterError, "has no lora_parameters"),
@@ -328,15 +347,17 @@ def test_incomplete_folders_of_mlx(zoo: TinyZoo, tmp_path: Path) -> None:
 
 
 GGUF_REFUSED: dict[str, tuple[dict[str, Any], Callable[[Tensors], None], type[EdgeComposeError], str]] = {
-    "a model": ({"general.type": "model"}, _as_it_is, UnsupportedAdapter, "general.type 'model'; 'adapter' is wanted"),
+    "a model": ({"general.type": "model"}, _as_it_is, UnsupportedAdapter, "general.type 'model', expected 'adapter'"),
     "a control vector": ({"adapter.type": "control"}, _as_it_is, UnsupportedAdapter, "adapter.type 'control'"),
     "aLoRA": ({"adapter.alora.invocation_tokens": [1, 2]}, _as_it_is, UnsupportedAdapter, r"aLoRA \(adapter\.al"),
     "other architecture": ({"general.architecture": "qwen2"}, _as_it_is, SlotMismatch, "qwen2, this base is llama"),
-    "strange architecture": ({"general.architecture": "rwkv7"}, _as_it_is, UnsupportedAdapter, "'rwkv7'; llama, phi3"),
+    "strange architecture": ({"general.architecture": "rwkv7"}, _as_it_is, UnsupportedAdapter, "'rwkv7'; llama, qwen2"),
     "NaN alpha": ({"adapter.lora.alpha": float("nan")}, _as_it_is, AdapterError, "alpha is nan"),
     "text alpha": ({"adapter.lora.alpha": "8"}, _as_it_is, AdapterError, "alpha is '8'"),
-    "embedding": ({}, _with("token_embd.weight.lora_a", np.ones((4, 4), np.float32)), UnsupportedAdapter, "token_embd"),
-    "output": ({}, _with("output.weight.lora_a", np.ones((4, 4), np.float32)), UnsupportedAdapter, "output.weight"),
+    "embedding": ({}, _with("token_embd.weight.lora_a", np.ones((4, 4), np.float32)), UnsupportedAdapter,
+                  r"token_embd\.weight\.lora_a; it was trained with new tokens"),
+    "output": ({}, _with("output.weight.lora_a", np.ones((4, 4), np.float32)), UnsupportedAdapter,
+               r"output\.weight\.lora_a; it was trained with new tokens"),
     "norm": ({}, _with("blk.0.attn_norm.weight", np.ones(64, np.float32)), UnsupportedAdapter, "attn_norm"),
     "experts": ({}, _with("blk.0.ffn_up_exps.weight.lora_a", np.ones((2, 4), np.float32)), UnsupportedAdapter, "exps"),
     "NaN": ({}, _poison(QUERY), AdapterError, "not finite"),
@@ -390,7 +411,7 @@ def test_a_file_that_names_endless_arrays_ends(tmp_path: Path) -> None:
     header = b"GGUF" + (3).to_bytes(4, "little") + bytes(8) + (1).to_bytes(8, "little")
     path = tmp_path / "x.gguf"
     path.write_bytes(header + len(key).to_bytes(8, "little") + key + array + bytes(64))
-    refused(path, BASE, tmp_path, AdapterError, "it ends at byte 113, where more is wanted")
+    refused(path, BASE, tmp_path, AdapterError, "the file ends at byte 113")
 
 
 @pytest.mark.parametrize("kind", ["mlx", "gguf"])
@@ -410,3 +431,21 @@ def test_peft_is_taken_where_both_lie(zoo: TinyZoo, tmp_path: Path) -> None:
     folder = shutil.copytree(zoo.lora("one"), tmp_path / "both")
     save_file(mlx_tensors(folder), folder / "adapters.safetensors")
     assert source_kind(folder) == "peft"
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    tiny.write_json(folder / "adapter_config.json", config | MLX_CONFIG)
+    assert source_kind(folder) == "peft"
+
+
+def test_weights_decide_where_a_config_has_the_settings_of_both(zoo: TinyZoo, tmp_path: Path) -> None:
+    """Converters to mlx leave PEFT's settings in the file."""
+    peft = zoo.lora("one")
+    config = json.loads((peft / "adapter_config.json").read_text(encoding="utf-8")) | MLX_CONFIG
+    folder = write_mlx(tmp_path / "both", mlx_tensors(peft), config)
+    assert source_kind(folder) == "mlx"
+    assert same_arrays(exported(peft, tmp_path / "peft"), exported(folder, tmp_path / "mlx"))
+    whole = (folder / "adapters.safetensors").read_bytes()
+    (folder / "adapters.safetensors").write_bytes(whole[:-1])
+    refused(folder, BASE, tmp_path, AdapterError, r"adapters\.safetensors cannot be read")
+    shutil.copyfile(peft / "adapter_model.safetensors", folder / "adapters.safetensors")
+    assert source_kind(folder) == "peft"  # its own names, under the name of mlx_lm's file
+    refused(folder, BASE, tmp_path, AdapterError, r"no adapter_model\.safetensors")

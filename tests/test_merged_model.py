@@ -23,10 +23,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from edgecompose.adapter import load_adapter
+from edgecompose.architectures import architecture_of
 from edgecompose.atomic import new_folder
 from edgecompose.blend import MergedAdapter
 from edgecompose.bundle import sha256_of
-from edgecompose.decoder_modules import module_path
 from edgecompose.errors import CheckpointError, EdgeComposeError, ExportError, MergeError
 from edgecompose.float_checkpoint import BASE_KEY, INDEX_FILE, open_checkpoint, weights_identity
 from edgecompose.manifest import BaseSpec
@@ -44,6 +44,8 @@ Float = npt.NDArray[np.float32]
 Blend = Callable[[str], MergedAdapter]
 IDS = [7, 80, 33, 260, 12, 5, 199, 41, 3]
 WHOLE, SHARDED = "5GB", "60KB"
+#: Targets of an adapter with few modules, where they are packed.
+FEW = {"phi3": ["qkv_proj", "down_proj"], "granitemoehybrid": ["v_proj", "input_linear"]}
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -53,7 +55,7 @@ def blend(zoo: TinyZoo, merger: Merger, tmp_path_factory: pytest.TempPathFactory
 
     def make(architecture: str) -> MergedAdapter:
         folder, adapters, base = tmp_path_factory.mktemp("blend"), [], slots_of_llama()
-        few = ["qkv_proj", "down_proj"] if architecture == "phi3" else ["q_proj", "v_proj", "down_proj"]
+        few = FEW.get(architecture, ["q_proj", "v_proj", "down_proj"])
         for i, settings in enumerate([{}, {"r": 2, "target_modules": few, "layers_to_transform": [1]}]):
             lora = zoo.lora(f"merged{i}", architecture, **settings)
             export_adapter(lora, base, folder / f"{i}.safetensors", 8)
@@ -99,7 +101,7 @@ def merged_by_peft(merged: MergedAdapter, architecture: str, folder: Path, check
     return peft.PeftModel.from_pretrained(load(checkpoint, dtype), folder).merge_and_unload().eval()
 
 
-@pytest.mark.parametrize("architecture", ["llama", "phi3"])
+@pytest.mark.parametrize("architecture", ["llama", "phi3", "granitemoehybrid"])
 @pytest.mark.parametrize("size", [WHOLE, SHARDED])
 def test_logits_are_those_of_the_model_that_peft_merges(
     zoo: TinyZoo, blend: Blend, tmp_path: Path, architecture: str, size: str
@@ -112,7 +114,7 @@ def test_logits_are_those_of_the_model_that_peft_merges(
     ours, plain = logits(load(tmp_path / "merged")), logits(load(folder))
     theirs = logits(merged_by_peft(merged, architecture, tmp_path / "lora", folder, "F32"))
     assert np.abs(ours - theirs).max() <= 1e-5
-    assert np.abs(ours - plain).max() > 0.1
+    assert np.abs(ours - plain).max() > 0.01 * np.abs(plain).max()
     tokenizers = [transformers.AutoTokenizer.from_pretrained(tmp_path / name) for name in ("merged", "float")]
     assert tokenizers[0].encode("the cat") == tokenizers[1].encode("the cat")
 
@@ -147,7 +149,7 @@ def test_the_sum_is_rounded_once(zoo: TinyZoo, blend: Blend, tmp_path: Path) -> 
     found, before = tensors_of(tmp_path / "merged"), tensors_of(folder)
     for module, (a, b) in merged.factors().items():
         for layer in range(2):
-            name = f"{module_path(layer, module)}.weight"
+            name = f"{architecture_of('llama').path(layer, module)}.weight"
             wanted = (before[name].float() + torch.tensor((a[layer].T @ b[layer]).T)).bfloat16()
             off = (found[name] != wanted).float().mean()  # sums of another order may fall to the other side of a tie
             assert off <= 1e-3, name
@@ -174,6 +176,23 @@ def test_everything_else_is_the_same_bytes(zoo: TinyZoo, merger: Merger, tmp_pat
     assert {k for k in before if not torch.equal(before[k], after[k])} == {"model.layers.1.self_attn.qkv_proj.weight"}
     rows = before["model.layers.1.self_attn.qkv_proj.weight"] != after["model.layers.1.self_attn.qkv_proj.weight"]
     assert rows.any(1).nonzero().flatten().tolist() == list(range(64, 96))  # k after the 64 of q, before the 32 of v
+
+
+def test_other_towers_are_left_alone(zoo: TinyZoo, blend: Blend, tmp_path: Path) -> None:
+    """A model of text and images has layers of the same names twice."""
+    folder = write_checkpoint(tmp_path / "float", zoo.model("llama"))
+    tower = "vision_tower.encoder.layers.0.self_attn.q_proj.weight"
+
+    def rename(tensors: dict[str, Any]) -> None:
+        for key in [key for key in tensors if key.startswith("model.")]:
+            tensors[f"language_model.{key}"] = tensors.pop(key)
+        tensors[tower] = torch.ones(96, 64)
+
+    _weights(rename)(folder)
+    merge(blend("llama"), folder, tmp_path / "merged")
+    before, after = tensors_of(folder), tensors_of(tmp_path / "merged")
+    assert torch.equal(before[tower], after[tower])
+    assert sum(not torch.equal(before[key], after[key]) for key in before) == 14
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -281,7 +300,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "8 bits": (_weights(lambda t: t.update({_Q: t[_Q].to(torch.int8)})), "q_proj.weight' is of type I8; F32, F16"),
     "double": (_weights(lambda t: t.update({_Q: t[_Q].double()})), "is of type F64"),
     "no weight": (_weights(lambda t: t.pop(_Q)), r"changes weights that the checkpoint lacks: layers\.0\.q_proj; give"),
-    "another shape": (_weights(lambda t: t.update({_Q: t[_Q][:32].clone()})), r"\(32, 64\), wanted is \(64, 64\)"),
+    "another shape": (_weights(lambda t: t.update({_Q: t[_Q][:32].clone()})), r"\(32, 64\), expected \(64, 64\)"),
     "two decoders": (_weights(lambda t: t.update({f"eye.{_Q}": t[_Q].clone()})), "more than one 'q_proj' in layer 0"),
     "truncated": (_truncate, "model.safetensors' cannot be read"),
     "no safetensors": (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),

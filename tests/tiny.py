@@ -36,13 +36,37 @@ _SHAPE = {
     "num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 512, "bos_token_id": None,
     "eos_token_id": VOCABULARY - 1, "pad_token_id": VOCABULARY - 3, "tie_word_embeddings": False,
 }  # fmt: skip
-#: Class of the configuration, class of the model, and what differs from `_SHAPE`.
+_GEMMA = {"head_dim": 32, "tie_word_embeddings": True}
+_GRANITE = {
+    "embedding_multiplier": 12.0, "attention_multiplier": 0.0625, "residual_multiplier": 0.22, "logits_scaling": 8.0,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+#: One for each row of `edgecompose.architectures`: class of the configuration, class of the model, and what differs
+#: from `_SHAPE`. Windows are of 16 tokens.
 ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", {}),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {"head_dim": 32}),
     "phi3": ("Phi3Config", "Phi3ForCausalLM", {"original_max_position_embeddings": 512}),
-}
+    "mistral": ("MistralConfig", "MistralForCausalLM", {"head_dim": 32, "sliding_window": 16}),
+    "gemma": ("GemmaConfig", "GemmaForCausalLM", _GEMMA),
+    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {**_GEMMA, "sliding_window": 16, "query_pre_attn_scalar": 24}),
+    "gemma3_text": (
+        "Gemma3TextConfig", "Gemma3ForCausalLM",
+        {**_GEMMA, "num_hidden_layers": 6, "sliding_window": 16, "query_pre_attn_scalar": 24},
+    ),
+    "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", {}),
+    "granite": ("GraniteConfig", "GraniteForCausalLM", _GRANITE),
+    "granitemoehybrid": (
+        "GraniteMoeHybridConfig", "GraniteMoeHybridForCausalLM",
+        {
+            **_GRANITE, "shared_intermediate_size": 96, "num_local_experts": 0, "num_experts_per_tok": 0,
+            "layer_types": ["attention"] * 2, "position_embedding_type": "rope",
+        },
+    ),
+    "stablelm": ("StableLmConfig", "StableLmForCausalLM", {"use_qkv_bias": True}),
+    "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM", {"num_hidden_layers": 4, "tie_word_embeddings": True}),
+}  # fmt: skip
 
 
 def write_tokenizer(folder: Path) -> None:

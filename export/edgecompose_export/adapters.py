@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgecompose.adapter import AdapterModule, adapter_to_bytes
-from edgecompose.decoder_modules import PACKED
+from edgecompose.architectures import PACKED
 from edgecompose.errors import AdapterError, ExportError, SlotMismatch
 from edgecompose.manifest import AdapterSpec, BaseSpec, SlotGroup
 from edgecompose.quantization import Bits, quantize, relative_error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import safetensors
 
+from edgecompose.architectures import MODULE_AT
 from edgecompose.errors import AdapterError, UnsupportedAdapter
 
 Float = npt.NDArray[np.float32]
@@ -20,6 +22,11 @@ Kind = Literal["peft", "mlx", "gguf"]
 Side = Literal["A", "B"]
 #: PEFT and mlx_lm both call it so.
 CONFIG_FILE = "adapter_config.json"
+_PLACE = re.compile(r"^((?:.*?\.)?)(\d+)\.((?:.*\.)?(\w+))$")
+#: Parts of multimodal models that have layers of the same names.
+_OTHER_TOWER = re.compile(r"vision|visual|audio")
+#: What transformers and GGUF files call embeddings and the output layer.
+_VOCABULARY = frozenset({"embed_tokens", "lm_head", "token_embd", "output"})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,18 +92,35 @@ def read_tensors(path: Path, adapter: str) -> Iterator[tuple[str, Float]]:
         raise AdapterError(f"adapter '{adapter}': {path.name} cannot be read: {error}") from error
 
 
+def place_of(path: str) -> tuple[str, int] | None:
+    """Module and layer of a path such as `model.layers.0.self_attn.q_proj`, None outside of the text decoder."""
+    match = _PLACE.match(path)
+    if match is None or _OTHER_TOWER.search(match[1]):
+        return None
+    return MODULE_AT.get(match[3], match[4]), int(match[2])
+
+
+def is_of_vocabulary(path: str) -> bool:
+    """Whether a module or tensor belongs to the embeddings or the output layer."""
+    return not _VOCABULARY.isdisjoint(path.split("."))
+
+
 def refuse_unknown(adapter: str, names: Iterable[str]) -> None:
     """Refuse an adapter that holds tensors which no slot could take.
 
     Raises:
         UnsupportedAdapter: `names` is not empty; some of it is shown.
     """
-    unknown = sorted(names)
+    unknown = sorted(names, key=lambda name: (not is_of_vocabulary(name), name))
     if unknown:
-        raise UnsupportedAdapter(
-            f"adapter '{adapter}' holds tensors that have no slot: {', '.join(unknown[:5])}"
-            f"{' ...' if len(unknown) > 5 else ''}"
-        )
+        shown = ", ".join(unknown[:5]) + (" ..." if len(unknown) > 5 else "")
+        why = ""
+        if is_of_vocabulary(unknown[0]):
+            why = (
+                "; it was trained with new tokens, or with an embedding or output layer of its own; "
+                "train it on the linear modules of blocks alone"
+            )
+        raise UnsupportedAdapter(f"adapter '{adapter}' holds tensors that have no slot: {shown}{why}")
 
 
 def pair_up(adapter: str, halves: Iterable[Half], scale_of: Callable[[str, int], float]) -> Pairs:
@@ -114,7 +138,7 @@ def pair_up(adapter: str, halves: Iterable[Half], scale_of: Callable[[str, int],
     for half in halves:
         sides = found.setdefault((half.module, half.layer, half.path), {})
         if half.side in sides:
-            raise UnsupportedAdapter(f"adapter '{adapter}' has two factors for '{half.path}'; one adapter is wanted")
+            raise UnsupportedAdapter(f"adapter '{adapter}' has two factors for '{half.path}'; expected one adapter")
         sides[half.side] = half.values
     pairs: dict[str, dict[int, LoraPair]] = {}
     for (module, layer, path), sides in found.items():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import safetensors
 
 from edgecompose.bundle import sha256_of
 from edgecompose.errors import AdapterError, UnsupportedAdapter
@@ -18,22 +19,38 @@ from edgecompose_export.lora_source import (
     LoraSource,
     Side,
     pair_up,
+    place_of,
     read_adapter_config,
     read_tensors,
     refuse_unknown,
 )
 
 WEIGHTS_FILE = "adapters.safetensors"
-_KEY = re.compile(r"^(.*?\.(\d+)\..*?(\w+))\.lora_(a|b)$")
+_PEFT_WEIGHTS_FILE = "adapter_model.safetensors"
+_KEY = re.compile(r"^(.+)\.lora_(a|b)$")
 #: Experts that mlx_lm keeps in one tensor.
 _FUSED = re.compile(r"switch_mlp|\.experts\.")
 
 
 def is_mlx_folder(folder: Path, config: Any) -> bool:
-    """Whether a folder with this `adapter_config.json` was written by mlx_lm, and not by PEFT."""
-    if not isinstance(config, dict) or "peft_type" in config:
+    """Whether a folder with this `adapter_config.json` holds an adapter of mlx_lm, and not one of PEFT.
+
+    Converters write configs with the settings of both; then the weights decide.
+    """
+    if not isinstance(config, dict):
         return False
-    return "fine_tune_type" in config or "lora_parameters" in config or (folder / WEIGHTS_FILE).is_file()
+    has_weights = (folder / WEIGHTS_FILE).is_file()
+    if "peft_type" in config:
+        return has_weights and not (folder / _PEFT_WEIGHTS_FILE).is_file() and _has_names_of_mlx(folder / WEIGHTS_FILE)
+    return "fine_tune_type" in config or "lora_parameters" in config or has_weights
+
+
+def _has_names_of_mlx(path: Path) -> bool:
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            return any(_KEY.match(key) for key in file.keys())  # noqa: SIM118 (it is no mapping)
+    except (OSError, safetensors.SafetensorError):
+        return True  # its reader says what is wrong
 
 
 def read_mlx_folder(folder: Path) -> LoraSource:
@@ -57,17 +74,17 @@ def read_mlx_folder(folder: Path) -> LoraSource:
         if _FUSED.search(key):
             raise UnsupportedAdapter(f"adapter '{name}' holds '{key}', of fused experts; they have no slots")
         match = _KEY.match(key)
-        if match is None:
+        place = place_of(match[1]) if match else None
+        if match is None or place is None:
             unknown.append(key)
         else:
-            turned = np.ascontiguousarray(values.T)
-            halves.append(Half(match[1], match[3], int(match[2]), cast(Side, match[4].upper()), turned))
+            halves.append(Half(match[1], *place, cast(Side, match[2].upper()), np.ascontiguousarray(values.T)))
     refuse_unknown(name, unknown)
 
-    def scale_of(module_path: str, found: int) -> float:
-        if found != rank:
+    def scale_of(module_path: str, own: int) -> float:
+        if own != rank:
             raise AdapterError(
-                f"adapter '{name}': '{module_path}' has rank {found}, {CONFIG_FILE} says {rank}; "
+                f"adapter '{name}': '{module_path}' has rank {own}, {CONFIG_FILE} says {rank}; "
                 "the folder mixes two adapters"
             )
         return scale
@@ -87,16 +104,12 @@ def _rank_and_scale(adapter: str, config: Any) -> tuple[int, float]:
         raise UnsupportedAdapter(f"adapter '{adapter}' has fine_tune_type {kind!r}; only 'lora' can be composed")
     parameters = config.get("lora_parameters")
     if not isinstance(parameters, Mapping):
-        raise AdapterError(
-            f"adapter '{adapter}': {CONFIG_FILE} has no lora_parameters; rank and scale are wanted there"
-        )
+        raise AdapterError(f"adapter '{adapter}': {CONFIG_FILE} has no lora_parameters, expected rank and scale there")
     rank, scale = parameters.get("rank"), parameters.get("scale")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise AdapterError(f"adapter '{adapter}' has rank {rank!r:.60}; a positive whole number is wanted")
+        raise AdapterError(f"adapter '{adapter}' has rank {rank!r:.60}, expected a positive whole number")
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise AdapterError(
-            f"adapter '{adapter}': {scale!r:.60} is no usable scale in lora_parameters; a number is wanted"
-        )
+        raise AdapterError(f"adapter '{adapter}': {scale!r:.60} is no usable scale in lora_parameters; give a number")
     alpha = parameters.get("alpha", rank)
     if "num_layers" not in config and alpha != rank:
         raise UnsupportedAdapter(

@@ -15,18 +15,20 @@ from edgecompose_export.lora_source import (
     Half,
     LoraSource,
     Side,
+    is_of_vocabulary,
     pair_up,
+    place_of,
     read_adapter_config,
     read_tensors,
     refuse_unknown,
 )
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-_KEY = re.compile(r"^(?:base_model\.model\.)?(.*?\.(\d+)\..*?(\w+))\.lora_(A|B)(?:\.\w+)?\.weight$")
+_KEY = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_(A|B)(?:\.\w+)?\.weight$")
 #: Settings of PEFT that change what an adapter means in a way that low-rank slots cannot carry.
 _REFUSED = (
     "use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters", "use_qalora",
-    "alora_invocation_tokens", "arrow_config", "fan_in_fan_out", "layer_replication", "megatron_config", "use_bdlora",
+    "alora_invocation_tokens", "arrow_config", "layer_replication", "megatron_config", "use_bdlora",
     "kasa_config", "velora_config", "monteclora_config",
 )  # fmt: skip
 #: Initialisations that change the base's own weights, so that the factors mean nothing without them.
@@ -45,14 +47,20 @@ def read_peft_folder(folder: Path) -> LoraSource:
     config, path = read_config(folder), folder / WEIGHTS_FILE
     if not path.is_file():
         raise AdapterError(f"adapter '{folder}' has no {WEIGHTS_FILE}; save it with safe_serialization=True")
-    found = [(key, _KEY.match(key), values) for key, values in read_tensors(path, folder.name)]
-    refuse_unknown(folder.name, (key for key, match, _ in found if match is None))
-    halves = [Half(m[1], m[3], int(m[2]), cast(Side, m[4]), values) for _, m, values in found if m is not None]
+    halves, unknown = [], []
+    for key, values in read_tensors(path, folder.name):
+        match = _KEY.match(key)
+        place = place_of(match[1]) if match else None
+        if match is None or place is None:
+            unknown.append(key)
+        else:
+            halves.append(Half(match[1], *place, cast(Side, match[2]), values))
+    refuse_unknown(folder.name, unknown)
 
     def scale(module_path: str, rank: int) -> float:
-        if rank != (said := _rank_of(module_path, config)):
+        if rank != (expected := _rank_of(module_path, config)):
             raise AdapterError(
-                f"adapter '{folder.name}': '{module_path}' has rank {rank}, {CONFIG_FILE} says {said}; "
+                f"adapter '{folder.name}': '{module_path}' has rank {rank}, {CONFIG_FILE} says {expected}; "
                 "the scale would be wrong, so it is not exported"
             )
         return scale_of(module_path, config)
@@ -70,20 +78,31 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise UnsupportedAdapter(f"adapter '{folder.name}' is of type {kind!r}; only LORA is supported")
-    found = [name for name in _REFUSED if config.get(name)]
+    refused = [name + _new_tokens(name, config[name]) for name in _REFUSED if config.get(name)]
     if config.get("bias", "none") != "none":
-        found.append(f"bias={config['bias']}")
+        refused.append(f"bias={config['bias']}")
     init = str(config.get("init_lora_weights", "")).lower()
     if init.startswith(_MUTATING):
-        found.append(f"init_lora_weights={init} (convert it to plain LoRA when saving)")
-    if found:
+        refused.append(f"init_lora_weights={init} (convert it to plain LoRA when saving)")
+    if refused:
         raise UnsupportedAdapter(
-            f"adapter '{folder.name}' uses {', '.join(found)}, which cannot be composed; not exported"
+            f"adapter '{folder.name}' uses {', '.join(refused)}, which cannot be composed; not exported"
         )
     if not isinstance(config.get("r"), int) or config["r"] < 1:
-        raise AdapterError(f"adapter '{folder.name}' has rank {config.get('r')!r}; a positive whole number is wanted")
+        raise AdapterError(f"adapter '{folder.name}' has rank {config.get('r')!r}, expected a positive whole number")
     _check_scales(folder.name, config)
     return config
+
+
+def _new_tokens(setting: str, value: Any) -> str:
+    """What a refused setting means where it changes the vocabulary."""
+    if setting == "trainable_token_indices":
+        return " (trained with new tokens)"
+    if setting != "modules_to_save":
+        return ""
+    modules = [str(name) for name in value] if isinstance(value, list) else [str(value)]
+    meaning = ": trained with new tokens" if any(is_of_vocabulary(name) for name in modules) else ""
+    return f" ({', '.join(modules)}{meaning})"
 
 
 def scale_of(module_path: str, config: Mapping[str, Any]) -> float:
@@ -102,7 +121,7 @@ def _check_scales(adapter: str, config: Mapping[str, Any]) -> None:
     for name in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(name) or {}
         if not isinstance(pattern, dict):
-            raise AdapterError(f"adapter '{adapter}': {name} is {pattern!r:.60}; an object is wanted")
+            raise AdapterError(f"adapter '{adapter}': {name} is {pattern!r:.60}, expected an object")
         for key in pattern:
             try:
                 re.compile(key)
@@ -112,7 +131,7 @@ def _check_scales(adapter: str, config: Mapping[str, Any]) -> None:
     ranks = list((config.get("rank_pattern") or {}).values())
     for value in (*alphas, *ranks):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise AdapterError(f"adapter '{adapter}': {value!r:.60} is no usable rank or alpha; a number is wanted")
+            raise AdapterError(f"adapter '{adapter}': {value!r:.60} is no usable rank or alpha; expected a number")
     if any(rank < 1 for rank in ranks):
         raise AdapterError(f"adapter '{adapter}': rank_pattern has a rank below 1")
 
