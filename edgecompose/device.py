@@ -129,13 +129,16 @@ def host(reason: str) -> Device:
     return Device("cpu", (_CPU,), reason)
 
 
-def open_session(graph: Path | bytes, device: Device, *, name: str, threads: int | None = None) -> Session:
+def open_session(
+    graph: Path | bytes, device: Device, *, name: str, threads: int | None = None, folder: Path | None = None
+) -> Session:
     """Open a graph on the device and make sure that it really runs there.
 
     Args:
         graph: path of an .onnx file (whose hash the caller has checked), or its bytes.
         name: what the graph is, for messages.
         threads: intra-op threads; None takes one per core, of those that this process may run on.
+        folder: where the tensors of a graph that is given as bytes lie, if not in it.
 
     Raises:
         BundleError: ONNX Runtime refuses the graph.
@@ -149,6 +152,8 @@ def open_session(graph: Path | bytes, device: Device, *, name: str, threads: int
         threads = usable_cores()  # ONNX Runtime counts the machine's, and two threads on one core wait for each other
     if threads is not None:
         options.intra_op_num_threads = threads
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     source = graph if isinstance(graph, bytes) else str(graph)
     try:
         session = onnxruntime.InferenceSession(source, options, providers=_with_options(device.providers))

@@ -53,16 +53,19 @@ class SlotGroup:
 
 @dataclass(frozen=True, slots=True)
 class Distance:
-    """How far a quantised base is from its float form.
+    """How far a base is from the float values of the file that it was exported from.
 
-    `kl` is the mean KL divergence (nats) of the next-token distribution, `top1` the share of
-    positions with the same most likely token, over `positions` positions of `prompts` prompts.
+    `kl` is the mean KL divergence (nats) of the next-token distribution, `top1` the share of positions with the same
+    most likely token, over `positions` positions of `prompts` prompts. `nll` is the mean negative log-likelihood
+    (nats) of the prompts' next tokens, `nll_float` that of the float values.
     """
 
     kl: float
     top1: float
     prompts: int
     positions: int
+    nll: float | None = None
+    nll_float: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,153 +1,128 @@
-"""A base model to a decoder graph with adapter slots, quantised, with its distance from float32 measured."""
+"""A base model to a decoder graph with adapter slots, in the precision that was chosen, its distance measured."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
-import onnx
-from onnx import TensorProto, helper, numpy_helper
 
+from edgecompose.atomic import new_folder
 from edgecompose.blend import MergedAdapter
 from edgecompose.decoder import Decoder
 from edgecompose.device import choose_device
 from edgecompose.errors import ExportError
 from edgecompose.generation import log_softmax
-from edgecompose.manifest import BaseSpec, Distance, SlotGroup
+from edgecompose.manifest import BaseSpec, Distance
+from edgecompose.memory import release_freed_memory
 from edgecompose.tokenization import Tokenizer
 from edgecompose.typed_json import value_from_json
-from edgecompose_export.checkpoint import Checkpoint
+from edgecompose_export.base_tokenizer import BaseTokenizer, tokenizer_of_folder, tokenizer_of_gguf
 from edgecompose_export.cuda_graph import write_cuda_graph
 from edgecompose_export.datasets import read_json
-from edgecompose_export.folding import without_data, write_folding
-from edgecompose_export.quantize import quantize_decoder
-from edgecompose_export.slots import add_slots, feed_lengths, keep_last_logits
+from edgecompose_export.decoder_graph import slot_groups, write_decoder
+from edgecompose_export.folding import write_folding
+from edgecompose_export.graph_writer import DataFile
+from edgecompose_export.layerwise import (
+    Comparison,
+    FloatStates,
+    compare,
+    float_logits,
+    float_states,
+    stored_logits,
+    stored_states,
+)
+from edgecompose_export.mixed_precision import Choice, choose_forms
+from edgecompose_export.stored_weights import EIGHT, FOUR, Form, StoredWeights, linear_tensors, source_form
+from edgecompose_export.weight_source import (
+    EMBEDDING,
+    HEAD,
+    WeightSource,
+    gguf_metadata,
+    locate_base,
+    open_weights,
+    weights_digest,
+)
 
-Precision = Literal["fp32", "fp16", "int8", "int4"]
+Precision = Literal["source", "auto", "int8", "int4", "fp16", "fp32"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 #: Precisions whose weights a blend can be written into.
 FLOAT_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
 SPEC_FILE = "base.json"
-#: Mean KL divergence (nats) that a quantised base may have from float32.
+#: Mean KL divergence (nats) from the file's float values that a base may have.
 LARGEST_KL = 0.01
-#: Mean KL divergence (nats) from float32 that attention in float16 may bring. It brings about 1e-6.
-LARGEST_HALF_KL = 1e-3
-#: Largest difference of a logit between transformers and the float32 graph.
-LARGEST_LOGIT_ERROR = 1e-3
+#: Largest query, key or value for which attention is computed in float16 (numbers end at 65504).
+LARGEST_HALF = 16384.0
+#: Positions of the calibration prompts that are run at most, for bases of so many weights or more.
+_POSITIONS = ((3_000_000_000, 400), (0, 2000))
+#: Bytes of a decoder that is opened as a whole, to see that it gives what its blocks give one after another.
+_LARGEST_OPENED = 2_500_000_000
+#: KL divergence (nats) between the whole decoder and its blocks: other orders of the same sums.
+_LARGEST_DISAGREEMENT = 1e-3
 _NO_ADAPTER = MergedAdapter({}, "base")
-Float = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A base as it is on disk: its path, its weights and its tokenizer."""
+
+    path: Path
+    weights: WeightSource
+    tokenizer: BaseTokenizer
+
+
+def open_base(path: Path) -> Base:
+    """Open a Hugging Face folder, a GGUF file (any shard of it), or a folder that holds one GGUF model.
+
+    Nothing but headers and the tokenizer is read.
+
+    Raises:
+        ExportError: no base, or one that cannot be exported; what is missing is named.
+    """
+    path = locate_base(path)
+    weights = open_weights(path)
+    tokenizer = tokenizer_of_gguf(gguf_metadata(path)) if path.is_file() else tokenizer_of_folder(path)
+    return Base(path, weights, tokenizer.fitted(weights.config.vocabulary))
 
 
 def export_base(
-    checkpoint: Checkpoint,
+    path: Path,
     output: Path,
-    precision: Precision = "int8",
+    precision: Precision | None = None,
     *,
     accept_distance: bool = False,
     advance: Callable[[str], None] = lambda step: None,
 ) -> BaseSpec:
-    """Write `decoder.onnx`, `tokenizer.json`, `chat_template.jinja` and `base.json` to `output`.
+    """Write `decoder.onnx`, `tokenizer.json`, `chat_template.jinja` and `base.json` to `output`, which must not exist.
 
-    A float base (fp32, fp16) also gets the graphs of `folding.write_folding`. Every decoder gets another for CUDA
-    beside it (`cuda_graph`), unless float16 attention moves the float graph by more than LARGEST_HALF_KL.
+    Weights go from the file to the decoder a few rows at a time. A float base (fp32, fp16) also gets the graphs of
+    `folding.write_folding`. Every decoder gets another for CUDA beside it (`cuda_graph`), unless queries, keys or
+    values are too large for attention in float16.
 
     Args:
-        accept_distance: keep a quantised base whose KL divergence exceeds LARGEST_KL.
+        path: as `open_base` takes it.
+        precision: 'source' keeps every tensor of a GGUF file in its own codes, and float tensors as they are; 'auto'
+            mixes 4 and 8 bits by measured sensitivity; None is 'source' for a GGUF file and 'auto' for a folder.
+        accept_distance: keep a base whose KL divergence exceeds LARGEST_KL.
         advance: called with the name of each step as it begins.
 
     Raises:
-        ExportError: an architecture that cannot be exported, a float graph whose logits differ from
-            transformers', or a quantised graph too far from the float one.
+        ExportError: as `open_base` does, `output` exists, or the result is too far from the values of the file.
     """
-    if (output / SPEC_FILE).exists():
-        raise ExportError(f"'{output}' already holds an exported base; remove it or give another folder")
-    output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output, prefix=".build-") as scratch:
-        work = Path(scratch)
-        advance("loading the checkpoint")
-        model = checkpoint.model()
-        template = checkpoint.write_tokenizer(output)
-        _write_template(output, template)
-        advance("building the float graph")
-        graph, widths = build_decoder(model, checkpoint, work), _head_widths(model.config)[1:]
-        bare = without_data(graph)
-        slots = add_slots(graph, widths)
-        spec = _describe(model, slots, checkpoint, precision, template)
-        save_graph(graph, work / "float.onnx")
-        tokenizer = Tokenizer(output / spec.tokenizer, chat_template=template)
-        prompts = [_render(tokenizer, prompt) for prompt in calibration_prompts()]
-        advance("comparing with transformers")
-        _check_parity(model, work / "float.onnx", spec, prompts[:3])
-        del model
-        advance(f"converting to {precision}")
-        convert(graph, precision)
-        save_graph(graph, output / spec.graph)
-        if precision in FLOAT_PRECISIONS:
-            spec = dataclasses.replace(spec, folding=write_folding(bare, output / spec.graph, widths))
-        if _holds_in_half(work / "float.onnx", spec, prompts[:3]):
-            spec = _write_cuda_graphs(output, spec)
-        if precision != "fp32":
-            advance("measuring the distance from float32")
-            distance = measure_distance(work / "float.onnx", output / spec.graph, spec, prompts)
-            spec = dataclasses.replace(spec, distance=distance)
-            if distance.kl > LARGEST_KL and not accept_distance:
-                raise ExportError(
-                    f"precision {precision} is {distance.kl:.3f} nats from float32 (top-1 {distance.top1:.0%}), "
-                    f"{LARGEST_KL} at most is wanted; use --precision int8, or --accept-distance to keep it"
-                )
-    (output / SPEC_FILE).write_text(json.dumps(dataclasses.asdict(spec), indent=1) + "\n", encoding="utf-8")
-    return spec
-
-
-def build_decoder(model: Any, checkpoint: Checkpoint, work: Path) -> onnx.ModelProto:
-    """The float graph of a model, with the inputs that our decoding loop feeds, without adapter slots.
-
-    Args:
-        model: the transformers model of `checkpoint`.
-        work: a folder for intermediate files.
-    """
-    source = checkpoint.folder
-    if checkpoint.gguf is not None:
-        source = work / "checkpoint"
-        model.save_pretrained(source)
-        checkpoint.tokenizer().save_pretrained(source)
-    _run_builder(source, work / "builder", work / "cache")
-    graph = onnx.load(work / "builder" / "model.onnx")
-    feed_lengths(graph.graph)
-    keep_last_logits(graph.graph)
-    return graph
-
-
-def convert(graph: onnx.ModelProto, precision: Precision) -> None:
-    """Bring a float graph to a precision, in place."""
-    if precision == "fp16":
-        _store_half(graph.graph)
-    elif precision in ("int8", "int4"):
-        quantize_decoder(graph, 8 if precision == "int8" else 4)
-
-
-def measure_distance(reference: Path, graph: Path, spec: BaseSpec, prompts: Sequence[Sequence[int]]) -> Distance:
-    """KL divergence and top-1 agreement of a graph against the float graph, over all positions of prompts."""
-    device = choose_device("cpu")
-    decoders = [Decoder(path, spec, device) for path in (reference, graph)]
-    kl, agree, positions = 0.0, 0, 0
-    for ids in prompts:
-        exact, near = (d.start(_NO_ADAPTER, len(ids)).forward(ids, kept=len(ids)) for d in decoders)
-        p, q = log_softmax(exact), log_softmax(near)
-        kl += float((np.exp(p) * (p - q)).sum())
-        agree += int((p.argmax(-1) == q.argmax(-1)).sum())
-        positions += len(ids)
-    return Distance(kl / positions, agree / positions, len(prompts), positions)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ExportError(f"'{output}' exists and is not empty; remove it or give another folder")
+    advance("opening the base")
+    base = open_base(path)
+    chosen = precision or ("source" if base.path.is_file() else "auto")
+    if output.is_dir():
+        output.rmdir()
+    with new_folder(output) as work:
+        return _export(base, work, chosen, accept_distance, advance)
 
 
 def calibration_prompts() -> list[str]:
@@ -164,52 +139,154 @@ def read_base_spec(folder: Path) -> BaseSpec:
     return value_from_json(BaseSpec, read_json(path), SPEC_FILE)
 
 
-def _run_builder(source: Path, output: Path, cache: Path) -> None:
-    command = [
-        sys.executable, "-m", "onnxruntime_genai.models.builder",
-        "-i", str(source), "-o", str(output), "-p", "fp32", "-e", "cpu", "-c", str(cache),
-        "--extra_options", "hf_remote=false",
-    ]  # fmt: skip
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "ORT_DISABLE_TELEMETRY": "1"}
-    finished = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if finished.returncode or not (output / "model.onnx").is_file():
-        reason = finished.stderr.strip().splitlines()[-1:] or ["no reason given"]
-        kind = ", ".join(read_json(source / "config.json").get("architectures") or ["unnamed"])
-        raise ExportError(f"onnxruntime-genai's builder cannot export '{source.name}' ({kind}): {reason[0]}")
+def uniform_forms(source: WeightSource, precision: Precision) -> dict[str, Form]:
+    """The form of each weight under a precision other than 'auto', by tensor.
+
+    The output layer and the embedding have 8 bits where linear modules have 4; what a file keeps in as many bits or
+    fewer stays as it is.
+    """
+    tied = source.config.tied
+    tensors = [*linear_tensors(source.config), HEAD, *([] if tied else [EMBEDDING])]
+    forms: dict[str, Form] = {}
+    for tensor in tensors:
+        own = source_form(source.type_of(EMBEDDING if tensor == HEAD and tied else tensor))
+        if precision == "source":
+            forms[tensor] = own
+        elif precision in FLOAT_PRECISIONS:
+            forms[tensor] = "float16" if precision == "fp16" else "float32"
+        else:
+            bits = 8 if precision == "int8" or tensor in (HEAD, EMBEDDING) else 4
+            kept = not isinstance(own, str) and own.bits <= bits
+            forms[tensor] = own if kept else EIGHT if bits == 8 or _ragged(source, tensor) else FOUR
+    return forms
 
 
-def _describe(
-    model: Any, slots: tuple[SlotGroup, ...], checkpoint: Checkpoint, precision: str, template: str | None
+def _ragged(source: WeightSource, tensor: str) -> bool:
+    """Whether rows end inside a block, where block sums cannot be taken."""
+    return source.shape(tensor)[1] % FOUR.block != 0
+
+
+def _export(
+    base: Base, work: Path, precision: Precision, accept_distance: bool, advance: Callable[[str], None]
 ) -> BaseSpec:
-    config = model.config
-    head, query, key = _head_widths(config)
-    tokenizer = checkpoint.tokenizer()
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    # a model that begins another text or turn has ended its answer, so the first token ends one too
-    ends = {tokenizer.eos_token_id, tokenizer.bos_token_id} | set(
-        configured if isinstance(configured, list) else [configured]
-    )
-    source = checkpoint.gguf or checkpoint.folder.name
-    return BaseSpec(
-        graph="decoder.onnx", tokenizer="tokenizer.json", identity=checkpoint.identity(), precision=precision,
-        context=int(config.max_position_embeddings), kv_heads=key // head, head_size=head,
-        vocabulary=int(config.vocab_size), end_tokens=tuple(sorted(int(e) for e in ends if e is not None)), slots=slots,
-        chat_template=None if template is None else "chat_template.jinja", source=source,
-        architecture=str(config.model_type),
+    spec = _describe(base, precision)
+    base.tokenizer.write(work / spec.tokenizer)
+    if base.tokenizer.template is not None and spec.chat_template is not None:
+        (work / spec.chat_template).write_text(base.tokenizer.template, encoding="utf-8")
+    tokenizer = Tokenizer(work / spec.tokenizer, chat_template=base.tokenizer.template)
+    prompts = _calibration(tokenizer, base.weights)
+    del tokenizer
+    release_freed_memory()
+    advance("computing the reference in float32")
+    reference = float_states(base.weights, prompts)
+    if precision == "auto":
+        advance("measuring how much each module bears")
+        choice = choose_forms(base.weights, prompts, reference)
+        spec, comparison = _write_mixed(base, work, spec, choice, reference, prompts, advance)
+    else:
+        spec, comparison = _write(
+            base, work, spec, uniform_forms(base.weights, precision), reference, prompts, advance
+        )
+    if comparison.kl > LARGEST_KL and not accept_distance:
+        raise ExportError(
+            f"precision {precision} is {comparison.kl:.3f} nats from the values of the file (top-1 "
+            f"{comparison.top1:.0%}), expected at most {LARGEST_KL}; use --precision "
+            f"{'int8' if precision == 'int4' else 'auto'}, or --accept-distance to keep it"
+        )
+    distance = Distance(
+        kl=max(0.0, comparison.kl), top1=comparison.top1, prompts=len(prompts), positions=comparison.positions,
+        nll=comparison.nll_other, nll_float=comparison.nll,
     )  # fmt: skip
+    spec = dataclasses.replace(spec, distance=distance)
+    (work / SPEC_FILE).write_text(json.dumps(dataclasses.asdict(spec), indent=1) + "\n", encoding="utf-8")
+    return spec
 
 
-def _head_widths(config: Any) -> tuple[int, int, int]:
-    """Head size, and output widths of the query and key projections."""
-    heads = int(config.num_attention_heads)
-    head = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return head, heads * head, int(getattr(config, "num_key_value_heads", None) or heads) * head
+def _write_mixed(
+    base: Base, work: Path, spec: BaseSpec, choice: Choice, reference: FloatStates, prompts: Sequence[Sequence[int]],
+    advance: Callable[[str], None],
+) -> tuple[BaseSpec, Comparison]:  # fmt: skip
+    """Write a mix, and again with less of it in 4 bits while it is too far away."""
+    budget = LARGEST_KL
+    while True:
+        described, comparison = _write(base, work, spec, choice.within(budget), reference, prompts, advance)
+        if comparison.kl <= LARGEST_KL or choice.is_smallest(budget):
+            return described, comparison
+        advance(f"too far by {comparison.kl:.4f} nats: 4 bits for fewer modules")
+        budget *= 0.95 * LARGEST_KL / comparison.kl
 
 
-def _holds_in_half(graph: Path, spec: BaseSpec, prompts: Sequence[Sequence[int]]) -> bool:
-    """Whether the float graph bears attention in float16, whose numbers end at 65504 (CPUs have that kernel too)."""
-    halved = graph.with_name(write_cuda_graph(graph))
-    return measure_distance(graph, halved, spec, prompts).kl <= LARGEST_HALF_KL
+def _write(
+    base: Base, work: Path, spec: BaseSpec, forms: Mapping[str, Form], reference: FloatStates,
+    prompts: Sequence[Sequence[int]], advance: Callable[[str], None],
+) -> tuple[BaseSpec, Comparison]:  # fmt: skip
+    """Write the decoder's graphs and data, and compare it with the reference."""
+    source, config = base.weights, base.weights.config
+    advance("writing the weights")
+    with DataFile(work / f"{spec.graph}.data") as data:
+        stored = StoredWeights(source, forms, data, reference.importance)
+        graph = write_decoder(config, stored, slots=True)
+        stored.fill()
+    graph.save(work / spec.graph)
+    if spec.precision in FLOAT_PRECISIONS:
+        spec = dataclasses.replace(spec, folding=write_folding(config, stored, work))
+    if reference.largest <= LARGEST_HALF:
+        spec = _write_cuda_graphs(work, spec)
+    advance("measuring the distance from the values of the file")
+    states = stored_states(source, stored, work, prompts)
+    following = [token for prompt in prompts for token in (*prompt[1:], -1)]
+    exact, near = (np.concatenate(parts) for parts in (reference.states, states))
+    comparison = compare(float_logits(source, exact), stored_logits(config, stored, work, near), following)
+    release_freed_memory()
+    if (work / f"{spec.graph}.data").stat().st_size <= _LARGEST_OPENED:
+        _check_whole(work, spec, stored, source, prompts[0], states[0])
+    return spec, comparison
+
+
+def _check_whole(
+    work: Path, spec: BaseSpec, stored: StoredWeights, source: WeightSource, prompt: Sequence[int],
+    states: np.ndarray[tuple[int, ...], np.dtype[np.float32]],
+) -> None:  # fmt: skip
+    """See that the decoder as a whole gives what its blocks give one after another."""
+    blockwise = log_softmax(np.concatenate(list(stored_logits(source.config, stored, work, states)), -1))
+    decoder = Decoder(work / spec.graph, spec, choose_device("cpu"))
+    whole = log_softmax(decoder.start(_NO_ADAPTER, len(prompt)).forward(prompt, kept=len(prompt)))
+    kl = float((np.exp(blockwise) * (blockwise - whole)).sum(-1).mean())
+    if not kl <= _LARGEST_DISAGREEMENT:
+        raise ExportError(
+            f"the decoder is {kl:.2g} nats from its own blocks, expected at most {_LARGEST_DISAGREEMENT}; "
+            "this is an error of edgecompose-export: report it with the name of the base"
+        )
+
+
+def _calibration(tokenizer: Tokenizer, source: WeightSource) -> list[list[int]]:
+    """Ids of calibration prompts, in the form in which the base is asked; fewer for large bases."""
+    size = sum(int(np.prod(source.shape(tensor))) for tensor in linear_tensors(source.config))
+    limit = next(positions for weights, positions in _POSITIONS if size >= weights)
+    prompts: list[list[int]] = []
+    for text in calibration_prompts():
+        ids = _render(tokenizer, text)[: source.config.context]
+        if prompts and sum(map(len, prompts)) + len(ids) > limit:
+            break
+        prompts.append(ids)
+    return prompts
+
+
+def _render(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    if tokenizer.has_chat_template:
+        return tokenizer.encode(tokenizer.chat([{"role": "user", "content": prompt}]))
+    return tokenizer.encode_prompt(prompt)
+
+
+def _describe(base: Base, precision: Precision) -> BaseSpec:
+    config, tokenizer = base.weights.config, base.tokenizer
+    return BaseSpec(
+        graph="decoder.onnx", tokenizer="tokenizer.json", identity=weights_digest(base.path), precision=precision,
+        context=config.context, kv_heads=config.kv_heads, head_size=config.head_size, vocabulary=config.vocabulary,
+        end_tokens=tokenizer.end_tokens, slots=slot_groups(config),
+        chat_template=None if tokenizer.template is None else "chat_template.jinja", source=base.weights.name,
+        architecture=config.architecture.name, long_from=config.long_from,
+    )  # fmt: skip
 
 
 def _write_cuda_graphs(output: Path, spec: BaseSpec) -> BaseSpec:
@@ -219,78 +296,3 @@ def _write_cuda_graphs(output: Path, spec: BaseSpec) -> BaseSpec:
         folded = write_cuda_graph(output / folding.decoder_graph)
         folding = dataclasses.replace(folding, cuda_decoder_graph=folded)
     return dataclasses.replace(spec, folding=folding, cuda_graph=write_cuda_graph(output / spec.graph))
-
-
-def _store_half(graph: onnx.GraphProto) -> None:
-    """Keep large float32 weights as float16 and widen them in the graph, in place.
-
-    The file is half the size; arithmetic stays in float32 (ONNX Runtime folds the casts when it loads).
-    """
-    halves = []
-    for tensor in graph.initializer:
-        if tensor.data_type == TensorProto.FLOAT and len(tensor.dims) == 2 and 0 not in tensor.dims:
-            half = numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), f"{tensor.name}.half")
-            halves.append((tensor.name, half))
-    names = {name for name, _ in halves}
-    kept = [t for t in graph.initializer if t.name not in names]
-    del graph.initializer[:]
-    graph.initializer.extend([*kept, *(half for _, half in halves)])
-    for name, half in halves:
-        graph.node.insert(0, helper.make_node("Cast", [half.name], [name], f"{name}/Widen", to=TensorProto.FLOAT))
-
-
-def _check_parity(model: Any, graph: Path, spec: BaseSpec, prompts: Sequence[Sequence[int]]) -> None:
-    import torch
-
-    decoder = Decoder(graph, spec, choose_device("cpu"))
-    for ids in prompts:
-        with torch.no_grad():
-            wanted = model(torch.tensor([ids])).logits[0].float().numpy()
-        found = decoder.start(_NO_ADAPTER, len(ids)).forward(ids, kept=len(ids))
-        error = float(np.abs(wanted - found).max())
-        if not error <= LARGEST_LOGIT_ERROR:
-            raise ExportError(
-                f"the float graph's logits differ from transformers' by {error:.2g}, "
-                f"{LARGEST_LOGIT_ERROR} at most is wanted; this architecture is not exported faithfully"
-            )
-
-
-def _render(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    if tokenizer.has_chat_template:
-        prompt = tokenizer.chat([{"role": "user", "content": prompt}])
-    return tokenizer.encode(prompt)
-
-
-def _write_template(output: Path, template: str | None) -> None:
-    if template is not None:
-        (output / "chat_template.jinja").write_text(template, encoding="utf-8")
-
-
-def save_graph(graph: onnx.ModelProto, path: Path) -> None:
-    """Write a graph, and its tensors into a data file beside it: those are mapped into memory and not copied."""
-    data = path.with_name(f"{path.name}.data")
-    data.unlink(missing_ok=True)
-    copy = onnx.ModelProto.FromString(graph.SerializeToString()) if graph.ByteSize() < 1 << 31 else graph
-    onnx.save(copy, path, save_as_external_data=True, location=data.name, size_threshold=1024)
-    store_reshaped(path)
-
-
-def store_reshaped(path: Path) -> None:
-    """Replace each reshaping of a stored tensor by a stored tensor over the same bytes of the data file.
-
-    ONNX Runtime would reshape it once, into a copy that it keeps.
-    """
-    model = onnx.load(path, load_external_data=False)
-    stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    found = [n for n in model.graph.node if n.op_type == "Reshape" and all(name in stored for name in n.input)]
-    for node in found:
-        tensor, shape = stored[node.input[0]], numpy_helper.to_array(stored[node.input[1]])
-        if tensor.data_location == TensorProto.EXTERNAL and shape.min() > 0:
-            copy = TensorProto.FromString(tensor.SerializeToString())
-            copy.name, copy.dims[:] = node.output[0], shape.tolist()
-            model.graph.initializer.append(copy)
-            model.graph.node.remove(node)
-    read = {name for node in model.graph.node for name in node.input}
-    for tensor in [t for t in model.graph.initializer if t.name not in read]:
-        model.graph.initializer.remove(tensor)
-    path.write_bytes(model.SerializeToString())

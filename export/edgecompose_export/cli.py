@@ -56,25 +56,31 @@ def main() -> None:
 @click.argument("source", type=PathArgument)
 @click.option("-o", "--output", type=PathArgument, required=True, help="Folder to write.")
 @click.option(
-    "--precision", type=click.Choice(["fp32", "fp16", "int8", "int4"]), default="int8", show_default=True,
-    help="Weights of the decoder; fp16 halves the file and computes in float32.",
+    "--precision", type=click.Choice(["source", "auto", "int8", "int4", "fp16", "fp32"]),
+    help="Weights of the decoder. source: as the file has them, each tensor in its own type (default for a GGUF file). "
+    "auto: 4 and 8 bits, as much as each module bears (default for a folder). fp16 computes in float32.",
 )  # fmt: skip
-@click.option("--accept-distance", is_flag=True, help="Keep a quantised base that is more than 0.01 nats from float32.")
+@click.option(
+    "--accept-distance", is_flag=True, help="Keep a base that is more than 0.01 nats from the values of its file."
+)
 @json_option
 def base(source: Path, output: Path, precision: Any, accept_distance: bool, as_json: bool) -> None:
-    """Export a base model (Hugging Face folder or GGUF file) with adapter slots.
+    """Export a base model (Hugging Face folder, or GGUF file with all its shards) with adapter slots.
 
     \b
     edgecompose-export base SmolLM2-135M-Instruct.Q4_1.gguf -o build/base
     """
     from edgecompose_export.base import export_base
-    from edgecompose_export.checkpoint import find_checkpoint
 
     with _steps() as advance:
-        spec = export_base(find_checkpoint(source), output, precision, accept_distance=accept_distance, advance=advance)
+        spec = export_base(source, output, precision, accept_distance=accept_distance, advance=advance)
     distance = spec.distance
-    quality = "" if distance is None else f"; KL {distance.kl:.5f}, top-1 {distance.top1:.1%} against float32"
-    _print(f"{output}: {precision}, {spec.layers} layers, {len(spec.slots)} slots a layer{quality}", spec, as_json)
+    quality = "" if distance is None else (
+        f"; KL {distance.kl:.5f}, top-1 {distance.top1:.1%} against the values of the file, "
+        f"{distance.nll:.3f} nats a token of the calibration prompts ({distance.nll_float:.3f} with those values)"
+    )  # fmt: skip
+    text = f"{output}: {spec.architecture}, {spec.precision}, {spec.layers} layers, context {spec.context}{quality}"
+    _print(text, spec, as_json)
 
 
 @main.command()

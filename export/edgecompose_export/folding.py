@@ -9,131 +9,93 @@ memory and takes up to twice the time. A panel is read from its first byte to it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, numpy_helper
 
 from edgecompose.manifest import FoldingSpec
-from edgecompose_export.slots import Linear, find_linears, slot_parts
+from edgecompose_export.decoder_config import DecoderConfig
+from edgecompose_export.decoder_graph import INPUT_GROUPS, write_decoder
+from edgecompose_export.graph_writer import MICROSOFT, GraphWriter
+from edgecompose_export.stored_weights import StoredWeights
 
 FOLD_GRAPH, DECODER_GRAPH = "fold.onnx", "decoder_folded.onnx"
 #: Columns of a panel; a weight whose width is no multiple of it is one panel.
 PANEL = 32
-_SHAPE = "folding.shape."
 
 
-def without_data(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of a graph whose initializers have names, types and shapes but no values."""
-    bare = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
-    graph = model.graph
-    tensors = [TensorProto(name=t.name, data_type=t.data_type, dims=t.dims) for t in graph.initializer]
-    bare.graph.CopyFrom(
-        onnx.GraphProto(name=graph.name, node=graph.node, input=graph.input, output=graph.output, initializer=tensors)
-    )
-    return bare
-
-
-def write_folding(bare: onnx.ModelProto, decoder: Path, head_sizes: tuple[int, int]) -> FoldingSpec:
-    """Write `fold.onnx` and `decoder_folded.onnx` beside a decoder graph of float weights.
+def write_folding(config: DecoderConfig, stored: StoredWeights, folder: Path) -> FoldingSpec:
+    """Write `fold.onnx` and `decoder_folded.onnx` into the folder of a float decoder.
 
     Args:
-        bare: the decoder before it got slots, as `without_data` gives it; changed in place.
-        decoder: the saved graph with slots, whose tensors the two graphs read.
-        head_sizes: output width of the query and of the key projection, for a packed qkv.
+        stored: the weights of that decoder, which all are float.
     """
-    stored = onnx.load(decoder, load_external_data=False).graph
-    linears = find_linears(bare.graph)
-    spec = FoldingSpec(FOLD_GRAPH, DECODER_GRAPH, {_weight(linear): _panels(linear) for linear in linears})
-    fold = onnx.ModelProto(ir_version=bare.ir_version, opset_import=bare.opset_import)
-    fold.graph.name = "fold"
-    for linear in linears:
-        _fold(fold.graph, linear, slot_parts(linear, head_sizes))
-    slots = {name for node in fold.graph.node for name in node.input}
-    fold.graph.input.extend(i for i in stored.input if i.name in slots)
-    for linear in linears:
-        _read_panels(bare.graph, linear)
-    for model, name in ((fold, FOLD_GRAPH), (bare, DECODER_GRAPH)):
-        _read_stored(model.graph, stored)
-        (decoder.parent / name).write_bytes(model.SerializeToString())
-    return spec
+    fold = GraphWriter("fold")
+    weights: dict[str, tuple[int, ...]] = {}
+    for layer in range(len(config.layers)):
+        for modules in INPUT_GROUPS:
+            for group in stored.groups(layer, modules):
+                weights[_weight(layer, group)] = _panels(config, group)
+                _fold(fold, config, stored, layer, group)
+    fold.save(folder / FOLD_GRAPH)
+    write_decoder(config, _FoldedWeights(config, stored), slots=False).save(folder / DECODER_GRAPH)
+    return FoldingSpec(FOLD_GRAPH, DECODER_GRAPH, weights)
 
 
-def _fold(graph: onnx.GraphProto, linear: Linear, parts: list[tuple[str, int]]) -> None:
-    """Nodes that give W + A^T B of one linear node in panels; the products of a packed one stand side by side."""
-    weight, folded = linear.node.input[1], _weight(linear)
-    matrix, columns = f"{folded}/matrix", f"{folded}/columns"
-    slots = [f"layers.{linear.layer}.{module}" for module, _ in parts]
-    if len(slots) == 1:
-        factors = [f"{slots[0]}.A", f"{slots[0]}.B", weight]
-        graph.node.append(helper.make_node("Gemm", factors, [matrix], f"{folded}/Fold", transA=1))
-    else:
-        products, update = [f"{slot}/product" for slot in slots], f"{folded}/update"
-        for slot, product in zip(slots, products, strict=True):
-            factors = [f"{slot}.A", f"{slot}.B"]
-            graph.node.append(helper.make_node("Gemm", factors, [product], f"{slot}/Product", transA=1))
-        graph.node.append(helper.make_node("Concat", products, [update], f"{folded}/Concat", axis=1))
-        graph.node.append(helper.make_node("Add", [weight, update], [matrix], f"{folded}/Fold"))
-    count, n_in, width = _panels(linear)
-    shape = _constant(graph, [n_in, count, width])
-    graph.node.append(helper.make_node("Reshape", [matrix, shape], [columns], f"{folded}/Columns"))
-    graph.node.append(helper.make_node("Transpose", [columns], [folded], f"{folded}/Panels", perm=[1, 0, 2]))
-    graph.output.append(_value(linear))
+class _FoldedWeights:
+    """Weights of linear modules from inputs, in panels; everything else from the data file."""
+
+    def __init__(self, config: DecoderConfig, stored: StoredWeights) -> None:
+        self._config, self._stored = config, stored
+        self.embed, self.head = stored.embed, stored.head
+        self.parameter, self.groups = stored.parameter, stored.groups
+
+    def product(self, graph: GraphWriter, layer: int, modules: Sequence[str], source: str, target: str) -> str:
+        group, width = tuple(modules), sum(self._config.widths[module][0] for module in modules)
+        panels = graph.input(_weight(layer, group), TensorProto.FLOAT, _panels(self._config, group))
+        product = graph.node("MatMul", [source, panels], f"{target}/panels")  # (panels, s, columns), batch 1
+        rows = graph.node("Transpose", [product], f"{target}/rows", perm=[1, 0, 2])
+        bias = self._stored.bias(layer, modules)
+        plain = target if bias is None else f"{target}/unbiased"
+        graph.node("Reshape", [rows, graph.constant([1, -1, width])], plain)
+        if bias is None:
+            return target
+        return graph.node("Add", [plain, graph.tensor(numpy_helper.from_array(bias, f"{target}.bias"))], target)
 
 
-def _read_panels(graph: onnx.GraphProto, linear: Linear) -> None:
-    """Let a linear node, whose input is (1, s, n_in), read its weight in panels from an input of the graph."""
-    node, target = linear.node, linear.node.output[0]
-    panels, rows = f"{target}/panels", f"{target}/rows"
-    position = list(graph.node).index(node)
-    node.input[1], node.output[0] = _weight(linear), panels
-    shape = _constant(graph, [1, -1, linear.n_out])
-    join = [
-        helper.make_node("Transpose", [panels], [rows], f"{node.name}/Rows", perm=[1, 0, 2]),
-        helper.make_node("Reshape", [rows, shape], [target], f"{node.name}/Join"),
-    ]
-    for step, new in enumerate(join, start=1):
-        graph.node.insert(position + step, new)
-    graph.input.append(_value(linear))
+def _fold(
+    graph: GraphWriter, config: DecoderConfig, stored: StoredWeights, layer: int, group: tuple[str, ...]
+) -> None:
+    """Nodes that give W + B^T A of one product in panels; those of several modules stand below one another."""
+    folded = _weight(layer, group)
+    weight = stored.matrix(graph, layer, group)
+    updates = []
+    for module in group:
+        n_out, n_in = config.widths[module]
+        slot = f"layers.{layer}.{module}"
+        for side, width in (("A", n_in), ("B", n_out)):
+            name = graph.input(f"{slot}.{side}", TensorProto.FLOAT, [f"{module}_rank", width])
+            graph.tensor(numpy_helper.from_array(np.zeros((0, width), np.float32), name))
+        updates.append(
+            graph.node("FusedMatMul", [f"{slot}.B", f"{slot}.A"], f"{slot}/update", domain=MICROSOFT, transA=1)
+        )
+    update = updates[0] if len(updates) == 1 else graph.node("Concat", updates, f"{folded}/update", axis=0)
+    matrix = graph.node("Add", [weight, update], f"{folded}/matrix")
+    count, n_in, width = _panels(config, group)
+    cut = graph.node("Reshape", [matrix, graph.constant([count, width, n_in])], f"{folded}/columns")
+    graph.node("Transpose", [cut], folded, perm=[0, 2, 1])
+    graph.output(folded, TensorProto.FLOAT, [count, n_in, width])
 
 
-def _read_stored(graph: onnx.GraphProto, stored: onnx.GraphProto) -> None:
-    """Give a graph the stored tensors that its nodes read, and the nodes that widen those kept in float16."""
-    tensors = {t.name for t in stored.initializer}
-    read = {name for node in graph.node for name in node.input}
-    made = {name for node in graph.node for name in node.output}
-    widened = [
-        n for n in stored.node if n.op_type == "Cast" and n.input[0] in tensors and n.output[0] in read - made
-    ]  # fmt: skip
-    read |= {node.input[0] for node in widened}
-    nodes = [*widened, *graph.node]
-    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del graph.node[:]
-    graph.node.extend(copies)
-    own = [t for t in graph.initializer if t.name.startswith(_SHAPE)]
-    del graph.initializer[:]
-    graph.initializer.extend([*own, *(t for t in stored.initializer if t.name in read)])
-
-
-def _weight(linear: Linear) -> str:
+def _weight(layer: int, group: Sequence[str]) -> str:
     """Name of a folded weight: an output of one graph, an input of the other."""
-    return f"layers.{linear.layer}.{linear.module}.weight"
+    return f"layers.{layer}.{'+'.join(group)}.weight"
 
 
-def _panels(linear: Linear) -> tuple[int, int, int]:
+def _panels(config: DecoderConfig, group: Sequence[str]) -> tuple[int, int, int]:
     """Shape of a folded weight: number of panels, n_in, columns of a panel."""
-    width = linear.n_out if linear.n_out % PANEL else PANEL
-    return linear.n_out // width, linear.n_in, width
-
-
-def _value(linear: Linear) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(_weight(linear), TensorProto.FLOAT, _panels(linear))
-
-
-def _constant(graph: onnx.GraphProto, shape: list[int]) -> str:
-    """Name of a shape, kept once in the graph."""
-    name = _SHAPE + "x".join(map(str, shape))
-    if all(t.name != name for t in graph.initializer):
-        graph.initializer.append(numpy_helper.from_array(np.array(shape, np.int64), name))
-    return name
+    n_out, n_in = sum(config.widths[module][0] for module in group), config.widths[group[0]][1]
+    width = n_out if n_out % PANEL else PANEL
+    return n_out // width, n_in, width

@@ -7,7 +7,6 @@ believed before it is compared with the size of the file.
 
 from __future__ import annotations
 
-import functools
 import math
 import mmap
 import re
@@ -51,21 +50,16 @@ class GgufFile:
     metadata: Mapping[str, Any]
     tensors: Mapping[str, GgufTensor]
 
-    @functools.cached_property
-    def _data(self) -> npt.NDArray[np.uint8]:
-        with self.path.open("rb") as stream:
-            return np.frombuffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    def data(self, name: str) -> npt.NDArray[np.uint8]:
+        """Bytes of a tensor's rows, (rows, bytes of a row) uint8, rows being those of the flattened leading axes.
 
-    def data(self, name: str, first_row: int = 0, last_row: int | None = None) -> npt.NDArray[np.uint8]:
-        """Bytes of some rows of a tensor, (rows, bytes of a row) uint8, not copied.
-
-        Args:
-            first_row: of the flattened leading axes; `last_row` is one past the last, by default all.
+        They are mapped, not copied, by a map of their own: what was read leaves the memory with the array.
         """
         tensor = self.tensors[name]
-        rows = math.prod(tensor.shape[:-1])
-        flat = self._data[tensor.offset : tensor.offset + tensor.bytes].reshape(rows, -1)
-        return flat[first_row:last_row]
+        with self.path.open("rb") as stream:
+            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        flat = np.frombuffer(mapped, np.uint8, tensor.bytes, tensor.offset)
+        return flat.reshape(math.prod(tensor.shape[:-1]), -1)
 
 
 class _Header:
@@ -182,6 +176,12 @@ def read_shards(path: Path) -> tuple[GgufFile, ...]:
         raise ExportError(f"the {count} shards of '{path}' hold {present} tensors, expected {total}; copy them again")
     _refuse_doubles(path, (name for shard in shards for name in shard.tensors))
     return shards
+
+
+def is_later_shard(path: Path) -> bool:
+    """Whether a file's name says that it is a shard of a split model, and not the first."""
+    named = _SHARD.search(path.name)
+    return named is not None and int(named[1]) > 1
 
 
 def _parse(header: _Header) -> GgufFile:

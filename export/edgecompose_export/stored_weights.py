@@ -25,7 +25,8 @@ from edgecompose_export.weight_blocks import (
 from edgecompose_export.weight_source import EMBEDDING, HEAD, WeightSource
 
 FloatForm = Literal["float32", "float16", "bfloat16"]
-Form = BlockForm | FloatForm
+#: 'shared' is for an embedding that is not tied, but as good as equal to the output layer: it reads the same bytes.
+Form = BlockForm | FloatForm | Literal["shared"]
 #: Form of each float type of a file that keeps it as it is.
 FLOAT_FORMS: Mapping[str, FloatForm] = {"F32": "float32", "F64": "float32", "F16": "float16", "BF16": "bfloat16"}
 _NUMPY: Mapping[str, npt.DTypeLike] = {"float32": np.float32, "float16": np.float16}
@@ -65,10 +66,15 @@ class StoredWeights:
     Args:
         forms: of the weight of each linear module and of the output layer, by tensor; of the embedding, where it is not
             tied. A block form other than the file's own is quantised anew from the file's values.
+        importance: for each linear module's tensor the mean square of its input, (n_in,), for 4 bits.
     """
 
-    def __init__(self, source: WeightSource, forms: Mapping[str, Form], data: DataFile) -> None:
+    def __init__(
+        self, source: WeightSource, forms: Mapping[str, Form], data: DataFile,
+        importance: Mapping[str, npt.NDArray[np.float32]] | None = None,
+    ) -> None:  # fmt: skip
         self._source, self._forms, self._data = source, forms, data
+        self._importance = importance or {}
         self._config: DecoderConfig = source.config
         self._jobs: list[tuple[int, Callable[[], Iterator[int]]]] = []
 
@@ -103,16 +109,19 @@ class StoredWeights:
 
     def product(self, graph: GraphWriter, layer: int, modules: Sequence[str], source: str, target: str) -> str:
         tensors = [f"{layer}.{module}.weight" for module in modules]
-        return self._linear(graph, tensors, f"{layer}.{'+'.join(modules)}", source, target, self._bias(layer, modules))
+        return self._linear(graph, tensors, f"{layer}.{'+'.join(modules)}", source, target, self.bias(layer, modules))
 
     def head(self, graph: GraphWriter, hidden: str) -> str:
         return self._linear(graph, [self._head_tensor], "head", hidden, "head/product", None)
 
     def embed(self, graph: GraphWriter, ids: str) -> str:
         form = self._forms[HEAD if self._config.tied else EMBEDDING]
+        shared = form == "shared"
+        if shared:
+            form = self._forms[HEAD]
         if isinstance(form, str):
             return self._embed_float(graph, ids, form)
-        if self._config.tied and not form.offsets:
+        if (self._config.tied or shared) and not form.offsets:
             return self._embed_shared(graph, ids, form)
         return self._embed_rows(graph, ids, form)
 
@@ -120,7 +129,16 @@ class StoredWeights:
     def _head_tensor(self) -> str:
         return EMBEDDING if self._config.tied else HEAD
 
-    def _bias(self, layer: int, modules: Sequence[str]) -> npt.NDArray[np.float32] | None:
+    def matrix(self, graph: GraphWriter, layer: int, modules: Sequence[str]) -> str:
+        """The float weight (n_out, n_in) of a group of modules, as `product` stored it."""
+        tensors = [f"{layer}.{module}.weight" for module in modules]
+        form = self._forms[tensors[0]]
+        assert isinstance(form, str), "only float weights are matrices"
+        shape = (sum(self._source.shape(t)[0] for t in tensors), self._source.shape(tensors[0])[1])
+        return self._float_matrix(graph, tensors, f"{layer}.{'+'.join(modules)}", form, shape)
+
+    def bias(self, layer: int, modules: Sequence[str]) -> npt.NDArray[np.float32] | None:
+        """The biases of a group of modules, None where none has one."""
         if not self._config.biases.intersection(modules):
             return None
         parts = []
@@ -172,7 +190,8 @@ class StoredWeights:
         ends = [0, 0]
         for tensor in tensors:
             for start, stop in _chunks(self._source.shape(tensor)):
-                parts = stored_rows(read_form(self._source, tensor, form, start, stop), width)
+                rows = read_form(self._source, tensor, form, start, stop, self._importance.get(tensor))
+                parts = stored_rows(rows, width)
                 for i, (part, values) in enumerate(zip(("codes", "scales"), parts, strict=True)):
                     ends[i] = self._data.write(f"{name}.{part}", values, ends[i])
                 yield (stop - start) * width
@@ -200,7 +219,7 @@ class StoredWeights:
                 end = self._data.write(stored, values.astype(_NUMPY.get(form, values.dtype)), end)
                 yield (stop - start) * self._source.shape(tensor)[1]
 
-    def _embed_float(self, graph: GraphWriter, ids: str, form: FloatForm) -> str:
+    def _embed_float(self, graph: GraphWriter, ids: str, form: str) -> str:
         name = "head" if self._config.tied else "embedding"
         shape = self._source.shape(EMBEDDING)
         stored = f"{name}.weight" if form == "float32" else f"{name}.weight.{form}"
@@ -214,7 +233,7 @@ class StoredWeights:
         """An embedding that reads the bytes of the output layer."""
         rows, width = self._source.shape(EMBEDDING)
         blocks = form.blocks(width)
-        self._reserve_blocks([EMBEDDING], "head", form, (rows, width))
+        self._reserve_blocks([self._head_tensor], "head", form, (rows, width))
         self._data.alias("embedding.codes", "head.codes", (rows, blocks * form.block * form.bits // 8))
         self._data.alias("embedding.scales", "head.scales", (rows, blocks))
         return graph.node(
@@ -235,9 +254,11 @@ class StoredWeights:
         planes += [(f"bit{4 + i}", "uint8", whole // 8) for i in range(rows_form.more if rows_form.more < 4 else 0)]
         planes.append(("scales", "float16" if rows_form.half_scales else "float32", blocks))
         planes += [("offsets", "float32", blocks)] if form.offsets else []
-        for part, dtype, size in planes:
-            self._data.reserve(f"embedding.{part}", dtype, (rows, size))
-        self._jobs.append((rows * width, lambda: self._write_rows(form, rows_form, lowest, [p for p, _, _ in planes])))
+        if "embedding.codes" not in self._data.tensors:
+            for part, dtype, size in planes:
+                self._data.reserve(f"embedding.{part}", dtype, (rows, size))
+            parts = [part for part, _, _ in planes]
+            self._jobs.append((rows * width, lambda: self._write_rows(form, rows_form, lowest, parts)))
         gathered = {
             part: graph.node("Gather", [self._use(graph, f"embedding.{part}"), ids], f"embedding/{part}", axis=0)
             for part, _, _ in planes
@@ -263,12 +284,15 @@ class StoredWeights:
             yield (stop - start) * shape[1]
 
 
-def read_form(source: WeightSource, tensor: str, form: BlockForm, start: int, stop: int) -> Blocks:
+def read_form(
+    source: WeightSource, tensor: str, form: BlockForm, start: int, stop: int,
+    importance: npt.NDArray[np.float32] | None = None,
+) -> Blocks:  # fmt: skip
     """Rows of a matrix in a block form: as the file has them where that is its form, else quantised from its values."""
     if GGUF_FORMS.get(source.type_of(tensor)) == form:
         return source.blocks(tensor, start, stop)
     rows = source.floats(tensor, start, stop)
-    return quantize_4bit(rows) if form == FOUR else quantize_8bit(rows, form.block)
+    return quantize_4bit(rows, importance) if form == FOUR else quantize_8bit(rows, form.block)
 
 
 def linear_tensors(config: DecoderConfig) -> list[str]:

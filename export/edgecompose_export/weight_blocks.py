@@ -119,17 +119,60 @@ def quantize_8bit(rows: Float, block: int = 32) -> Blocks:
     return Blocks(8, codes.astype(np.uint8), scales[..., 0].astype(np.float32))
 
 
-def quantize_4bit(rows: Float) -> Blocks:
-    """Affine blocks of 32, w = d q + m with d = (max - min) / 15 and m = min; lossless for Q4_1.
+def quantize_4bit(rows: Float, importance: Float | None = None) -> Blocks:
+    """Affine blocks of 32, w = d q + m.
+
+    Without importance d = (max - min) / 15 and m = min, which is lossless for Q4_1. With it, several widths of the
+    grid are tried, d and m are fitted to the codes of each by weighted least squares, and the best is kept for each
+    block (as llama.cpp does for its K types).
 
     Args:
         rows: (N, K) float32; a last block that is not full is filled up with zeros.
+        importance: (K,) mean square of what each weight is multiplied with.
     """
     blocks = _in_blocks(rows, 32)
     low = blocks.min(-1, keepdims=True)
     scales = (blocks.max(-1, keepdims=True) - low) / np.float32(15)
     codes = np.rint((blocks - low) / np.where(scales == 0, np.float32(1), scales)).astype(np.uint8)
-    return Blocks(4, codes, scales[..., 0].astype(np.float32), (low + 8 * scales)[..., 0].astype(np.float32))
+    if importance is None:
+        return Blocks(4, codes, scales[..., 0].astype(np.float32), (low + 8 * scales)[..., 0].astype(np.float32))
+    weights = _in_blocks(np.asarray(importance, np.float32)[None] + np.float32(1e-12), 32)
+    parts = [
+        _fitted(blocks[start : start + _FITTED_ROWS], low[start : start + _FITTED_ROWS],
+                scales[start : start + _FITTED_ROWS], weights)
+        for start in range(0, len(blocks), _FITTED_ROWS)
+    ]  # fmt: skip
+    codes, d, m = (np.concatenate(values) for values in zip(*parts, strict=True))
+    return Blocks(4, codes, d, m + 8 * d)
+
+
+#: Rows that are fitted at once, so that they stay in a core's cache, and widths that are tried, in steps of the grid.
+_FITTED_ROWS = 32
+_WIDTHS = (15.0, 14.4, 13.8, 15.6)
+
+
+def _fitted(blocks: Float, low: Float, scales: Float, weights: Float) -> tuple[Bytes, Float, Float]:
+    """Codes, d and m of the width with the smallest weighted square error, for each block."""
+    total = weights.sum(-1)
+    weighted = blocks * weights
+    sum_x, sum_xx = weighted.sum(-1), (weighted * blocks).sum(-1)
+    best = np.full(sum_x.shape, np.inf, np.float32)
+    codes, d, m = np.zeros(blocks.shape, np.uint8), np.zeros_like(sum_x), low[..., 0].copy()
+    safe = np.where(scales == 0, np.float32(1), scales)
+    for width in _WIDTHS:
+        q = np.clip(np.rint((blocks - low) / safe * np.float32(width / 15)), 0, 15)
+        sum_q, sum_qq, sum_qx = (q * weights).sum(-1), (q * q * weights).sum(-1), (q * weighted).sum(-1)
+        determinant = total * sum_qq - sum_q * sum_q
+        flat = determinant <= 0
+        determinant = np.where(flat, np.float32(1), determinant)
+        slope = np.where(flat, 0, (total * sum_qx - sum_q * sum_x) / determinant)
+        start = (sum_x - slope * sum_q) / total
+        error = sum_xx - slope * sum_qx - start * sum_x
+        better = error < best
+        best = np.where(better, error, best)
+        codes = np.where(better[..., None], q.astype(np.uint8), codes)
+        d, m = np.where(better, slope, d), np.where(better, start, m)
+    return codes, d.astype(np.float32), m.astype(np.float32)
 
 
 def stored_rows(blocks: Blocks, width: int) -> tuple[Bytes, Float]:

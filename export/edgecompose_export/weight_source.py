@@ -26,7 +26,7 @@ from edgecompose.errors import CheckpointError, ExportError
 from edgecompose.float_checkpoint import StoredTensor, read_shard, weight_files
 from edgecompose_export.datasets import read_json
 from edgecompose_export.decoder_config import DecoderConfig, config_from_gguf, config_from_json
-from edgecompose_export.gguf_file import GgufFile, read_shards
+from edgecompose_export.gguf_file import GgufFile, is_later_shard, read_shards
 from edgecompose_export.weight_blocks import FLOAT_TYPES, GGUF_FORMS, Blocks, read_blocks
 
 Float = npt.NDArray[np.float32]
@@ -398,3 +398,26 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+
+
+def locate_base(path: Path) -> Path:
+    """The base at `path`: a folder with config.json, a GGUF file, or the GGUF file (first shard) that a folder holds.
+
+    Raises:
+        ExportError: nothing there that is a base.
+    """
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ExportError(f"base '{path}' is neither a folder nor a .gguf file; give one of them")
+        return path
+    if (path / "config.json").is_file():
+        return path
+    files = sorted(path.glob("*.gguf")) if path.is_dir() else []
+    first = [file for file in files if not is_later_shard(file)]
+    if len(first) == 1:
+        return first[0]
+    if (path / "adapter_config.json").is_file():
+        raise ExportError(f"'{path}' holds an adapter (adapter_config.json), expected a base; give the base it is for")
+    raise ExportError(
+        f"base '{path}' has no config.json but {len(first)} GGUF models; give a Hugging Face folder or one GGUF file"
+    )
