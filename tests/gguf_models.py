@@ -113,7 +113,8 @@ MODELS: Mapping[str, Model] = {
 
 def write_gguf(
     path: Path, source: Path, kind: str = "F32", *, shard_tensors: int = 0, omit: Sequence[str] = (),
-    extra: Mapping[str, Array] | None = None, metadata: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Array] | None = None, extra_type: GGMLQuantizationType | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> Path:  # fmt: skip
     """A Hugging Face folder as GGUF.
 
@@ -121,7 +122,7 @@ def write_gguf(
         kind: type of all matrices; those that the package gguf cannot quantise get random blocks.
         shard_tensors: how many tensors a shard has at most, 0 for one file.
         omit: tensors that are left out, by their names in the file.
-        extra: more tensors, or others in their place.
+        extra: more tensors, or others in their place, all of `extra_type` where they are bytes.
         metadata: more keys, or others in their place; text and numbers.
 
     Returns:
@@ -141,11 +142,12 @@ def write_gguf(
     for i, (name, values) in enumerate(tensors.items()):
         if name in omit:
             continue
-        if values.ndim == 1 or kind == "F32" or values.dtype == np.uint8:
+        if values.dtype == np.uint8:
+            writer.add_tensor(name, values, raw_dtype=extra_type)
+        elif values.ndim == 1 or kind == "F32":
             writer.add_tensor(name, np.ascontiguousarray(values))
-            continue
-        content = quantized(values, kind, seed=i)
-        writer.add_tensor(name, content, raw_dtype=GGMLQuantizationType[kind])
+        else:
+            writer.add_tensor(name, quantized(values, kind, seed=i), raw_dtype=GGMLQuantizationType[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -218,9 +220,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, source: Path, config: Any) -> None:
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list([*words, *tiny.SPECIAL, *(f"[PAD{i}]" for i in range(padding))])
     kinds = gguf.TokenType
-    writer.add_token_types(
-        [kinds.NORMAL] * len(words) + [kinds.CONTROL] * len(tiny.SPECIAL) + [kinds.UNUSED] * padding
-    )
+    writer.add_token_types([kinds.NORMAL] * len(words) + [kinds.CONTROL] * len(tiny.SPECIAL) + [kinds.UNUSED] * padding)
     writer.add_token_merges([" ".join(pair) for pair in state["model"]["merges"]])
     writer.add_bos_token_id(298)
     writer.add_eos_token_id(299)

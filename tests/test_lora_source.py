@@ -63,17 +63,17 @@ def write_mlx(folder: Path, tensors: Tensors, config: Any = MLX_CONFIG) -> Path:
     return folder
 
 
-def gguf_tensors(peft: Path, architecture: str = "llama") -> dict[str, Float]:
+def gguf_tensors(peft: Path, architecture: str = "llama", head_size: int = BASE.head_size) -> dict[str, Float]:
     """The factors of a PEFT folder as llama.cpp's converter names and orders them."""
     names = gguf.get_tensor_name_map(
-        next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), 2
+        next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), 8
     )
     renamed = {}
     for key, values in load_file(peft / "adapter_model.safetensors").items():
         path, side = key.removeprefix("base_model.model.").removesuffix(".weight").split(".lora_")
         rows = values.numpy()
-        if architecture == "llama" and side == "B" and path.endswith(("q_proj", "k_proj")):
-            rows = interleaved(rows, len(rows) // BASE.head_size)
+        if architecture in ("llama", "granite", "smollm3") and side == "B" and path.endswith(("q_proj", "k_proj")):
+            rows = interleaved(rows, len(rows) // head_size)
         renamed[f"{names.get_name(path)}.weight.lora_{side.lower()}"] = np.ascontiguousarray(rows)
     return renamed
 

@@ -81,10 +81,14 @@ def write_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def write_model(folder: Path, architecture: str, *, seed: int = 0) -> Path:
-    """A causal model of one of ARCHITECTURES in float32, with its tokenizer."""
+def write_model(folder: Path, architecture: str, *, seed: int = 0, **settings: Any) -> Path:
+    """A causal model of one of ARCHITECTURES in float32, with its tokenizer.
+
+    Args:
+        settings: of the configuration, more or others.
+    """
     config_class, model_class, changes = ARCHITECTURES[architecture]
-    config = getattr(transformers, config_class)(**(_SHAPE | changes))
+    config = getattr(transformers, config_class)(**(_SHAPE | changes | settings))
     model = getattr(transformers, model_class)(config)
     randomize(model, seed=seed)
     model.save_pretrained(folder)

@@ -125,6 +125,8 @@ def config_from_json(config: Mapping[str, Any], name: str) -> DecoderConfig:
     """
     row = _row(config, name)
     fields = {**row.defaults, **{key: value for key, value in config.items() if value is not None}}
+    if config.get("sliding_window", 0) is None:  # Mistral from 0.3 on: no window, which is not its default
+        fields.pop("sliding_window", None)
     explicit = {**row.defaults, **config}
     try:
         return _from_fields(row, fields, explicit)
@@ -159,7 +161,8 @@ def _row(config: Mapping[str, Any], name: str) -> Architecture:
 
 
 def _from_fields(row: Architecture, fields: Mapping[str, Any], explicit: Mapping[str, Any]) -> DecoderConfig:
-    heads, hidden, count = int(fields["num_attention_heads"]), int(fields["hidden_size"]), int(fields["num_hidden_layers"])
+    heads, hidden = int(fields["num_attention_heads"]), int(fields["hidden_size"])
+    count = int(fields["num_hidden_layers"])
     head_size = int(fields.get("head_dim") or hidden // heads)
     activation = fields.get("hidden_activation") if "hidden_activation" in row.defaults else fields.get("hidden_act")
     context = int(fields["max_position_embeddings"])
@@ -366,7 +369,7 @@ def _one(value: Any) -> int:
 def _gguf_scale(row: Architecture, hidden: int, heads: int, head_size: int, count: int) -> float:
     """As llama.cpp has it: the largest Gemma 2 and 3 divide by the width of a head that they do not have."""
     largest = {"gemma2": 46, "gemma3_text": 62}.get(row.name)
-    return (hidden // heads if count == largest else head_size) ** -0.5
+    return 1 / math.sqrt(hidden // heads if count == largest else head_size)
 
 
 def _gguf_biases(row: Architecture, shapes: Mapping[str, Sequence[int]]) -> frozenset[str]:
@@ -401,21 +404,22 @@ def _gguf_rotary(fields: Mapping[str, Any], factors: Mapping[str, Float], dimens
     if "rope_factors_long" in factors:
         start = int(original or context)
         scaling = {
-            "rope_type": "longrope", "attention_factor": fields.get("rope.scaling.attn_factor")
-            or longrope_scale(context, start),
-            "long_factor": factors["rope_factors_long"].tolist(), "short_factor": factors["rope_factors_short"].tolist(),
+            "rope_type": "longrope", "short_factor": factors["rope_factors_short"].tolist(),
+            "long_factor": factors["rope_factors_long"].tolist(),
+            "attention_factor": fields.get("rope.scaling.attn_factor") or longrope_scale(context, start),
         }  # fmt: skip
         return rotary_from_config(theta, dimensions, scaling, context=context, original=start)
     linear = fields.get("rope.scaling.factor", fields.get("rope.scale_linear"))
     kind = str(fields.get("rope.scaling.type", "linear" if linear else "none"))  # as llama.cpp
     if kind == "longrope":
-        raise ExportError("the file says LongRoPE but has no rope_factors_long and rope_factors_short; convert it again")
+        raise ExportError("rope.scaling.type is longrope, but there is no rope_factors_long; convert it again")
     if kind not in ("none", "linear", "yarn"):
         raise ExportError(f"rope.scaling.type is {kind!r:.40}; none, linear, yarn and longrope can be exported")
     scaling = {"rope_type": kind, "factor": linear, "original_max_position_embeddings": original}
     if kind == "yarn":
         scaling |= {
-            "beta_fast": fields.get("rope.scaling.yarn_beta_fast"), "beta_slow": fields.get("rope.scaling.yarn_beta_slow"),
+            "beta_fast": fields.get("rope.scaling.yarn_beta_fast"),
+            "beta_slow": fields.get("rope.scaling.yarn_beta_slow"),
             "attention_factor": fields.get("rope.scaling.yarn_attn_factor"),
         }  # fmt: skip
     unscaled = kind == "none" or linear in (None, 0, 1)

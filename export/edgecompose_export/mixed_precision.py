@@ -3,25 +3,33 @@
 A block with all its modules in 4 bits changes the stream behind it; that changed stream goes on through the float
 blocks above, and the divergence that it ends in is shared out among the block's modules by the squares of what each
 alone changes. Small independent errors add up in the divergence, so modules are taken in the order of divergence for
-each byte saved.
+each byte saved. The 4 bits are GPTQ's, calibrated on other text than divergences are measured on.
 """
 
 from __future__ import annotations
 
+import pydoc_data.topics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from edgecompose.tokenization import Tokenizer
 from edgecompose_export.decoder_graph import INPUT_GROUPS
-from edgecompose_export.layerwise import FloatBlocks, FloatStates, divergences, embedded, final_norm
-from edgecompose_export.stored_weights import EIGHT, FOUR, Form, read_form, source_form
+from edgecompose_export.gptq import Compensation
+from edgecompose_export.layerwise import TAPS, FloatBlocks, FloatStates, divergences, embedded, final_norm
+from edgecompose_export.stored_weights import EIGHT, Form, Quantised, source_form
+from edgecompose_export.weight_blocks import BlockForm, Blocks
 from edgecompose_export.weight_source import EMBEDDING, HEAD, WeightSource
 
 Float = npt.NDArray[np.float32]
-#: Positions on which sensitivity is measured.
+#: The form of 4 bits that is chosen here: no block sums, half a bit more than the codes in scales and zero points.
+FOUR_BITS = BlockForm(4, 32, zeros=True)
+#: Positions on which sensitivity is measured, and pieces of text (of so many tokens) that GPTQ is calibrated on.
 _POSITIONS = 256
+_TEXTS, _TEXT_LENGTH = 6, 384
 #: Rows that are compared to see whether an embedding is the output layer under another quantisation, and how near it is.
 _COMPARED_ROWS, _AS_GOOD_AS_EQUAL = 512, 0.1
 
@@ -37,10 +45,11 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The forms of 8 bits, and the units that may have 4 instead."""
+    """The forms of 8 bits, the units that may have 4 instead, and the weights of those."""
 
     forms: Mapping[str, Form]
     units: tuple[Unit, ...]
+    quantised: Mapping[str, Quantised]
 
     def within(self, budget: float) -> dict[str, Form]:
         """Forms with as many units in 4 bits as cost `budget` nats together, the cheapest for each byte first."""
@@ -49,34 +58,63 @@ class Choice:
             if spent + unit.kl > budget:
                 break
             spent += unit.kl
-            forms.update(dict.fromkeys(unit.tensors, FOUR))
+            forms.update(dict.fromkeys(unit.tensors, FOUR_BITS))
         return forms
 
-    def is_smallest(self, budget: float) -> bool:
-        """Whether no unit is within a budget, so that a smaller one changes nothing."""
-        return all(unit.kl > budget for unit in self.units)
+    @property
+    def cost(self) -> float:
+        """What all units together cost (nats)."""
+        return sum(unit.kl for unit in self.units)
 
 
 def choose_forms(
-    source: WeightSource, prompts: Sequence[Sequence[int]], reference: FloatStates,
-    advance: Callable[[int], None] = lambda count: None,
+    source: WeightSource, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]], reference: FloatStates,
+    scratch: Path, advance: Callable[[int], None] = lambda count: None,
 ) -> Choice:  # fmt: skip
-    """Measure what 4 bits cost each group of modules of a base.
+    """Quantise all linear modules of a base to 4 bits, and measure what that costs each group of them.
 
     Args:
-        prompts: token ids; the first _POSITIONS positions are used.
-        reference: the float states of `prompts`, whose importances the quantisation takes.
+        prompts: token ids that divergence is measured on; the first _POSITIONS positions are used.
+        texts: token ids that quantisation is calibrated on.
+        reference: the float states of `prompts`.
+        scratch: a folder for the 4-bit weights.
         advance: called with 1 behind each block.
     """
     forms = eight_bit_forms(source)
-    count = _enough(prompts)
-    costs, shares, saved = _measure(source, prompts[:count], forms, reference, advance)
-    units = []
-    for layer, cost in enumerate(costs):
-        whole = sum(shares[layer].values()) or 1.0
-        for group, share in shares[layer].items():
-            units.append(Unit(group, saved[group], cost * share / whole))
-    return Choice(forms, tuple(units))
+    prompts = prompts[: _enough(prompts)]
+    blocks, layers = FloatBlocks(source), len(source.config.layers)
+    calibration = [embedded(source, text) for text in texts]
+    streams = [embedded(source, prompt) for prompt in prompts]
+    copies: list[list[Float]] = [[] for _ in prompts]
+    shares: list[dict[tuple[str, ...], float]] = []
+    quantised: dict[str, Quantised] = {}
+    for layer in range(layers):
+        weights = blocks.load(layer)
+        units = [unit for group in INPUT_GROUPS if (unit := _unit(source, forms, layer, group))]
+        four, calibration = _quantize_layer(blocks, layer, weights, units, calibration)
+        values = {t: made.values(source.shape(t)[1]) for t, made in four.items()}
+        quantised.update({t: _kept(made, scratch / f"{t}.npz") for t, made in four.items()})
+        shares.append(dict.fromkeys(units, 0.0))
+        for i, stream in enumerate(streams):
+            exact = blocks.run(layer, weights, stream)[0]
+            for unit in units:
+                moved = blocks.run(layer, {**weights, **{t: values[t] for t in unit}}, stream)[0]
+                shares[-1][unit] += float(np.square(moved - exact).sum(dtype=np.float64))
+            if copies[i]:
+                together = blocks.run(layer, weights, np.concatenate(copies[i]))[0]
+                copies[i] = [together[j : j + 1] for j in range(len(together))]
+            copies[i].append(blocks.run(layer, {**weights, **values}, stream)[0])
+            streams[i] = exact
+        advance(1)
+    costs = divergences(source, np.concatenate(reference.states[: len(prompts)]), _final(source, copies))
+    return Choice(forms, _shared_out(source, costs, shares), quantised)
+
+
+def calibration_texts(tokenizer: Tokenizer) -> list[list[int]]:
+    """Token ids of text of many kinds that lies on every machine with Python: its own reference, prose and code."""
+    topics = pydoc_data.topics.topics
+    names = sorted(topics, key=lambda name: -len(topics[name]))[:_TEXTS]
+    return [tokenizer.encode_prompt(topics[name][: _TEXT_LENGTH * 8])[:_TEXT_LENGTH] for name in names]
 
 
 def eight_bit_forms(source: WeightSource) -> dict[str, Form]:
@@ -110,55 +148,69 @@ def _enough(prompts: Sequence[Sequence[int]]) -> int:
     return len(prompts)
 
 
-def _measure(
-    source: WeightSource, prompts: Sequence[Sequence[int]], forms: Mapping[str, Form], reference: FloatStates,
-    advance: Callable[[int], None],
-) -> tuple[npt.NDArray[np.float64], list[dict[tuple[str, ...], float]], dict[tuple[str, ...], int]]:  # fmt: skip
-    """For each block the divergence that it ends in, and the square of what each unit changes; bytes saved by unit."""
-    blocks, layers = FloatBlocks(source), len(source.config.layers)
-    streams = [embedded(source, prompt) for prompt in prompts]
-    copies: list[list[Float]] = [[] for _ in prompts]
-    shares: list[dict[tuple[str, ...], float]] = []
-    saved: dict[tuple[str, ...], int] = {}
-    for layer in range(layers):
-        weights = blocks.load(layer)
-        changed: dict[tuple[str, ...], dict[str, Float]] = {}
-        for group in INPUT_GROUPS:
-            unit = tuple(t for t in (f"{layer}.{m}.weight" for m in group) if forms[t] == EIGHT and _is_whole(source, t))
-            if unit:
-                changed[unit] = {t: _four_bits(source, t, reference) for t in unit}
-                saved[unit] = sum(_bytes_saved(source, t) for t in unit)
-        every = {t: values for unit in changed.values() for t, values in unit.items()}
-        shares.append(dict.fromkeys(changed, 0.0))
-        for i, stream in enumerate(streams):
-            exact = blocks.run(layer, weights, stream)[0]
-            for unit, values in changed.items():
-                moved = blocks.run(layer, {**weights, **values}, stream)[0]
-                shares[-1][unit] += float(np.square(moved - exact).sum(dtype=np.float64))
-            if copies[i]:
-                together = blocks.run(layer, weights, np.concatenate(copies[i]))[0]
-                copies[i] = [together[j : j + 1] for j in range(len(together))]
-            copies[i].append(blocks.run(layer, {**weights, **every}, stream)[0])
-            streams[i] = exact
-        advance(1)
-    others = np.stack([
-        np.concatenate([final_norm(source, copies[i][layer][0]) for i in range(len(prompts))])
-        for layer in range(layers)
+def _unit(source: WeightSource, forms: Mapping[str, Form], layer: int, group: Sequence[str]) -> tuple[str, ...]:
+    """The tensors of a group of modules that could have 4 bits and have not."""
+    tensors = (f"{layer}.{module}.weight" for module in group)
+    return tuple(t for t in tensors if forms[t] == EIGHT and source.shape(t)[1] % FOUR_BITS.block == 0)
+
+
+def _quantize_layer(
+    blocks: FloatBlocks, layer: int, weights: Mapping[str, Float], units: Sequence[tuple[str, ...]],
+    calibration: Sequence[Float],
+) -> tuple[dict[str, Blocks], list[Float]]:  # fmt: skip
+    """The 4-bit weights of a block, and the streams of calibration texts behind it."""
+    grams: dict[str, Float] = {}
+    behind = []
+    taps_of = {unit: TAPS[unit[0].split(".")[1]] for unit in units}
+    for stream in calibration:
+        out, taps = blocks.run(layer, weights, stream, taps=bool(units))
+        behind.append(out)
+        for tap in taps_of.values():
+            inputs = taps[tap].reshape(-1, taps[tap].shape[-1])
+            grams[tap] = grams.get(tap, np.float32(0)) + inputs.T @ inputs
+    made = {}
+    for unit in units:
+        compensation = Compensation(grams.pop(taps_of[unit]))
+        made.update({t: compensation.quantize(weights[t], FOUR_BITS.block) for t in unit})
+    return made, behind
+
+
+def _kept(blocks: Blocks, path: Path) -> Quantised:
+    """Put blocks into a file; return what reads them back."""
+    assert blocks.zeros is not None
+    np.savez(path, codes=blocks.codes[..., 0::2] | blocks.codes[..., 1::2] << 4, scales=blocks.scales, zeros=blocks.zeros)
+
+    def read() -> Blocks:
+        with np.load(path) as stored:
+            pairs = stored["codes"]
+            codes = np.stack([pairs & 15, pairs >> 4], -1).reshape(*pairs.shape[:2], -1)
+            return Blocks(4, codes, stored["scales"], zeros=stored["zeros"])
+
+    return read
+
+
+def _final(source: WeightSource, copies: Sequence[Sequence[Float]]) -> Float:
+    """What the output layer reads of each changed stream: (blocks, positions, hidden)."""
+    return np.stack([
+        np.concatenate([final_norm(source, streams[layer][0]) for streams in copies])
+        for layer in range(len(source.config.layers))
     ])  # fmt: skip
-    exact = np.concatenate(reference.states[: len(prompts)])
-    return divergences(source, exact, others), shares, saved
 
 
-def _is_whole(source: WeightSource, tensor: str) -> bool:
-    return source.shape(tensor)[1] % FOUR.block == 0
-
-
-def _four_bits(source: WeightSource, tensor: str, reference: FloatStates) -> Float:
-    rows, width = source.shape(tensor)
-    return read_form(source, tensor, FOUR, 0, rows, reference.importance[tensor]).values(width)
+def _shared_out(
+    source: WeightSource, costs: npt.NDArray[np.float64], shares: Sequence[Mapping[tuple[str, ...], float]]
+) -> tuple[Unit, ...]:
+    units = []
+    for cost, squares in zip(costs, shares, strict=True):
+        whole = sum(squares.values()) or 1.0
+        for tensors, square in squares.items():
+            saved = sum(_bytes_saved(source, tensor) for tensor in tensors)
+            units.append(Unit(tensors, saved, float(cost) * square / whole))
+    return tuple(units)
 
 
 def _bytes_saved(source: WeightSource, tensor: str) -> int:
     rows, width = source.shape(tensor)
     eight = EIGHT.blocks(width) * (EIGHT.block + 4)
-    return rows * (eight - FOUR.blocks(width) * (FOUR.block // 2 + 4))
+    blocks = FOUR_BITS.blocks(width)
+    return rows * (eight - blocks * (FOUR_BITS.block // 2 + 4) - -(-blocks // 2))

@@ -33,6 +33,8 @@ _NUMPY: Mapping[str, npt.DTypeLike] = {"float32": np.float32, "float16": np.floa
 #: Values of a matrix that are converted at once.
 _CHUNK = 1 << 22
 EIGHT, FOUR = BlockForm(8, 32), BlockForm(4, 32, True)
+#: Called for a tensor's weights in a form that neither the file nor simple rounding gives.
+Quantised = Callable[[], Blocks]
 
 
 def source_form(kind: str) -> Form:
@@ -67,14 +69,16 @@ class StoredWeights:
         forms: of the weight of each linear module and of the output layer, by tensor; of the embedding, where it is not
             tied. A block form other than the file's own is quantised anew from the file's values.
         importance: for each linear module's tensor the mean square of its input, (n_in,), for 4 bits.
+        quantised: tensors whose blocks are made already.
     """
 
     def __init__(
         self, source: WeightSource, forms: Mapping[str, Form], data: DataFile,
         importance: Mapping[str, npt.NDArray[np.float32]] | None = None,
+        quantised: Mapping[str, Quantised] | None = None,
     ) -> None:  # fmt: skip
         self._source, self._forms, self._data = source, forms, data
-        self._importance = importance or {}
+        self._importance, self._quantised = importance or {}, quantised or {}
         self._config: DecoderConfig = source.config
         self._jobs: list[tuple[int, Callable[[], Iterator[int]]]] = []
 
@@ -164,8 +168,10 @@ class StoredWeights:
             return graph.node("Add", [plain, self._vector(graph, bias, f"{name}.bias")], target)
         self._reserve_blocks(tensors, name, form, (rows, width))
         inputs = [_extended(graph, source, form, width), *(self._use(graph, f"{name}.{p}") for p in ("codes", "scales"))]
+        if form.zeros:
+            inputs.append(self._use(graph, f"{name}.zeros"))
         if bias is not None:
-            inputs += ["", "", self._vector(graph, bias, f"{name}.bias")]
+            inputs += [""] * (5 - len(inputs)) + [self._vector(graph, bias, f"{name}.bias")]
         return graph.node(
             "MatMulNBits", inputs, target, domain=MICROSOFT, K=form.extended(width), N=rows, bits=form.bits,
             block_size=form.block, accuracy_level=4,
@@ -184,16 +190,22 @@ class StoredWeights:
         blocks = form.blocks(width)
         self._data.reserve(f"{name}.codes", "uint8", (rows, blocks, form.block * form.bits // 8))
         self._data.reserve(f"{name}.scales", "float32", (rows * blocks,))
+        if form.zeros:
+            self._data.reserve(f"{name}.zeros", "uint8", (rows * -(-blocks * form.bits // 8),))
         self._jobs.append((rows * width, lambda: self._write_blocks(tensors, name, form, width)))
 
     def _write_blocks(self, tensors: list[str], name: str, form: BlockForm, width: int) -> Iterator[int]:
-        ends = [0, 0]
+        ends: dict[str, int] = {}
         for tensor in tensors:
+            made = self._quantised[tensor]() if form.zeros else None
             for start, stop in _chunks(self._source.shape(tensor)):
-                rows = read_form(self._source, tensor, form, start, stop, self._importance.get(tensor))
-                parts = stored_rows(rows, width)
-                for i, (part, values) in enumerate(zip(("codes", "scales"), parts, strict=True)):
-                    ends[i] = self._data.write(f"{name}.{part}", values, ends[i])
+                if made is not None:
+                    rows = made[start:stop]
+                else:
+                    rows = read_form(self._source, tensor, form, start, stop, self._importance.get(tensor))
+                for part, values in zip(("codes", "scales", "zeros"), stored_rows(rows, width), strict=True):
+                    if values is not None:
+                        ends[part] = self._data.write(f"{name}.{part}", values, ends.get(part, 0))
                 yield (stop - start) * width
 
     def _float_matrix(

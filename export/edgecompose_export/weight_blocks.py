@@ -1,7 +1,7 @@
 """Linear weights in blocks of 4 or 8 bits, in the forms that ONNX Runtime's MatMulNBits has fast kernels for.
 
-A row is cut into blocks of 16 or 32 weights along the input axis, w = s (q - z) + c with z = 8 for 4 bits and 128 for
-8 bits. The kernel is the symmetric one with int8 activations (accuracy level 4) and computes the first term; the second
+A row is cut into blocks of 16 or more weights along the input axis, w = s (q - z) + c, where z is 8 for 4 bits and 128
+for 8 bits unless blocks have zero points of their own. The kernel is the symmetric one with int8 activations (accuracy level 4) and computes the first term; the second
 is blocksums(x) @ C. So x is extended by copies of its sums over blocks, and each row by what C is in the same bits and,
 behind it, by what those leave of C in the same bits again.
 
@@ -26,11 +26,12 @@ Bytes = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class BlockForm:
-    """Bits of a code (4 or 8), weights of a block (16 or 32), and whether blocks have an offset."""
+    """Bits of a code (4 or 8), weights of a block, and whether blocks have an offset, or a zero point of their own."""
 
     bits: int
     block: int
     offsets: bool = False
+    zeros: bool = False
 
     def copies(self, width: int) -> int:
         """How many copies of its block sums follow an input of `width` values."""
@@ -52,21 +53,31 @@ class BlockForm:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Blocks:
-    """Rows of a weight: codes (N, blocks, block) uint8, scales (N, blocks) float32, offsets c likewise or None."""
+    """Rows of a weight: codes (N, blocks, block) uint8, scales (N, blocks) float32, offsets c likewise or None.
+
+    `zeros` (N, blocks) uint8 are zero points z, where they are not the middle code.
+    """
 
     bits: int
     codes: Bytes
     scales: Float
     offsets: Float | None = None
+    zeros: Bytes | None = None
 
     @property
     def form(self) -> BlockForm:
         """The form that they have."""
-        return BlockForm(self.bits, self.codes.shape[2], self.offsets is not None)
+        return BlockForm(self.bits, self.codes.shape[2], self.offsets is not None, self.zeros is not None)
+
+    def __getitem__(self, rows: slice) -> Blocks:
+        """Some of the rows."""
+        offsets, zeros = (None if a is None else a[rows] for a in (self.offsets, self.zeros))
+        return Blocks(self.bits, self.codes[rows], self.scales[rows], offsets, zeros)
 
     def values(self, width: int) -> Float:
         """The weights that they stand for, (N, width) float32."""
-        rows = (self.codes.astype(np.float32) - (1 << (self.bits - 1))) * self.scales[..., None]
+        zero = np.float32(1 << (self.bits - 1)) if self.zeros is None else self.zeros[..., None].astype(np.float32)
+        rows = (self.codes.astype(np.float32) - zero) * self.scales[..., None]
         if self.offsets is not None:
             rows += self.offsets[..., None]
         return np.ascontiguousarray(rows.reshape(len(rows), -1)[:, :width])
@@ -97,7 +108,8 @@ def read_blocks(raw: Bytes, kind: str) -> Blocks:
         raise ExportError(f"weights of type {kind} are not read; {', '.join((*FLOAT_TYPES, *GGUF_FORMS))} are")
     size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]][1]
     rows = len(raw)
-    blocks = _READERS[kind](np.ascontiguousarray(raw).reshape(-1, size))
+    with np.errstate(invalid="ignore", over="ignore"):  # damaged scales are refused below
+        blocks = _READERS[kind](np.ascontiguousarray(raw).reshape(-1, size))
     form = GGUF_FORMS[kind]
     codes = blocks.codes.reshape(rows, -1, form.block)
     offsets = None if blocks.offsets is None else blocks.offsets.reshape(rows, -1)
@@ -175,17 +187,20 @@ def _fitted(blocks: Float, low: Float, scales: Float, weights: Float) -> tuple[B
     return codes, d.astype(np.float32), m.astype(np.float32)
 
 
-def stored_rows(blocks: Blocks, width: int) -> tuple[Bytes, Float]:
-    """What MatMulNBits reads: packed codes (N, blocks, bytes of a block) and scales (N, blocks), offsets included.
+def stored_rows(blocks: Blocks, width: int) -> tuple[Bytes, Float, Bytes | None]:
+    """What MatMulNBits reads, offsets included: packed codes (N, blocks, bytes of a block), scales (N, blocks), and
+    packed zero points (N, bytes) where blocks have some.
 
     Args:
         width: of the input.
     """
-    codes, scales = blocks.codes, blocks.scales
+    codes, scales, zeros = blocks.codes, blocks.scales, blocks.zeros
     if blocks.offsets is not None:
         more_codes, more_scales = _extension(blocks.offsets, blocks.form, width)
         codes, scales = np.concatenate([codes, more_codes], 1), np.concatenate([scales, more_scales], 1)
-    return (packed(codes) if blocks.bits == 4 else codes), scales
+    if zeros is not None and blocks.bits == 4:
+        zeros = packed(np.pad(zeros, ((0, 0), (0, zeros.shape[1] % 2)), constant_values=8))
+    return (packed(codes) if blocks.bits == 4 else codes), scales, zeros
 
 
 def packed(codes: Bytes) -> Bytes:

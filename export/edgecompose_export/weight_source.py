@@ -110,7 +110,8 @@ class WeightSource:
         if kind in _WIDTH:
             values = as_floats(raw, kind)
         else:
-            values = np.asarray(dequantize(raw, GGMLQuantizationType[kind]), np.float32)
+            with np.errstate(invalid="ignore", over="ignore"):  # damaged scales are refused below
+                values = np.asarray(dequantize(raw, GGMLQuantizationType[kind]), np.float32)
         if not np.isfinite(values).all():
             raise ExportError(f"base '{self.name}': '{place.stored}' holds numbers that are not finite; copy it again")
         values = values.reshape(-1) if len(place.shape) == 1 else values
