@@ -218,7 +218,7 @@ class Decoding:
     def _turns_long(self, length: int) -> bool:
         """Take the frequencies of a sequence of `length` tokens; tell whether cached keys were made with others.
 
-        As transformers has it: one sequence is read with one set of frequencies, and read again when it passes the limit.
+        As transformers has it: a sequence is read with one set of frequencies, and again when it passes the limit.
         """
         limit = self._spec.long_from
         if limit is None or (length > limit) == self._long:

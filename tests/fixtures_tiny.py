@@ -5,18 +5,15 @@ Nothing of torch is imported before that, so tests that want none of it run wher
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from edgecompose.bundle import sha256_of
 from edgecompose.manifest import BaseSpec, EmbedderSpec
 
 _REASON = "exports want the packages of edgecompose-export"
@@ -47,14 +44,6 @@ class TinyZoo:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.builder: CachedBuilder | None = None
-
-    def build_graphs(self, architectures: Iterable[str]) -> None:
-        """Run the builder for several architectures, two at a time."""
-        if self.builder is not None:
-            folders = [self.model(name) for name in architectures]
-            with ThreadPoolExecutor(2) as pool:
-                list(pool.map(self.builder.build, folders))
 
     def model(self, architecture: str) -> Path:
         """A Hugging Face folder; see `tiny.ARCHITECTURES`."""
@@ -65,9 +54,8 @@ class TinyZoo:
     def base(self, architecture: str, precision: Any = "fp32") -> Exported:
         """The exported base, however far a precision is from float32."""
         from edgecompose_export.base import export_base, read_base_spec
-        from edgecompose_export.checkpoint import find_checkpoint
 
-        source = find_checkpoint(self.model(architecture))
+        source = self.model(architecture)
         folder = self._once(
             self.root / f"{architecture}-{precision}",
             lambda path: export_base(source, path, precision, accept_distance=True),
@@ -139,26 +127,6 @@ class TinyZoo:
         return path
 
 
-class CachedBuilder:
-    """Runs onnxruntime-genai's builder once for each checkpoint: it takes seconds, mostly to import its packages."""
-
-    def __init__(self, root: Path, run: Callable[[Path, Path, Path], None]) -> None:
-        self._root, self._run = root, run
-
-    def __call__(self, source: Path, output: Path, cache: Path) -> None:
-        shutil.copytree(self.build(source), output)
-
-    def build(self, source: Path) -> Path:
-        """The folder that the builder makes of a checkpoint."""
-        content = "".join(sha256_of(path) for path in sorted(source.glob("*")) if path.suffix != ".md")
-        kept = self._root / hashlib.sha256(content.encode()).hexdigest()[:16]
-        if not kept.exists():
-            scratch = kept.with_suffix(".new")
-            self._run(source, scratch, kept.with_suffix(".cache"))
-            scratch.rename(kept)
-        return kept
-
-
 def ignore_tracer_warnings() -> None:
     """Torch's tracer warns of constants while optimum exports; not ours to mend."""
     from torch.jit import TracerWarning
@@ -170,21 +138,15 @@ def ignore_tracer_warnings() -> None:
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyZoo]:
     """Tiny models on demand."""
-    for package in ("torch", "transformers", "peft", "optimum", "onnxruntime_genai"):
+    for package in ("torch", "transformers", "peft", "optimum"):
         pytest.importorskip(package, reason=_REASON)
     import torch
 
-    from edgecompose_export import base
-
     root = tmp_path_factory.mktemp("zoo")
-    (root / "built").mkdir()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     made = TinyZoo(root)
-    made.builder = CachedBuilder(root / "built", base._run_builder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base, "_run_builder", made.builder)
-        yield made
+    yield made
     torch.set_num_threads(threads)
 
 

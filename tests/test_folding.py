@@ -183,8 +183,9 @@ def test_only_float_bases_get_the_graphs_and_no_weight_is_stored_twice(zoo: Tiny
 
 
 def test_weights_that_do_not_divide_into_panels_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgecompose_export import folding
     from edgecompose_export.slots import Linear
+
+    from edgecompose_export import folding
 
     linear = Linear(onnx.NodeProto(), 0, "o_proj", 48, 50)
     assert folding._panels(linear) == (1, 48, 50)

@@ -148,7 +148,7 @@ class _Block:
             key = self.turned(key, "k", config.kv_heads, turns[rotary])
         caches = []
         for part in ("key", "value"):
-            shape = ["batch_size", config.kv_heads, "past_length", config.head_size]
+            shape: list[int | str] = ["batch_size", config.kv_heads, "past_length", config.head_size]
             caches.append(graph.input(f"past_key_values.{layer}.{part}", TensorProto.FLOAT, shape))
             shape = ["batch_size", config.kv_heads, "present_length", config.head_size]
             graph.output(f"present.{layer}.{part}", TensorProto.FLOAT, shape)

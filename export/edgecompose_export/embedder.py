@@ -21,8 +21,9 @@ from edgecompose.embedder import Embedder
 from edgecompose.errors import ExportError
 from edgecompose.manifest import EmbedderSpec
 from edgecompose.typed_json import value_from_json
-from edgecompose_export.base import calibration_prompts, save_graph
+from edgecompose_export.base import calibration_prompts
 from edgecompose_export.datasets import read_json
+from edgecompose_export.onnx_files import save_graph
 
 EmbedderPrecision = Literal["f32", "int8"]
 EMBEDDER_PRECISIONS: tuple[EmbedderPrecision, ...] = get_args(EmbedderPrecision)

@@ -65,9 +65,7 @@ class _FoldedWeights:
         return graph.node("Add", [plain, graph.tensor(numpy_helper.from_array(bias, f"{target}.bias"))], target)
 
 
-def _fold(
-    graph: GraphWriter, config: DecoderConfig, stored: StoredWeights, layer: int, group: tuple[str, ...]
-) -> None:
+def _fold(graph: GraphWriter, config: DecoderConfig, stored: StoredWeights, layer: int, group: tuple[str, ...]) -> None:
     """Nodes that give W + B^T A of one product in panels; those of several modules stand below one another."""
     folded = _weight(layer, group)
     weight = stored.matrix(graph, layer, group)

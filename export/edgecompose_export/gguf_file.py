@@ -156,8 +156,8 @@ def read_shards(path: Path) -> tuple[GgufFile, ...]:
         return (first,)
     if not named or int(named[2]) != count:
         raise ExportError(
-            f"GGUF file '{path}' is one of {count} shards but not called NAME-00001-of-{count:05}.gguf; give all shards "
-            "their published names, or join them with: llama-gguf-split --merge"
+            f"GGUF file '{path}' is one of {count} shards but not called NAME-00001-of-{count:05}.gguf; give all "
+            "shards their published names, or join them with: llama-gguf-split --merge"
         )
     stem = path.name[: named.start()]
     paths = [path.with_name(f"{stem}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
@@ -211,9 +211,7 @@ def _parse(header: _Header) -> GgufFile:
     for tensor in described:
         header.position = start + tensor.offset
         header.take(tensor.bytes, f"tensor '{tensor.name}' ({tensor.type}, {tensor.shape})")
-        tensors[tensor.name] = GgufTensor(
-            tensor.name, tensor.type, tensor.shape, start + tensor.offset, tensor.bytes
-        )
+        tensors[tensor.name] = GgufTensor(tensor.name, tensor.type, tensor.shape, start + tensor.offset, tensor.bytes)
     return GgufFile(path, metadata, tensors)
 
 

@@ -24,7 +24,7 @@ _SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
 
 
 class DataFile:
-    """The data file of a decoder: places are reserved first and filled in any order, so that no tensor is ever whole."""
+    """The data file of a decoder: places are reserved first and filled in any order, no tensor is ever whole."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -136,9 +136,7 @@ class GraphWriter:
         path.write_bytes(self.model().SerializeToString())
 
 
-def _external(
-    name: str, dtype: int, shape: Sequence[int], location: str, offset: int, size: int
-) -> TensorProto:
+def _external(name: str, dtype: int, shape: Sequence[int], location: str, offset: int, size: int) -> TensorProto:
     tensor = TensorProto(name=name, data_type=dtype, dims=shape, data_location=TensorProto.EXTERNAL)
     for key, value in (("location", location), ("offset", str(offset)), ("length", str(size))):
         tensor.external_data.add(key=key, value=value)

@@ -34,7 +34,8 @@ TAPS: Mapping[str, str] = {module: group[0] for group in INPUT_GROUPS for module
 @dataclass(frozen=True, slots=True, eq=False)
 class Comparison:
     """Two models on the same positions, in nats: mean KL divergence of the second from the first, mean negative
-    log-likelihood of the next token under each, and how often both have the same likeliest token."""
+    log-likelihood of the next token under each, and how often both have the same likeliest token.
+    """
 
     kl: float
     top1: float
@@ -51,18 +52,23 @@ class FedWeights:
         self.taps: dict[str, str] = {}
 
     def embed(self, graph: GraphWriter, ids: str) -> str:
+        """As `Weights` has it."""
         raise NotImplementedError("blocks have no embedding")
 
     def head(self, graph: GraphWriter, hidden: str) -> str:
+        """As `Weights` has it."""
         raise NotImplementedError("blocks have no output layer")
 
     def parameter(self, graph: GraphWriter, tensor: str) -> str:
+        """As `Weights` has it."""
         return graph.input(tensor, TensorProto.FLOAT, [f"size of {tensor}"])
 
     def groups(self, layer: int, modules: Sequence[str]) -> list[tuple[str, ...]]:
+        """Each module by itself."""
         return [(module,) for module in modules]
 
     def product(self, graph: GraphWriter, layer: int, modules: Sequence[str], source: str, target: str) -> str:
+        """As `Weights` has it."""
         (module,) = modules
         if TAPS[module] == module:
             self.taps[module] = source
@@ -195,7 +201,7 @@ def final_norm(source: WeightSource, values: Float) -> Float:
     wide = wide / np.sqrt((wide * wide).mean(-1, keepdims=True) + config.epsilon) * source.floats(FINAL_NORM)
     if config.architecture.norm == "layer":
         wide = wide + source.floats(FINAL_NORM.replace("weight", "bias"))
-    return wide.astype(np.float32)
+    return np.asarray(wide, np.float32)
 
 
 def float_logits(source: WeightSource, states: Float) -> Iterator[Float]:

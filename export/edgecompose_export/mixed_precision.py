@@ -21,7 +21,7 @@ from edgecompose_export.decoder_graph import INPUT_GROUPS
 from edgecompose_export.gptq import Compensation
 from edgecompose_export.layerwise import TAPS, FloatBlocks, FloatStates, divergences, embedded, final_norm
 from edgecompose_export.stored_weights import EIGHT, Form, Quantised, source_form
-from edgecompose_export.weight_blocks import BlockForm, Blocks
+from edgecompose_export.weight_blocks import BlockForm, Blocks, packed
 from edgecompose_export.weight_source import EMBEDDING, HEAD, WeightSource
 
 Float = npt.NDArray[np.float32]
@@ -30,7 +30,7 @@ FOUR_BITS = BlockForm(4, 32, zeros=True)
 #: Positions on which sensitivity is measured, and pieces of text (of so many tokens) that GPTQ is calibrated on.
 _POSITIONS = 256
 _TEXTS, _TEXT_LENGTH = 6, 384
-#: Rows that are compared to see whether an embedding is the output layer under another quantisation, and how near it is.
+#: Rows that are compared to see whether an embedding is the output layer under another quantisation, and how near.
 _COMPARED_ROWS, _AS_GOOD_AS_EQUAL = 512, 0.1
 
 
@@ -178,7 +178,7 @@ def _quantize_layer(
 def _kept(blocks: Blocks, path: Path) -> Quantised:
     """Put blocks into a file; return what reads them back."""
     assert blocks.zeros is not None
-    np.savez(path, codes=blocks.codes[..., 0::2] | blocks.codes[..., 1::2] << 4, scales=blocks.scales, zeros=blocks.zeros)
+    np.savez(path, codes=packed(blocks.codes), scales=blocks.scales, zeros=blocks.zeros)
 
     def read() -> Blocks:
         with np.load(path) as stored:

@@ -91,9 +91,7 @@ def _llama3(frequencies: Float, scaling: Mapping[str, Any]) -> Float:
     return np.where(wavelengths < original / high, frequencies, scaled).astype(np.float32)
 
 
-def _yarn(
-    frequencies: Float, theta: float, dimensions: int, scaling: Mapping[str, Any], context: int
-) -> Rotary:
+def _yarn(frequencies: Float, theta: float, dimensions: int, scaling: Mapping[str, Any], context: int) -> Rotary:
     factor = _number(scaling, "factor")
     original = float(scaling.get("original_max_position_embeddings") or context)
 

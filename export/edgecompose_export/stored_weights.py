@@ -54,7 +54,8 @@ class _RowsForm:
 _ROWS_FORMS: Mapping[str, _RowsForm] = {
     "Q4_0": _RowsForm(0, True), "Q4_1": _RowsForm(0, False), "Q4_K": _RowsForm(0, False), "Q2_K": _RowsForm(0, False),
     "Q3_K": _RowsForm(0, False), "Q5_0": _RowsForm(1, True), "Q5_1": _RowsForm(1, False), "Q5_K": _RowsForm(1, False),
-    "Q6_K": _RowsForm(2, False), "Q8_0": _RowsForm(4, True), "IQ4_NL": _RowsForm(4, True), "IQ4_XS": _RowsForm(4, False),
+    "Q6_K": _RowsForm(2, False), "Q8_0": _RowsForm(4, True), "IQ4_NL": _RowsForm(4, True),
+    "IQ4_XS": _RowsForm(4, False),
 }  # fmt: skip
 #: Smallest code of those types whose codes do not begin at 0.
 _LOWEST: Mapping[str, int] = {"Q5_0": 112, "Q5_1": 112, "Q5_K": 112, "Q6_K": 96}
@@ -109,23 +110,28 @@ class StoredWeights:
         return groups
 
     def parameter(self, graph: GraphWriter, tensor: str) -> str:
+        """As `Weights` has it."""
         return graph.tensor(numpy_helper.from_array(self._source.floats(tensor), tensor))
 
     def product(self, graph: GraphWriter, layer: int, modules: Sequence[str], source: str, target: str) -> str:
+        """As `Weights` has it."""
         tensors = [f"{layer}.{module}.weight" for module in modules]
         return self._linear(graph, tensors, f"{layer}.{'+'.join(modules)}", source, target, self.bias(layer, modules))
 
     def head(self, graph: GraphWriter, hidden: str) -> str:
+        """As `Weights` has it."""
         return self._linear(graph, [self._head_tensor], "head", hidden, "head/product", None)
 
     def embed(self, graph: GraphWriter, ids: str) -> str:
+        """As `Weights` has it."""
         form = self._forms[HEAD if self._config.tied else EMBEDDING]
-        shared = form == "shared"
-        if shared:
-            form = self._forms[HEAD]
+        shared = self._config.tied
+        if form == "shared":
+            form, shared = self._forms[HEAD], True
+        assert form != "shared", "an output layer has bytes of its own"
         if isinstance(form, str):
             return self._embed_float(graph, ids, form)
-        if (self._config.tied or shared) and not form.offsets:
+        if shared and not form.offsets:
             return self._embed_shared(graph, ids, form)
         return self._embed_rows(graph, ids, form)
 
@@ -137,7 +143,7 @@ class StoredWeights:
         """The float weight (n_out, n_in) of a group of modules, as `product` stored it."""
         tensors = [f"{layer}.{module}.weight" for module in modules]
         form = self._forms[tensors[0]]
-        assert isinstance(form, str), "only float weights are matrices"
+        assert not isinstance(form, BlockForm) and form != "shared", "only float weights are matrices"
         shape = (sum(self._source.shape(t)[0] for t in tensors), self._source.shape(tensors[0])[1])
         return self._float_matrix(graph, tensors, f"{layer}.{'+'.join(modules)}", form, shape)
 
@@ -158,6 +164,7 @@ class StoredWeights:
     ) -> str:  # fmt: skip
         key = HEAD if tensors == [self._head_tensor] and name == "head" else tensors[0]
         form = self._forms[key]
+        assert form != "shared", "only an embedding is shared"
         rows, width = sum(self._source.shape(t)[0] for t in tensors), self._source.shape(tensors[0])[1]
         if isinstance(form, str):
             weight = self._float_matrix(graph, tensors, name, form, (rows, width))
@@ -167,7 +174,10 @@ class StoredWeights:
                 return target
             return graph.node("Add", [plain, self._vector(graph, bias, f"{name}.bias")], target)
         self._reserve_blocks(tensors, name, form, (rows, width))
-        inputs = [_extended(graph, source, form, width), *(self._use(graph, f"{name}.{p}") for p in ("codes", "scales"))]
+        inputs = [
+            _extended(graph, source, form, width),
+            *(self._use(graph, f"{name}.{p}") for p in ("codes", "scales")),
+        ]
         if form.zeros:
             inputs.append(self._use(graph, f"{name}.zeros"))
         if bias is not None:
@@ -231,7 +241,7 @@ class StoredWeights:
                 end = self._data.write(stored, values.astype(_NUMPY.get(form, values.dtype)), end)
                 yield (stop - start) * self._source.shape(tensor)[1]
 
-    def _embed_float(self, graph: GraphWriter, ids: str, form: str) -> str:
+    def _embed_float(self, graph: GraphWriter, ids: str, form: FloatForm) -> str:
         name = "head" if self._config.tied else "embedding"
         shape = self._source.shape(EMBEDDING)
         stored = f"{name}.weight" if form == "float32" else f"{name}.weight.{form}"
@@ -254,7 +264,7 @@ class StoredWeights:
         )  # fmt: skip
 
     def _embed_rows(self, graph: GraphWriter, ids: str, form: BlockForm) -> str:
-        """An embedding of its own: planes of bits, scales and offsets, of which a few rows are gathered and computed."""
+        """An embedding of its own: planes of bits, scales and offsets, of which rows are gathered and computed."""
         kind = self._source.type_of(EMBEDDING)
         native = GGUF_FORMS.get(kind) == form
         rows_form = _ROWS_FORMS[kind] if native else _RowsForm(4 if form.bits == 8 else 0, False)
@@ -284,7 +294,7 @@ class StoredWeights:
             blocks = read_form(self._source, EMBEDDING, form, start, stop)
             codes = (blocks.codes - np.uint8(lowest)).reshape(stop - start, -1)
             planes: dict[str, npt.NDArray[Any]] = {
-                "codes": codes if rows_form.more == 4 else packed(codes & 15),
+                "codes": codes if rows_form.more == 4 else packed(codes & np.uint8(15)),
                 "scales": blocks.scales.astype(np.float16 if rows_form.half_scales else np.float32),
             }
             for i in range(rows_form.more if rows_form.more < 4 else 0):
@@ -342,7 +352,9 @@ def _computed_rows(
         low = graph.node("BitwiseAnd", [codes, graph.constant(15, np.uint8)], "embedding/low")
         high = graph.node("BitShift", [codes, graph.constant(4, np.uint8)], "embedding/high", direction="RIGHT")
         pair = [graph.node("Unsqueeze", [p, graph.constant([-1])], f"{p}/column") for p in (low, high)]
-        codes = graph.node("Reshape", [graph.node("Concat", pair, "embedding/pairs", axis=-1), whole], "embedding/nibbles")
+        codes = graph.node(
+            "Reshape", [graph.node("Concat", pair, "embedding/pairs", axis=-1), whole], "embedding/nibbles"
+        )
     for i in range(rows_form.more if rows_form.more < 4 else 0):
         plane, shifts = parts[f"bit{4 + i}"], graph.constant(np.arange(8), np.uint8)
         column = graph.node("Unsqueeze", [plane, graph.constant([-1])], f"{plane}/column")

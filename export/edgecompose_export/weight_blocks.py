@@ -1,9 +1,9 @@
 """Linear weights in blocks of 4 or 8 bits, in the forms that ONNX Runtime's MatMulNBits has fast kernels for.
 
 A row is cut into blocks of 16 or more weights along the input axis, w = s (q - z) + c, where z is 8 for 4 bits and 128
-for 8 bits unless blocks have zero points of their own. The kernel is the symmetric one with int8 activations (accuracy level 4) and computes the first term; the second
-is blocksums(x) @ C. So x is extended by copies of its sums over blocks, and each row by what C is in the same bits and,
-behind it, by what those leave of C in the same bits again.
+for 8 bits unless blocks have zero points of their own. The kernel has int8 activations (accuracy level 4) and computes
+the first term; the second is blocksums(x) @ C. So x is extended by copies of its sums over blocks, and each row by what
+C is in the same bits and, behind it, by what those leave of C in the same bits again.
 
 Every block type of GGUF has one of these forms, without loss: the codes, scales and offsets are the file's own.
 Layouts of the types: ggml's `ggml-quants` and the package gguf, whose dequantised values the tests compare with.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -71,7 +72,8 @@ class Blocks:
 
     def __getitem__(self, rows: slice) -> Blocks:
         """Some of the rows."""
-        offsets, zeros = (None if a is None else a[rows] for a in (self.offsets, self.zeros))
+        offsets = None if self.offsets is None else self.offsets[rows]
+        zeros = None if self.zeros is None else self.zeros[rows]
         return Blocks(self.bits, self.codes[rows], self.scales[rows], offsets, zeros)
 
     def values(self, width: int) -> Float:
@@ -246,6 +248,10 @@ def _in_blocks(rows: Float, block: int) -> Float:
     return rows.reshape(len(rows), -1, block)
 
 
+def _codes(values: npt.NDArray[Any]) -> Bytes:
+    return np.asarray(values, np.uint8)
+
+
 def _half(raw: Bytes) -> Float:
     """Little-endian float16 pairs of bytes (n, 2) as float32 (n, 1)."""
     with np.errstate(invalid="ignore"):
@@ -263,7 +269,7 @@ def _fifth_bits(raw: Bytes) -> Bytes:
 
 
 def _q8_0(b: Bytes) -> Blocks:
-    return Blocks(8, b[:, 2:] ^ 128, _half(b[:, :2]))
+    return Blocks(8, _codes(b[:, 2:] ^ 128), _half(b[:, :2]))
 
 
 def _q4_0(b: Bytes) -> Blocks:
@@ -276,12 +282,12 @@ def _q4_1(b: Bytes) -> Blocks:
 
 
 def _q5_0(b: Bytes) -> Blocks:
-    return Blocks(8, (_nibbles(b[:, 6:]) | _fifth_bits(b[:, 2:6]) << 4) + np.uint8(112), _half(b[:, :2]))
+    return Blocks(8, _codes((_nibbles(b[:, 6:]) | _fifth_bits(b[:, 2:6]) << 4) + 112), _half(b[:, :2]))
 
 
 def _q5_1(b: Bytes) -> Blocks:
     d, m = _half(b[:, :2]), _half(b[:, 2:4])
-    return Blocks(8, (_nibbles(b[:, 8:]) | _fifth_bits(b[:, 4:8]) << 4) + np.uint8(112), d, m + 16 * d)
+    return Blocks(8, _codes((_nibbles(b[:, 8:]) | _fifth_bits(b[:, 4:8]) << 4) + 112), d, m + 16 * d)
 
 
 def _scales_and_minima(b: Bytes) -> tuple[Bytes, Bytes]:
@@ -306,14 +312,14 @@ def _q5_k(b: Bytes) -> Blocks:
     d, m = _k_scales(b)
     low = _nibbles(b[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
     high = (b[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None]) & 1
-    return Blocks(8, (low | high << 4) + np.uint8(112), d, m + 16 * d)
+    return Blocks(8, _codes((low | high << 4) + 112), d, m + 16 * d)
 
 
 def _q6_k(b: Bytes) -> Blocks:
     low = _nibbles(b[:, :128].reshape(-1, 2, 64)).reshape(-1, 2, 4, 32)
     high = (b[:, 128:192].reshape(-1, 2, 1, 32) >> np.arange(0, 8, 2, dtype=np.uint8)[:, None]) & 3
     scales = _half(b[:, 208:]) * b[:, 192:208].view(np.int8)
-    return Blocks(8, (low | high << 4) + np.uint8(96), scales)
+    return Blocks(8, _codes((low | high << 4) + 96), scales)
 
 
 def _q3_k(b: Bytes) -> Blocks:
@@ -323,14 +329,14 @@ def _q3_k(b: Bytes) -> Blocks:
     scales = _half(b[:, 108:]) * ((low | high << 4).astype(np.int8) - 32)
     two = (b[:, 32:96].reshape(-1, 2, 1, 32) >> np.arange(0, 8, 2, dtype=np.uint8)[:, None]) & 3
     third = (b[:, None, :32] >> np.arange(8, dtype=np.uint8)[:, None]) & 1
-    return Blocks(4, two.reshape(-1, 8, 32) + 4 * third + np.uint8(4), scales)
+    return Blocks(4, _codes(two.reshape(-1, 8, 32) + 4 * third + 4), scales)
 
 
 def _q2_k(b: Bytes) -> Blocks:
     d = _half(b[:, 80:82]) * (b[:, :16] & 15)
     m = -(_half(b[:, 82:84]) * (b[:, :16] >> 4))
     two = (b[:, 16:80].reshape(-1, 2, 1, 32) >> np.arange(0, 8, 2, dtype=np.uint8)[:, None]) & 3
-    return Blocks(4, two + np.uint8(7), d, m + d)
+    return Blocks(4, _codes(two + 7), d, m + d)
 
 
 def _iq4_nl(b: Bytes) -> Blocks:

@@ -237,9 +237,7 @@ def _places(
     return places
 
 
-def _check_tensors(
-    name: str, files: TensorFile, places: Mapping[str, Place], config: DecoderConfig
-) -> None:
+def _check_tensors(name: str, files: TensorFile, places: Mapping[str, Place], config: DecoderConfig) -> None:
     """Refuse files that do not hold exactly what the decoder is made of."""
     shapes, types = files.shapes(), files.types()
     rows: dict[str, int] = {}
@@ -348,7 +346,12 @@ def _tensors_of_safetensors(path: Path) -> Iterator[tuple[str, str, tuple[int, .
         return np.frombuffer(mapped, np.uint8, tensor.end - tensor.start, shard.data + tensor.start)
 
     for tensor in shard.tensors:
-        yield tensor.name, _SAFETENSORS.get(tensor.dtype, tensor.dtype), tensor.shape, functools.partial(bytes_of, tensor)
+        yield (
+            tensor.name,
+            _SAFETENSORS.get(tensor.dtype, tensor.dtype),
+            tensor.shape,
+            functools.partial(bytes_of, tensor),
+        )
 
 
 def _tensors_of_torch(path: Path) -> Iterator[tuple[str, str, tuple[int, ...], Callable[[], Bytes]]]:
@@ -390,15 +393,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     if (folder / "adapter_config.json").is_file():
         raise ExportError(
-            f"'{folder}' holds an adapter (adapter_config.json), expected a base; give the base that it was trained on, "
-            "or take adapter_config.json and the adapter's weights out of the folder"
+            f"'{folder}' holds an adapter (adapter_config.json), expected a base; give the base that it was trained "
+            "on, or take adapter_config.json and the adapter's weights out of the folder"
         )
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise ExportError(f"'{folder / 'config.json'}' is no object; copy it again")
     return config
-
-
 
 
 def locate_base(path: Path) -> Path:
