@@ -36,7 +36,6 @@ from edgecompose.report import explain_answer
 from edgecompose_export import base as base_export
 from edgecompose_export.base import export_base
 from edgecompose_export.bundles import add_task, remove_task
-from edgecompose_export.checkpoint import find_checkpoint
 from edgecompose_export.cuda_graph import narrow_attention
 from tests import tiny
 from tests.fixtures_tiny import TASKS, Exported, TinyZoo
@@ -51,11 +50,6 @@ CUDA = Device("cuda", ("CUDAExecutionProvider", "CPUExecutionProvider"), "for a 
 TOLERANCE = 5e-3
 BASES = (*((name, "fp32") for name in tiny.ARCHITECTURES), ("llama", "fp16"))
 PROMPT = TASKS["animals"][0]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def graphs(zoo: TinyZoo) -> None:
-    zoo.build_graphs({architecture for architecture, _ in BASES})
 
 
 @pytest.fixture(params=BASES, ids="-".join)
@@ -181,7 +175,7 @@ def test_a_base_whose_keys_are_too_large_for_float16_gets_no_graph(
     zoo: TinyZoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(base_export, "LARGEST_HALF_KL", -1.0)
-    spec = export_base(find_checkpoint(zoo.model("llama")), tmp_path / "base", "fp32")
+    spec = export_base(zoo.model("llama"), tmp_path / "base", "fp32")
     assert spec.cuda_graph is None
     assert require_folding(spec).cuda_decoder_graph is None
     assert not list((tmp_path / "base").glob("*cuda*"))

@@ -22,10 +22,10 @@ import onnx
 from onnx import numpy_helper
 
 from edgecompose import Composer, EdgeComposeError, Request, open_bundle
+from edgecompose.architectures import PACKED
 from edgecompose.blend import MergedAdapter
 from edgecompose.bundle import sha256_of, verify
 from edgecompose.decoder import Decoder, Decoding, FoldedDecoder
-from edgecompose.decoder_modules import PACKED
 from edgecompose.device import choose_device
 from edgecompose.errors import BundleError, FileDamaged, GenerationError, ManifestInvalid
 from edgecompose.folding import FoldedWeights, Folding, folded_bytes, require_folding
@@ -65,11 +65,6 @@ class Opened:
 
     def fold(self, merged: MergedAdapter) -> Decoding:
         return self.folded.start(self.folding.fold(merged), len(IDS))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def graphs(zoo: TinyZoo) -> None:
-    zoo.build_graphs({architecture for architecture, _ in BASES})
 
 
 @pytest.fixture(params=BASES, ids="-".join)
@@ -182,15 +177,14 @@ def test_only_float_bases_get_the_graphs_and_no_weight_is_stored_twice(zoo: Tiny
     assert not (near.folder / FOLD_GRAPH).exists()
 
 
-def test_weights_that_do_not_divide_into_panels_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgecompose_export.slots import Linear
-
+def test_weights_that_do_not_divide_into_panels_are_one(zoo: TinyZoo, monkeypatch: pytest.MonkeyPatch) -> None:
     from edgecompose_export import folding
+    from edgecompose_export.weight_source import open_weights
 
-    linear = Linear(onnx.NodeProto(), 0, "o_proj", 48, 50)
-    assert folding._panels(linear) == (1, 48, 50)
+    config = dataclasses.replace(open_weights(zoo.model("llama")).config, hidden=50)
+    assert folding._panels(config, ("o_proj",)) == (1, 64, 50)
     monkeypatch.setattr(folding, "PANEL", 10)
-    assert folding._panels(linear) == (5, 48, 10)
+    assert folding._panels(config, ("o_proj",)) == (5, 64, 10)
 
 
 @pytest.mark.parametrize("change", ["fold", "folded decoder"])
