@@ -9,7 +9,8 @@ EMBEDDER := build/embedder/embedder.json
 BUNDLE := models/demo/manifest.json
 FLOAT_BASE := build/base-fp32/base.json
 FLOAT_BUNDLE := build/demo-fp32/manifest.json
-EXPORTERS := $(addprefix export/edgecompose_export/,base.py checkpoint.py cuda_graph.py folding.py quantize.py slots.py)
+EXPORTERS := $(addprefix export/edgecompose_export/,$(addsuffix .py,base cuda_graph decoder_config decoder_graph folding \
+  graph_writer layerwise mixed_precision stored_weights weight_blocks weight_source))
 SHIPPED := models/demo.toml $(wildcard models/admission.json) $(wildcard models/adapters/*.safetensors) $(wildcard models/examples/*)
 
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
@@ -72,9 +73,9 @@ $(MODELS)/fetched: | $(INSTALLED)
 	@touch $@
 
 $(BASE): $(MODELS)/fetched $(EXPORTERS) | $(INSTALLED)
-	@echo "== exporting the base, SmolLM2-135M-Instruct, to ONNX in 4 bits (one to two minutes)"
+	@echo "== exporting the base, SmolLM2-135M-Instruct, to ONNX in its own codes (about 15 seconds)"
 	@rm -rf build/base
-	@$(BIN)/edgecompose-export base $(MODELS)/smollm2-135m-instruct --precision int4 -o build/base
+	@$(BIN)/edgecompose-export base $(MODELS)/smollm2-135m-instruct --precision source -o build/base
 
 $(EMBEDDER): $(MODELS)/fetched export/edgecompose_export/embedder.py | $(INSTALLED)
 	@echo "== exporting the embedder, all-MiniLM-L6-v2, to ONNX in 8 bits (about 10 seconds)"
@@ -86,7 +87,7 @@ $(BUNDLE): $(BASE) $(EMBEDDER) $(SHIPPED)
 	@$(BIN)/edgecompose-export bundle models/demo.toml -o models/demo --force
 
 $(FLOAT_BASE): $(MODELS)/fetched $(EXPORTERS) | $(INSTALLED)
-	@echo "== exporting the base once more, in float32, for the tests (about a minute)"
+	@echo "== exporting the base once more, in float32, for the tests"
 	@rm -rf build/base-fp32
 	@$(BIN)/edgecompose-export base $(MODELS)/smollm2-135m-instruct --precision fp32 -o build/base-fp32
 

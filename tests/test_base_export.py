@@ -34,8 +34,7 @@ from edgecompose.quantization import dequantize
 from edgecompose.tokenization import Tokenizer
 from edgecompose_export.adapters import export_adapter
 from edgecompose_export.base import calibration_prompts, export_base, read_base_spec
-from edgecompose_export.decoder_config import DecoderConfig
-from edgecompose_export.decoder_graph import slot_groups, write_decoder
+from edgecompose_export.decoder_graph import write_decoder
 from edgecompose_export.weight_source import locate_base, weights_digest
 from tests import tiny
 from tests.fixtures_tiny import Exported, TinyZoo
@@ -88,6 +87,7 @@ def put_factors(model: Any, name: str, adapter: Adapter) -> None:
         if name not in getattr(module, "lora_A", {}):
             continue
         layer, kind = int(path.split(".layers.")[1].split(".")[0]), path.rsplit(".", 1)[1]
+        kind = {"input_linear": "gate_up_proj", "output_linear": "down_proj"}.get(kind, kind)  # Granite 4
         parts = [adapter.modules[part] for part in PACKED.get(kind, (kind,))]
         a, b = dequantize(parts[0].a)[layer], np.concatenate([dequantize(p.b)[layer] for p in parts], axis=1)
         module.lora_A[name].weight.data = torch.tensor(a)
@@ -105,10 +105,10 @@ def test_the_base_alone_gives_the_logits_of_transformers(zoo: TinyZoo, architect
     assert difference(logits_of(open_decoder(base)), wanted) <= TOLERANCE
 
 
-def test_every_linear_module_has_a_slot(base: Exported) -> None:
+def test_every_linear_module_has_a_slot(base: Exported, architecture: str) -> None:
     names = {group.name for group in base.spec.slots}
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert {group.layers for group in base.spec.slots} == {2}
+    assert {group.layers for group in base.spec.slots} == {{"gemma3_text": 6, "smollm3": 4}.get(architecture, 2)}
     assert read_base_spec(base.folder) == base.spec
     assert not list(base.folder.glob(".build-*"))
 
@@ -122,7 +122,7 @@ def test_an_adapter_gives_the_logits_of_peft(
     put_factors(model, "one", adapter)
     found = logits_of(open_decoder(base), IDS, merger.merge([adapter], [1.0], MergeSettings()))
     assert difference(found, torch_logits(model)) <= TOLERANCE
-    assert difference(found, logits_of(open_decoder(base))) > 0.1
+    assert difference(found, logits_of(open_decoder(base))) > 0.01 * np.ptp(found)
 
 
 def test_two_adapters_give_the_logits_of_peft_cat(
@@ -239,19 +239,16 @@ def test_too_great_a_distance_is_refused(zoo: TinyZoo, tmp_path: Path) -> None:
 def test_a_decoder_that_is_not_its_blocks_is_refused(
     zoo: TinyZoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def without_last_block(*args: Any, **named: Any) -> Any:
-        config, weights = args
-        return write_decoder(_shorter(config), weights, **named)
+    def with_another_scale(*args: Any, **named: Any) -> Any:
+        graph = write_decoder(*args, **named)
+        attention = [node for node in graph.nodes if node.op_type == "GroupQueryAttention"]
+        next(a for a in attention[-1].attribute if a.name == "scale").f *= 4
+        return graph
 
-    monkeypatch.setattr("edgecompose_export.base.write_decoder", without_last_block)
-    monkeypatch.setattr("edgecompose_export.base.slot_groups", lambda c: slot_groups(_shorter(c)))
+    monkeypatch.setattr("edgecompose_export.base.write_decoder", with_another_scale)
     with pytest.raises(ExportError, match="nats from its own blocks"):
         export_base(zoo.model("llama"), tmp_path / "base", "fp32")
     assert not list(tmp_path.iterdir())
-
-
-def _shorter(config: DecoderConfig) -> DecoderConfig:
-    return dataclasses.replace(config, layers=config.layers[:-1])
 
 
 def test_what_is_there_is_not_overwritten(zoo: TinyZoo) -> None:
@@ -373,7 +370,7 @@ def test_the_exported_tokenizer_is_that_of_transformers(zoo: TinyZoo) -> None:
     wanted = theirs.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)
     assert ours.encode(ours.chat(messages)) == list(wanted)
     assert ours.vocabulary_size == len(theirs) == base.spec.vocabulary
-    assert base.spec.end_tokens == (theirs.eos_token_id,)
+    assert base.spec.end_tokens == (theirs.pad_token_id, theirs.eos_token_id)  # <|endoftext|> ends a text, too
 
 
 def test_a_sequence_takes_the_seat_of_one_before_it_under_the_same_blend(zoo: TinyZoo) -> None:

@@ -47,7 +47,7 @@ CPU = choose_device("cpu")
 #: What a GPU would be; nothing is run on it here.
 CUDA = Device("cuda", ("CUDAExecutionProvider", "CPUExecutionProvider"), "for a test")
 #: Largest difference of a logit, over the largest logit, that attention in float16 makes on the tiny models.
-TOLERANCE = 5e-3
+TOLERANCE = 1e-2
 BASES = (*((name, "fp32") for name in tiny.ARCHITECTURES), ("llama", "fp16"))
 PROMPT = TASKS["animals"][0]
 
@@ -115,15 +115,13 @@ def without_rounded_activations(graph: Path, folder: Path) -> Path:
 def test_greedy_tokens_are_the_same(zoo: TinyZoo, merger: Merger, tmp_path: Path, precision: str) -> None:
     base = zoo.base("llama", precision)
     merged = blend_for(base, zoo, merger, tmp_path)
-    answers = []
-    for device in (CPU, CUDA):
-        graph = without_rounded_activations(base.folder / decoder_graph(base.spec, device), tmp_path)
-        decoding = Decoder(graph, base.spec, CPU).start(merged, 40)
-        tokens = [int(decoding.forward(IDS[:20])[0].argmax())]
-        while len(tokens) < 20:
-            tokens.append(int(decoding.forward(tokens[-1:])[0].argmax()))
-        answers.append(tokens)
-    assert answers[0] == answers[1]
+    graphs = [without_rounded_activations(base.folder / decoder_graph(base.spec, d), tmp_path) for d in (CPU, CUDA)]
+    exact, half = (Decoder(graph, base.spec, CPU).start(merged, 40) for graph in graphs)
+    rows, ids = [decoding.forward(IDS[:20])[0].copy() for decoding in (exact, half)], []
+    while len(ids) < 20:
+        ids.append(int(rows[0].argmax()))
+        assert rows[1].max() - rows[1][ids[-1]] <= 0.01 * np.ptp(rows[1])  # the same token, or one as good
+        rows = [decoding.forward(ids[-1:])[0].copy() for decoding in (exact, half)]
 
 
 def test_only_attention_changes_and_no_weight_is_stored_twice(base: Exported) -> None:
@@ -142,8 +140,7 @@ def test_only_attention_changes_and_no_weight_is_stored_twice(base: Exported) ->
         added = [n for n in half.node if n.op_type == "Cast" and any("/half" in x for x in (*n.input, *n.output))]
         kept = [n.op_type for n in half.node if n not in added]
         assert kept == [n.op_type for n in exact.node]
-        queries = 3 if "qwen3" in base.folder.name else 1  # apart where they are normed, else packed
-        assert len(added) == 2 * (queries + 1) + 2
+        assert len(added) == base.spec.layers * 4  # queries, keys, values and what attention gives
 
 
 def test_every_float_input_of_attention_is_narrowed_once() -> None:
@@ -174,7 +171,7 @@ def test_every_float_input_of_attention_is_narrowed_once() -> None:
 def test_a_base_whose_keys_are_too_large_for_float16_gets_no_graph(
     zoo: TinyZoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base_export, "LARGEST_HALF_KL", -1.0)
+    monkeypatch.setattr(base_export, "LARGEST_HALF", 0.0)
     spec = export_base(zoo.model("llama"), tmp_path / "base", "fp32")
     assert spec.cuda_graph is None
     assert require_folding(spec).cuda_decoder_graph is None

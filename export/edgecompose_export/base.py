@@ -68,7 +68,7 @@ LARGEST_KL = 0.01
 #: Largest query, key or value for which attention is computed in float16 (numbers end at 65504).
 LARGEST_HALF = 16384.0
 #: Positions of the calibration prompts that are run at most, for bases of so many weights or more.
-_POSITIONS = ((3_000_000_000, 400), (0, 2000))
+_POSITIONS = ((3_000_000_000, 400), (0, 4096))
 #: Bytes of a decoder that is opened as a whole, to see that it gives what its blocks give one after another.
 _LARGEST_OPENED = 2_500_000_000
 #: KL divergence (nats) between the whole decoder and its blocks that other orders of sums explain, in floats, and in

@@ -23,8 +23,8 @@ from edgecompose_export.graph_writer import MICROSOFT, GraphWriter
 from edgecompose_export.weight_source import EMBEDDING, FINAL_NORM, HEAD, WeightSource
 
 Float = npt.NDArray[np.float32]
-#: Rows of the output layer that are computed at once.
-_VOCABULARY_CHUNK = 1 << 14
+#: Logits that are computed at once, and rows of the output layer for them at least.
+_LOGITS, _FEWEST_ROWS = 1 << 23, 1 << 11
 #: The tap of the largest query, key or value (as a number of any sign).
 LARGEST = "largest"
 #: Module -> the name of what it reads, among the taps of a block.
@@ -207,7 +207,7 @@ def final_norm(source: WeightSource, values: Float) -> Float:
 def float_logits(source: WeightSource, states: Float) -> Iterator[Float]:
     """Logits of hidden states (n, hidden) from the float values of the file, vocabulary chunk by chunk: (n, chunk)."""
     tensor = EMBEDDING if source.config.tied else HEAD
-    for start, stop in _vocabulary_chunks(source.config):
+    for start, stop in _vocabulary_chunks(source.config, len(states)):
         yield finished(source.config, states @ source.floats(tensor, start, stop).T)
 
 
@@ -218,7 +218,7 @@ def stored_logits(config: DecoderConfig, weights: Weights, folder: Path, states:
     product = weights.head(graph, hidden)
     whole = graph.model()
     device = choose_device("cpu")
-    for start, stop in _vocabulary_chunks(config):
+    for start, stop in _vocabulary_chunks(config, len(states)):
         session = _open(_head_rows(whole, product, config.vocabulary, start, stop), folder, device)
         yield finished(config, session.run([product], {"hidden": states[None]})[0][0])
 
@@ -271,7 +271,10 @@ def divergences(source: WeightSource, reference: Float, others: Float) -> npt.ND
     targets = np.full(count, -1)
     sums = [_Running(count) for _ in range(models + 1)]
     cross, top = np.zeros((models, count)), np.full(count, -np.inf)
-    for p, q in zip(float_logits(source, reference), float_logits(source, flat), strict=True):
+    tensor = EMBEDDING if source.config.tied else HEAD
+    for start, stop in _vocabulary_chunks(source.config, len(flat)):
+        rows = source.floats(tensor, start, stop).T
+        p, q = (finished(source.config, states @ rows) for states in (reference, flat))
         raised = np.maximum(top, p.max(-1))
         weights = np.exp(p - raised[:, None])
         for i, logits in enumerate(q.reshape(models, count, -1)):
@@ -309,9 +312,10 @@ class _Running:
         return float((self.log_total - self._target)[has_next].mean()) if has_next.any() else 0.0
 
 
-def _vocabulary_chunks(config: DecoderConfig) -> Iterator[tuple[int, int]]:
-    for start in range(0, config.vocabulary, _VOCABULARY_CHUNK):
-        yield start, min(start + _VOCABULARY_CHUNK, config.vocabulary)
+def _vocabulary_chunks(config: DecoderConfig, positions: int) -> Iterator[tuple[int, int]]:
+    step = max(_FEWEST_ROWS, _LOGITS // positions)
+    for start in range(0, config.vocabulary, step):
+        yield start, min(start + step, config.vocabulary)
 
 
 def _block_model(config: DecoderConfig, weights: Weights, layers: Sequence[int]) -> onnx.ModelProto:

@@ -164,7 +164,10 @@ def gguf_metadata(path: Path) -> Mapping[str, Any]:
 
 def weights_digest(path: Path) -> str:
     """sha256 that names a base: of its GGUF file (of the shards' sha256 if it has several), or of its weight files'."""
-    paths = [shard.path for shard in read_shards(path)] if path.is_file() else weight_files(path)
+    try:
+        paths = [shard.path for shard in read_shards(path)] if path.is_file() else weight_files(path)
+    except CheckpointError as error:
+        raise ExportError(str(error)) from error
     digests = [sha256_of(p) for p in paths]
     return digests[0] if path.is_file() and len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
