@@ -117,7 +117,8 @@ def test_greedy_tokens_are_the_same(zoo: TinyZoo, merger: Merger, tmp_path: Path
     merged = blend_for(base, zoo, merger, tmp_path)
     graphs = [without_rounded_activations(base.folder / decoder_graph(base.spec, d), tmp_path) for d in (CPU, CUDA)]
     exact, half = (Decoder(graph, base.spec, CPU).start(merged, 40) for graph in graphs)
-    rows, ids = [decoding.forward(IDS[:20])[0].copy() for decoding in (exact, half)], []
+    rows = [decoding.forward(IDS[:20])[0].copy() for decoding in (exact, half)]
+    ids: list[int] = []
     while len(ids) < 20:
         ids.append(int(rows[0].argmax()))
         assert rows[1].max() - rows[1][ids[-1]] <= 0.01 * np.ptp(rows[1])  # the same token, or one as good

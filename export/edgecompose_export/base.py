@@ -76,7 +76,7 @@ _LARGEST_OPENED = 2_500_000_000
 _ROUNDING_KL, _ROUNDING = 1e-5, 4.0
 #: Mixing 4 and 8 bits: sum of measured costs to begin with, divergence of 8 bits alone that is assumed, share of the
 #: limit that is near enough, and tries after which less is enough.
-_FIRST_BUDGET, _FLOOR, _NEAR, _TRIES = 0.006, 0.001, 0.85, 3
+_FIRST_BUDGET, _FLOOR, _NEAR, _TRIES = 0.006, 0.002, 0.85, 3
 _NO_ADAPTER = MergedAdapter({}, "base")
 
 

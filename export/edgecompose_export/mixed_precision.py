@@ -27,6 +27,9 @@ from edgecompose_export.weight_source import EMBEDDING, HEAD, WeightSource
 Float = npt.NDArray[np.float32]
 #: The form of 4 bits that is chosen here: no block sums, half a bit more than the codes in scales and zero points.
 FOUR_BITS = BlockForm(4, 32, zeros=True)
+#: The form of 8 bits that is chosen here, where rows divide into its blocks. A wider block costs divergence, as
+#: activations are rounded in blocks of the same width, but less than 4 bits cost for as many bytes.
+EIGHT_BITS = BlockForm(8, 64)
 #: Positions on which sensitivity is measured, and pieces of text (of so many tokens) that GPTQ is calibrated on.
 _POSITIONS = 256
 _TEXTS, _TEXT_LENGTH = 6, 384
@@ -118,16 +121,18 @@ def calibration_texts(tokenizer: Tokenizer) -> list[list[int]]:
 
 
 def eight_bit_forms(source: WeightSource) -> dict[str, Form]:
-    """Forms of at most 8 bits: what a file has in 4 bits stays as it is, everything else has blocks of 32."""
+    """Forms of at most 8 bits: what a file has in 4 bits stays as it is, everything else is EIGHT_BITS."""
     tied = source.config.tied
     names = [f"{i}.{m}.weight" for i in range(len(source.config.layers)) for group in INPUT_GROUPS for m in group]
     forms: dict[str, Form] = {}
     for tensor in [*names, HEAD]:
         own = source_form(source.type_of(EMBEDDING if tensor == HEAD and tied else tensor))
-        forms[tensor] = own if not isinstance(own, str) and own.bits == 4 and tensor != HEAD else EIGHT
+        kept = not isinstance(own, str) and own.bits == 4 and tensor != HEAD
+        forms[tensor] = own if kept else _eight_bits(source, EMBEDDING if tensor == HEAD else tensor)
     if not tied:
         own = source_form(source.type_of(EMBEDDING))
-        forms[EMBEDDING] = "shared" if is_head_again(source) else EIGHT if isinstance(own, str) else own
+        again = is_head_again(source)
+        forms[EMBEDDING] = "shared" if again else _eight_bits(source, EMBEDDING) if isinstance(own, str) else own
     return forms
 
 
@@ -137,6 +142,10 @@ def is_head_again(source: WeightSource) -> bool:
     picked = np.linspace(0, rows - 1, min(rows, _COMPARED_ROWS)).astype(int)
     first, second = (np.concatenate([source.floats(t, i, i + 1) for i in picked]) for t in (EMBEDDING, HEAD))
     return bool(np.linalg.norm(first - second) <= _AS_GOOD_AS_EQUAL * np.linalg.norm(second))
+
+
+def _eight_bits(source: WeightSource, tensor: str) -> BlockForm:
+    return EIGHT_BITS if source.shape(tensor)[1] % EIGHT_BITS.block == 0 else EIGHT
 
 
 def _enough(prompts: Sequence[Sequence[int]]) -> int:
@@ -151,7 +160,7 @@ def _enough(prompts: Sequence[Sequence[int]]) -> int:
 def _unit(source: WeightSource, forms: Mapping[str, Form], layer: int, group: Sequence[str]) -> tuple[str, ...]:
     """The tensors of a group of modules that could have 4 bits and have not."""
     tensors = (f"{layer}.{module}.weight" for module in group)
-    return tuple(t for t in tensors if forms[t] == EIGHT and source.shape(t)[1] % FOUR_BITS.block == 0)
+    return tuple(t for t in tensors if forms[t] in (EIGHT, EIGHT_BITS) and source.shape(t)[1] % FOUR_BITS.block == 0)
 
 
 def _quantize_layer(
@@ -211,6 +220,7 @@ def _shared_out(
 
 def _bytes_saved(source: WeightSource, tensor: str) -> int:
     rows, width = source.shape(tensor)
-    eight = EIGHT.blocks(width) * (EIGHT.block + 4)
+    form = _eight_bits(source, tensor)
+    eight = form.blocks(width) * (form.block + 4)
     blocks = FOUR_BITS.blocks(width)
     return rows * (eight - blocks * (FOUR_BITS.block // 2 + 4) - -(-blocks // 2))
