@@ -69,6 +69,8 @@ LARGEST_KL = 0.01
 LARGEST_HALF = 16384.0
 #: Positions of the calibration prompts that are run at most, for bases of so many weights or more.
 _POSITIONS = ((3_000_000_000, 400), (0, 4096))
+#: Weights up to which 'auto' is what a folder gets unless a precision is named.
+_LARGEST_MIXED = 3_000_000_000
 #: Bytes of a decoder that is opened as a whole, to see that it gives what its blocks give one after another.
 _LARGEST_OPENED = 2_500_000_000
 #: KL divergence (nats) between the whole decoder and its blocks that other orders of sums explain, in floats, and in
@@ -120,7 +122,8 @@ def export_base(
     Args:
         path: as `open_base` takes it.
         precision: 'source' keeps every tensor of a GGUF file in its own codes, and float tensors as they are; 'auto'
-            mixes 4 and 8 bits by measured sensitivity; None is 'source' for a GGUF file and 'auto' for a folder.
+            mixes 4 and 8 bits by measured sensitivity; None is 'source' for a GGUF file, 'auto' for a folder, and
+            'int8' for one of more than _LARGEST_MIXED weights.
         accept_distance: keep a base whose KL divergence exceeds LARGEST_KL.
         advance: called with the name of each step as it begins.
 
@@ -131,7 +134,7 @@ def export_base(
         raise ExportError(f"'{output}' exists and is not empty; remove it or give another folder")
     advance("opening the base")
     base = open_base(path)
-    chosen = precision or ("source" if base.path.is_file() else "auto")
+    chosen = precision or _usual_precision(base)
     if output.is_dir():
         output.rmdir()
     with new_folder(output) as work:
@@ -288,10 +291,21 @@ def _check_whole(
         )
 
 
+def _usual_precision(base: Base) -> Precision:
+    """What a caller who names no precision gets: measuring a mix takes too long for the largest bases."""
+    if base.path.is_file():
+        return "source"
+    return "auto" if _size(base.weights) < _LARGEST_MIXED else "int8"
+
+
+def _size(source: WeightSource) -> int:
+    """Weights of all linear modules."""
+    return sum(int(np.prod(source.shape(tensor))) for tensor in linear_tensors(source.config))
+
+
 def _calibration(tokenizer: Tokenizer, source: WeightSource) -> list[list[int]]:
     """Ids of calibration prompts, in the form in which the base is asked; fewer for large bases."""
-    size = sum(int(np.prod(source.shape(tensor))) for tensor in linear_tensors(source.config))
-    limit = next(positions for weights, positions in _POSITIONS if size >= weights)
+    limit = next(positions for weights, positions in _POSITIONS if _size(source) >= weights)
     prompts: list[list[int]] = []
     for text in calibration_prompts():
         ids = _render(tokenizer, text)[: source.config.context]

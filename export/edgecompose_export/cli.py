@@ -58,7 +58,8 @@ def main() -> None:
 @click.option(
     "--precision", type=click.Choice(["source", "auto", "int8", "int4", "fp16", "fp32"]),
     help="Weights of the decoder. source: as the file has them, each tensor in its own type (default for a GGUF file). "
-    "auto: 4 and 8 bits, as much as each module bears (default for a folder). fp16 computes in float32.",
+    "auto: 4 and 8 bits, as much as each module bears (default for a folder of less than 3 billion weights, int8 "
+    "above). fp16 computes in float32.",
 )  # fmt: skip
 @click.option(
     "--accept-distance", is_flag=True, help="Keep a base that is more than 0.01 nats from the values of its file."
