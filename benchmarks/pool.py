@@ -27,8 +27,8 @@ from benchmarks.rewordings import AUGMENT, reword
 from edgecompose_export.adapters import export_adapter
 from edgecompose_export.admission import read_admission
 from edgecompose_export.base import read_base_spec
+from edgecompose_export.base_source import open_base
 from edgecompose_export.bundles import build_bundle
-from edgecompose_export.checkpoint import find_checkpoint
 from edgecompose_export.datasets import Example, read_examples
 from edgecompose_export.embedder import export_embedder, open_embedder
 from edgecompose_export.examples import write_examples
@@ -87,13 +87,13 @@ def main() -> None:
 
 def train(data: Path, work: Path, source: Path) -> None:
     """A PEFT folder for each task."""
-    checkpoint = find_checkpoint(source)
+    base = open_base(source)
     for task, plan in POOL.items():
         if (work / task / REPORT_FILE).is_file():
             continue
         start = time.monotonic()
         examples = read_examples(data / f"{task}.train.jsonl", limit=plan.examples)
-        report = train_adapter(checkpoint, examples, work / task, plan.settings())
+        report = train_adapter(base, examples, work / task, plan.settings())
         say(f"{task}: {report['steps']} steps, loss {report['final_loss']:.3f}, {time.monotonic() - start:.0f} s")
 
 

@@ -27,7 +27,6 @@ import itertools
 import json
 import math
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,7 +37,6 @@ import numpy.typing as npt
 from safetensors.numpy import load_file
 
 from edgecompose.quantization import Bits, QuantizedFactor, dequantize, quantize
-from edgecompose.tokenization import Tokenizer
 from edgecompose_export.peft_source import WEIGHTS_FILE, read_config, scale_of
 
 Float = npt.NDArray[np.float32]
@@ -465,13 +463,13 @@ class Divergence:
         import torch
         from peft import PeftModel
 
-        from edgecompose_export.checkpoint import find_checkpoint
+        from edgecompose_export.base_source import open_base
+        from edgecompose_export.checkpoint import load_model
+        from edgecompose_export.train import base_tokenizer
 
-        checkpoint = find_checkpoint(base)
-        with tempfile.TemporaryDirectory() as scratch:
-            template = checkpoint.write_tokenizer(Path(scratch))
-            tokenizer = Tokenizer(Path(scratch, "tokenizer.json"), chat_template=template)
-        self._model = PeftModel.from_pretrained(checkpoint.model(), folder).eval()
+        opened = open_base(base)
+        tokenizer = base_tokenizer(opened)
+        self._model = PeftModel.from_pretrained(load_model(opened), folder).eval()
         self._config = read_config(folder)
         lines = prompts.read_text(encoding="utf-8").split("\n")[:limit]
         texts = [tokenizer.chat([{"role": "user", "content": json.loads(x)["prompt"]}]) for x in lines if x.strip()]

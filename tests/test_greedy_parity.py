@@ -22,7 +22,8 @@ from edgecompose.generation import generate
 from edgecompose.peft_folder import write_peft_folder
 from edgecompose.request import Attachment
 from edgecompose_export.base import calibration_prompts
-from edgecompose_export.checkpoint import find_checkpoint
+from edgecompose_export.base_source import open_base
+from edgecompose_export.checkpoint import load_model
 
 ROOT = Path(__file__).parent.parent
 BUNDLE, MODEL = ROOT / "build" / "demo-fp32", ROOT / "build" / "models" / "smollm2-135m-instruct"
@@ -57,7 +58,7 @@ class Case:
 
 @pytest.fixture(scope="module")
 def cases(composer: Composer, tmp_path_factory: pytest.TempPathFactory) -> list[Case]:
-    reference, found = find_checkpoint(MODEL).model(), []
+    reference, found = load_model(open_base(MODEL)), []
     tokenizer, folder = composer.model.tokenizer, tmp_path_factory.mktemp("blends")
     for number, prompt in enumerate(PROMPTS):
         raw = number % 2 == 0

@@ -35,7 +35,9 @@ from edgecompose.merging import Merger
 from edgecompose.methods import MergeSettings
 from edgecompose.peft_folder import write_peft_folder
 from edgecompose_export.adapters import export_adapter
-from edgecompose_export.checkpoint import find_checkpoint
+from edgecompose_export.base_source import open_base
+from edgecompose_export.checkpoint import DType, load_model
+from edgecompose_export.checkpoint import write_checkpoint as convert
 from tests import tiny
 from tests.fixtures_tiny import TinyZoo
 from tests.test_adapters_export import slots_of_llama
@@ -219,14 +221,14 @@ def test_numbers_are_rounded_as_torch_rounds_them(dtype: str) -> None:
 
 def test_a_checkpoint_out_of_a_gguf_file_records_its_base(zoo: TinyZoo, blend: Blend, tmp_path: Path) -> None:
     file = tiny.write_gguf(tmp_path / "x.gguf", zoo.model("llama"))
-    source, folder = find_checkpoint(file), tmp_path / "deep" / "float"
-    assert source.write_folder(folder) == sha256_of(file)
-    assert np.array_equal(logits(load(folder)), logits(source.model()))
+    source, folder = open_base(file), tmp_path / "deep" / "float"
+    assert convert(source, folder) == sha256_of(file)
+    assert np.array_equal(logits(load(folder)), logits(load_model(source)))
     assert not {path.suffix for path in folder.iterdir()} - {".json", ".jinja", ".safetensors"}
-    loaded, wanted = transformers.AutoTokenizer.from_pretrained(folder), source.tokenizer()
-    assert (loaded.bos_token, loaded.eos_token) == (wanted.bos_token, wanted.eos_token)
+    loaded, first = (transformers.AutoTokenizer.from_pretrained(path) for path in (folder, zoo.model("llama")))
+    assert (loaded.bos_token, loaded.eos_token) == ("<|im_start|>", "<|im_end|>")  # as the file says
     message = [{"role": "user", "content": "a 12"}]
-    assert loaded.apply_chat_template(message, tokenize=False) == wanted.apply_chat_template(message, tokenize=False)
+    assert loaded.apply_chat_template(message, tokenize=False) == first.apply_chat_template(message, tokenize=False)
     assert loaded.tokenize("12") == ["1", "2"]  # as llama.cpp splits digits
     base = dataclasses.replace(slots_of_llama(), identity=sha256_of(file))
     checkpoint = open_checkpoint(folder)
@@ -239,12 +241,13 @@ def test_a_checkpoint_out_of_a_gguf_file_records_its_base(zoo: TinyZoo, blend: B
     with pytest.raises(CheckpointError, match="the bundle's base was exported from"):
         merge(blend("llama"), tmp_path / "merged", tmp_path / "again", base)
     with pytest.raises(ExportError, match="exists"):
-        source.write_folder(folder)
+        convert(source, folder)
 
 
 def test_converted_types(zoo: TinyZoo, tmp_path: Path) -> None:
-    for dtype in ("float16", "bfloat16"):
-        identity = find_checkpoint(zoo.model("qwen2")).write_folder(tmp_path / dtype, dtype)
+    dtypes: tuple[DType, ...] = ("float16", "bfloat16")
+    for dtype in dtypes:
+        identity = convert(open_base(zoo.model("qwen2")), tmp_path / dtype, dtype)
         assert identity == weights_identity(zoo.model("qwen2"))
         checkpoint = open_checkpoint(tmp_path / dtype)
         assert checkpoint.is_recorded(identity)
@@ -253,13 +256,13 @@ def test_converted_types(zoo: TinyZoo, tmp_path: Path) -> None:
 
 
 def test_a_converted_folder_is_also_a_base_of_its_own(zoo: TinyZoo, tmp_path: Path) -> None:
-    find_checkpoint(zoo.model("llama")).write_folder(tmp_path / "float")
+    convert(open_base(zoo.model("llama")), tmp_path / "float")
     open_checkpoint(tmp_path / "float").check_base(weights_identity(tmp_path / "float"))
 
 
 def test_the_identity_is_that_of_the_export(zoo: TinyZoo, tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "float", zoo.model("llama"), size=SHARDED)
-    assert find_checkpoint(folder).identity() == weights_identity(folder)
+    assert open_base(folder).identity == weights_identity(folder)
 
 
 # Refused

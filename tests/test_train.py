@@ -22,14 +22,15 @@ import transformers
 from safetensors.torch import load_file
 
 from edgecompose.errors import ExportError
-from edgecompose.tokenization import Tokenizer
 from edgecompose_export.adapters import export_adapter
-from edgecompose_export.checkpoint import find_checkpoint
+from edgecompose_export.base_source import open_base
+from edgecompose_export.checkpoint import load_model
 from edgecompose_export.datasets import Example
 from edgecompose_export.train import (
     STATE_FILE,
     Encoded,
     TrainSettings,
+    base_tokenizer,
     encode_example,
     learning_rate_at,
     plan_batches,
@@ -66,9 +67,7 @@ def stop_at(last: int) -> Any:
 
 
 def train(zoo: TinyZoo, output: Path, settings: TrainSettings = SETTINGS, **other: Any) -> dict[str, Any]:
-    return train_adapter(
-        find_checkpoint(zoo.model("llama")), other.pop("examples", EXAMPLES), output, settings, **other
-    )
+    return train_adapter(open_base(zoo.model("llama")), other.pop("examples", EXAMPLES), output, settings, **other)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 10, 1000])
@@ -115,8 +114,7 @@ def test_neighbours_in_length_share_a_batch() -> None:
 
 
 def test_an_example_is_encoded_as_run_will_send_it(zoo: TinyZoo, tmp_path: Path) -> None:
-    template = find_checkpoint(zoo.model("llama")).write_tokenizer(tmp_path)
-    tokenizer = Tokenizer(tmp_path / "tokenizer.json", chat_template=template)
+    tokenizer = base_tokenizer(open_base(zoo.model("llama")))
     example, end = Example("two and two?", "four"), tiny.VOCABULARY - 1
     raw = encode_example(tokenizer, example, chat=False, end=end)
     assert raw.ids[-1] == end
@@ -155,9 +153,8 @@ def test_padding_changes_nothing(zoo: TinyZoo, tmp_path: Path) -> None:
     """A long prompt in the batch leaves the loss of a short one alone."""
     from edgecompose_export.train import _step
 
-    template = find_checkpoint(zoo.model("llama")).write_tokenizer(tmp_path)
-    tokenizer = Tokenizer(tmp_path / "tokenizer.json", chat_template=template)
-    model = find_checkpoint(zoo.model("llama")).model()
+    tokenizer = base_tokenizer(open_base(zoo.model("llama")))
+    model = load_model(open_base(zoo.model("llama")))
     examples = [Example("short", "yes"), Example("a much longer prompt than that " * 3, "no way")]
     encoded = [encode_example(tokenizer, e, chat=True, end=299) for e in examples]
     with torch.no_grad():
@@ -241,4 +238,4 @@ def test_a_tokenizer_without_an_end_is_refused(zoo: TinyZoo, tmp_path: Path) -> 
         values.pop("eos_token")
         tiny.write_json(path, values)
     with pytest.raises(ExportError, match="no end-of-text token"):
-        train_adapter(find_checkpoint(folder), EXAMPLES, tmp_path / "lora", SETTINGS)
+        train_adapter(open_base(folder), EXAMPLES, tmp_path / "lora", SETTINGS)

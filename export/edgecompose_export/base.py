@@ -6,7 +6,6 @@ import dataclasses
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Literal, get_args
@@ -23,7 +22,7 @@ from edgecompose.manifest import BaseSpec, Distance
 from edgecompose.memory import release_freed_memory
 from edgecompose.tokenization import Tokenizer
 from edgecompose.typed_json import value_from_json
-from edgecompose_export.base_tokenizer import BaseTokenizer, tokenizer_of_folder, tokenizer_of_gguf
+from edgecompose_export.base_source import Base, open_base
 from edgecompose_export.cuda_graph import write_cuda_graph
 from edgecompose_export.datasets import read_json
 from edgecompose_export.decoder_graph import slot_groups, write_decoder
@@ -48,15 +47,7 @@ from edgecompose_export.stored_weights import (
     linear_tensors,
     source_form,
 )
-from edgecompose_export.weight_source import (
-    EMBEDDING,
-    HEAD,
-    WeightSource,
-    gguf_metadata,
-    locate_base,
-    open_weights,
-    weights_digest,
-)
+from edgecompose_export.weight_source import EMBEDDING, HEAD, WeightSource
 
 Precision = Literal["source", "auto", "int8", "int4", "fp16", "fp32"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -80,29 +71,6 @@ _ROUNDING_KL, _ROUNDING = 1e-5, 4.0
 #: limit that is near enough, and tries after which less is enough.
 _FIRST_BUDGET, _FLOOR, _NEAR, _TRIES = 0.006, 0.002, 0.85, 3
 _NO_ADAPTER = MergedAdapter({}, "base")
-
-
-@dataclass(frozen=True, slots=True)
-class Base:
-    """A base as it is on disk: its path, its weights and its tokenizer."""
-
-    path: Path
-    weights: WeightSource
-    tokenizer: BaseTokenizer
-
-
-def open_base(path: Path) -> Base:
-    """Open a Hugging Face folder, a GGUF file (any shard of it), or a folder that holds one GGUF model.
-
-    Nothing but headers and the tokenizer is read.
-
-    Raises:
-        ExportError: no base, or one that cannot be exported; what is missing is named.
-    """
-    path = locate_base(path)
-    weights = open_weights(path)
-    tokenizer = tokenizer_of_gguf(gguf_metadata(path)) if path.is_file() else tokenizer_of_folder(path)
-    return Base(path, weights, tokenizer.fitted(weights.config.vocabulary))
 
 
 def export_base(
@@ -324,7 +292,7 @@ def _render(tokenizer: Tokenizer, prompt: str) -> list[int]:
 def _describe(base: Base, precision: Precision) -> BaseSpec:
     config, tokenizer = base.weights.config, base.tokenizer
     return BaseSpec(
-        graph="decoder.onnx", tokenizer="tokenizer.json", identity=weights_digest(base.path), precision=precision,
+        graph="decoder.onnx", tokenizer="tokenizer.json", identity=base.identity, precision=precision,
         context=config.context, kv_heads=config.kv_heads, head_size=config.head_size, vocabulary=config.vocabulary,
         end_tokens=tokenizer.end_tokens, slots=slot_groups(config),
         chat_template=None if tokenizer.template is None else "chat_template.jinja", source=base.weights.name,

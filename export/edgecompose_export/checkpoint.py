@@ -1,169 +1,209 @@
-"""A base model on disk (Hugging Face folder or GGUF file) as transformers sees it."""
+"""A base as transformers sees it: its float model in memory, or a Hugging Face folder of its float weights."""
 
 from __future__ import annotations
 
-import functools
 import json
+import math
 import os
+import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+import numpy as np
 
 from edgecompose.atomic import new_folder
-from edgecompose.bundle import sha256_of
-from edgecompose.errors import CheckpointError, ExportError
-from edgecompose.float_checkpoint import BASE_KEY, read_shard, weights_identity, write_shard
+from edgecompose.errors import ExportError
+from edgecompose.float_checkpoint import BASE_KEY, CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
+from edgecompose.merged_model import from_float32
+from edgecompose_export.base_source import Base
+from edgecompose_export.transformers_config import config_to_json
+from edgecompose_export.weight_source import Float, Place, folder_places, read_config
 
-#: Pre-tokenizers that GGUF names and transformers' conversion leaves out (llama.cpp, llama-vocab.cpp).
-_DIGITS_APART = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"})
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """Where a base model lies: a folder, and the GGUF file in it when it is one."""
-
-    folder: Path
-    gguf: str | None
-
-    @property
-    def _options(self) -> dict[str, Any]:
-        return {} if self.gguf is None else {"gguf_file": self.gguf}
-
-    def model(self, dtype: Any = None) -> Any:
-        """The causal language model (transformers), float32 unless told otherwise, in eval mode."""
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        try:
-            loaded = AutoModelForCausalLM.from_pretrained(
-                self.folder, dtype=dtype or torch.float32, local_files_only=True, **self._options
-            )
-        except Exception as error:  # transformers, safetensors and gguf raise classes of all kinds on damaged files
-            raise ExportError(f"base '{self.folder}' cannot be loaded as a causal model: {_one_line(error)}") from error
-        return loaded.eval()
-
-    @functools.cached_property
-    def _tokenizer(self) -> Any:
-        """Loaded once: reading it out of a GGUF takes half a minute."""
-        from transformers import AutoTokenizer
-
-        try:
-            loaded = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, **self._options)
-        except Exception as error:  # as above
-            raise ExportError(f"tokenizer of '{self.folder}' cannot be loaded: {_one_line(error)}") from error
-        if self.gguf is not None:
-            _set_special_tokens(loaded, self.folder / self.gguf)
-        if not getattr(loaded, "is_fast", False):
-            raise ExportError(f"tokenizer of '{self.folder}' has no fast form; add a tokenizer.json to the folder")
-        return loaded
-
-    def tokenizer(self) -> Any:
-        """The fast tokenizer (transformers); it must be used with `add_special_tokens=False`."""
-        return self._tokenizer
-
-    def identity(self) -> str:
-        """sha256 that names the base: that of its GGUF file, or of its weight files in name order.
-
-        Raises:
-            ExportError: a folder without weights.
-        """
-        if self.gguf is not None:
-            return sha256_of(self.folder / self.gguf)
-        try:
-            return weights_identity(self.folder)
-        except CheckpointError as error:
-            raise ExportError(str(error)) from error
-
-    def write_tokenizer(self, folder: Path) -> str | None:
-        """Write `tokenizer.json` into `folder`; return the chat template, None when there is none."""
-        loaded = self.tokenizer()
-        state = json.loads(loaded.backend_tokenizer.to_str())
-        if self.gguf is not None and _gguf_text(self.folder / self.gguf, "tokenizer.ggml.pre") in _DIGITS_APART:
-            state["pre_tokenizer"] = {
-                "type": "Sequence",
-                "pretokenizers": [{"type": "Digits", "individual_digits": True}, state["pre_tokenizer"]],
-            }
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
-        template = loaded.chat_template
-        return _self_contained(template, loaded) if isinstance(template, str) else None
-
-    def write_folder(self, output: Path, dtype: str = "float32") -> str:
-        """Write a Hugging Face folder of float weights that record this base, for `edgecompose compose --checkpoint`.
-
-        Args:
-            output: does not exist yet; appears when it is complete.
-            dtype: 'float32', 'float16' or 'bfloat16'.
-
-        Returns:
-            The identity that was recorded.
-
-        Raises:
-            ExportError: `output` exists, or this cannot be loaded.
-        """
-        import torch
-
-        if output.exists():
-            raise ExportError(f"'{output}' exists; remove it or give another folder")
-        identity = self.identity()
-        with new_folder(output) as work:
-            self.model(getattr(torch, dtype)).save_pretrained(work)
-            whole = None if self.gguf is None else False  # else the GGUF goes along as its tokenizer.model
-            self.tokenizer().save_pretrained(work, legacy_format=whole)
-            self.write_tokenizer(work)
-            for path in sorted(work.glob("*.safetensors")):
-                marked, shard = path.with_suffix(".marked"), read_shard(path)
-                write_shard(shard, marked, {**shard.metadata, BASE_KEY: identity}, {})
-                marked.replace(path)
-        return identity
+DType = Literal["float32", "float16", "bfloat16"]
+DTYPES: tuple[DType, ...] = get_args(DType)
+_STORED = {"float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2)}
+#: Bytes of weights in a file at most, as transformers splits them.
+_LARGEST_SHARD = 5_000_000_000
+#: Weights that are converted at a time.
+_CHUNK = 1 << 23
+#: What a folder holds beside config.json and weights, and keeps.
+_KEPT = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """A tensor of a Hugging Face folder, and those of the decoder that are its rows, in order."""
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[tuple[str, Place], ...]
 
 
-def _set_special_tokens(tokenizer: Any, path: Path) -> None:
-    """First and last token as the GGUF names them (transformers' conversion gives both the first one's name)."""
-    from gguf import GGUFReader
-
-    fields = GGUFReader(path).fields
-    for name in ("bos_token", "eos_token"):
-        field = fields.get(f"tokenizer.ggml.{name}_id")
-        if field is not None:
-            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(field.contents())))
-
-
-def _self_contained(template: str, tokenizer: Any) -> str:
-    """The chat template with the special tokens that it names set in its first line."""
-    names = [name for name in ("bos_token", "eos_token") if name in template]
-    values = {name: getattr(tokenizer, name) or "" for name in names}
-    return "".join(f"{{%- set {name} = {json.dumps(value)} -%}}" for name, value in values.items()) + template
-
-
-def find_checkpoint(path: Path) -> Checkpoint:
-    """The base at `path`: a folder with config.json, a GGUF file, or a folder holding one GGUF file.
+def load_model(base: Base, dtype: Any = None) -> Any:
+    """The causal language model (transformers), float32 unless another torch dtype is named, in eval mode.
 
     Raises:
-        ExportError: nothing there that transformers could load.
+        ExportError: transformers cannot load it.
     """
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise ExportError(f"base '{path}' is neither a folder nor a .gguf file")
-        return Checkpoint(path.parent, path.name)
-    if (path / "config.json").is_file():
-        return Checkpoint(path, None)
-    found = sorted(p.name for p in path.glob("*.gguf")) if path.is_dir() else []
-    if len(found) != 1:
-        raise ExportError(
-            f"base '{path}' has no config.json but {len(found)} .gguf files; give a Hugging Face folder or a GGUF file"
-        )
-    return Checkpoint(path, found[0])
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.modeling_utils import no_init_weights
+
+    dtype = dtype or torch.float32
+    try:
+        if base.path.is_dir():
+            return AutoModelForCausalLM.from_pretrained(base.path, dtype=dtype, local_files_only=True).eval()
+        fields = _config(base)
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        with no_init_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model.tie_weights()
+    except ExportError:
+        raise
+    except Exception as error:  # transformers and safetensors raise classes of all kinds on damaged files
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ExportError(f"base '{base.path}' cannot be loaded as a causal model: {reason}") from error
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for tensor in _tensors(base):
+            parameter, row = parameters.pop(tensor.name), 0
+            for values in _values(base, tensor):
+                parameter[row : row + len(values)].copy_(torch.from_numpy(values))
+                row += len(values)
+    if parameters:
+        raise ExportError(f"base '{base.path}': transformers' class also has {', '.join(sorted(parameters)[:4])}")
+    return model.eval()
 
 
-def _gguf_text(path: Path, key: str) -> str | None:
-    from gguf import GGUFReader
+def write_checkpoint(base: Base, output: Path, dtype: DType = "float32") -> str:
+    """Write a Hugging Face folder of float weights that record this base, for `edgecompose compose --checkpoint`.
 
-    field = GGUFReader(path).fields.get(key)
-    return None if field is None else str(field.contents())
+    Weights go from file to file a few rows at a time.
+
+    Args:
+        output: does not exist yet; appears when it is complete.
+
+    Returns:
+        The identity that was recorded.
+
+    Raises:
+        ExportError: `output` exists or cannot be written, or transformers has no class for such a decoder.
+    """
+    if output.exists():
+        raise ExportError(f"'{output}' exists; remove it or give another folder")
+    fields = _config(base) | {"dtype": dtype}
+    identity = base.identity
+    try:
+        with new_folder(output) as work:
+            _write_json(work / CONFIG_FILE, fields)
+            _write_tokenizer(base, work)
+            _write_weights(base, work, dtype, {"format": "pt", BASE_KEY: identity})
+    except OSError as error:
+        raise ExportError(f"'{output}' cannot be written: {error.strerror or error}; give another folder") from error
+    return identity
+
+
+def _config(base: Base) -> dict[str, Any]:
+    if base.path.is_dir():
+        return {key: value for key, value in read_config(base.path).items() if key not in ("torch_dtype", "dtype")}
+    fields, tokenizer = config_to_json(base.weights.config, base.weights.name), base.tokenizer
+    for name, text in (("bos", tokenizer.bos), ("eos", tokenizer.eos), ("pad", tokenizer.pad)):
+        fields[f"{name}_token_id"] = tokenizer.token_id(text)
+    return fields
+
+
+def _write_tokenizer(base: Base, work: Path) -> None:
+    if base.path.is_dir():
+        for name in _KEPT:
+            if (base.path / name).is_file():
+                shutil.copyfile(base.path / name, work / name)
+        if not (work / "tokenizer.json").is_file():
+            base.tokenizer.write(work / "tokenizer.json")
+        return
+    tokenizer = base.tokenizer
+    tokenizer.write(work / "tokenizer.json")
+    texts = {f"{name}_token": getattr(tokenizer, name) for name in ("bos", "eos", "unk", "pad")}
+    _write_json(work / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+        "model_max_length": base.weights.config.context, **{k: v for k, v in texts.items() if v is not None},
+    })  # fmt: skip
+    _write_json(work / "generation_config.json", {"eos_token_id": list(tokenizer.end_tokens)})
+    if tokenizer.template is not None:
+        (work / "chat_template.jinja").write_text(tokenizer.template, encoding="utf-8")
+
+
+def _tensors(base: Base) -> Iterator[_Tensor]:
+    places = folder_places(base.weights.config)
+    parts: dict[str, list[tuple[str, Place]]] = {}
+    for name, place in places.items():
+        parts.setdefault(place.stored, []).append((name, place))
+    for stored, of in parts.items():
+        of.sort(key=lambda item: item[1].first)
+        rows = sum(place.shape[0] for _, place in of)
+        yield _Tensor(stored, (rows, *of[0][1].shape[1:]), tuple(of))
+
+
+def _values(base: Base, tensor: _Tensor) -> Iterator[Float]:
+    """A tensor's values as transformers stores them, a few rows at a time."""
+    for name, place in tensor.parts:
+        shift = np.float32(base.weights.place(name).plus - place.plus)
+        if len(place.shape) == 1:
+            ranges = [(0, place.shape[0])]
+        else:
+            step = max(1, _CHUNK // place.shape[1])
+            ranges = [(start, min(start + step, place.shape[0])) for start in range(0, place.shape[0], step)]
+        for start, stop in ranges:
+            values = base.weights.stored_floats(name, start, stop)
+            yield values + shift if shift else values
+
+
+def _write_weights(base: Base, work: Path, dtype: DType, metadata: Mapping[str, str]) -> None:
+    shards: list[list[_Tensor]] = [[]]
+    size = 0
+    for tensor in _tensors(base):
+        width = math.prod(tensor.shape) * _STORED[dtype][1]
+        if shards[-1] and size + width > _LARGEST_SHARD:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += width
+    if len(shards) == 1:
+        _write_shard(base, work / WEIGHTS_FILE, shards[0], dtype, metadata)
+        return
+    files = {f"model-{i + 1:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards)}
+    for file, shard in files.items():
+        _write_shard(base, work / file, shard, dtype, metadata)
+    total = sum(math.prod(t.shape) for shard in shards for t in shard) * _STORED[dtype][1]
+    weight_map = {tensor.name: file for file, shard in files.items() for tensor in shard}
+    _write_json(work / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _write_shard(base: Base, path: Path, tensors: list[_Tensor], dtype: DType, metadata: Mapping[str, str]) -> None:
+    stored, width = _STORED[dtype]
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + math.prod(tensor.shape) * width
+        header[tensor.name] = {"dtype": stored, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("xb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            for values in _values(base, tensor):
+                if dtype == "float16" and np.abs(values).max() > np.finfo(np.float16).max:
+                    raise ExportError(
+                        f"base '{base.weights.name}': '{tensor.name}' holds {np.abs(values).max():.3g}, more than "
+                        "float16 can; use --dtype bfloat16"
+                    )
+                stream.write(from_float32(values, stored))
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

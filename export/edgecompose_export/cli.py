@@ -92,20 +92,23 @@ def base(source: Path, output: Path, precision: Any, accept_distance: bool, as_j
     help="Of the weights.",
 )  # fmt: skip
 @json_option
-def checkpoint(source: Path, output: Path, dtype: str, as_json: bool) -> None:
+def checkpoint(source: Path, output: Path, dtype: Any, as_json: bool) -> None:
     """Write a base's float weights as a Hugging Face folder, for `edgecompose compose --format merged`.
 
     \b
     edgecompose-export checkpoint SmolLM2-135M-Instruct.Q4_1.gguf -o build/checkpoint
     """
-    from edgecompose_export.checkpoint import find_checkpoint
+    from edgecompose_export.base_source import open_base
+    from edgecompose_export.checkpoint import write_checkpoint
 
     with _steps() as advance:
-        advance("converting")
-        identity = find_checkpoint(source).write_folder(output, dtype)
+        advance("opening the base")
+        base = open_base(source)
+        advance("writing the weights")
+        identity = write_checkpoint(base, output, dtype)
     size = sum(path.stat().st_size for path in output.iterdir())
-    found = {"folder": str(output), "dtype": dtype, "base": identity, "bytes": size}
-    _print(f"{output}: {dtype}, {size / 1e6:.0f} MB, of base {identity[:12]}", found, as_json)
+    result = {"folder": str(output), "dtype": dtype, "base": identity, "bytes": size}
+    _print(f"{output}: {dtype}, {size / 1e6:.0f} MB, of base {identity[:12]}", result, as_json)
 
 
 @main.command()
@@ -231,14 +234,14 @@ def train(source: Path, examples_file: Path, output: Path, limit: int | None, as
     \b
     edgecompose-export train SmolLM2-135M-Instruct.Q4_1.gguf snli.jsonl -o lora/snli
     """
-    from edgecompose_export.checkpoint import find_checkpoint
+    from edgecompose_export.base_source import open_base
     from edgecompose_export.datasets import read_examples
     from edgecompose_export.train import TrainSettings, train_adapter
 
     read = read_examples(examples_file, limit=limit)
-    checkpoint = find_checkpoint(source)
+    base = open_base(source)
     with _training_bar() as advance:
-        report = train_adapter(checkpoint, read, output, TrainSettings(**settings), advance=advance)
+        report = train_adapter(base, read, output, TrainSettings(**settings), advance=advance)
     text = f"{output}: {report['steps']} steps on {report['examples']} examples, final loss {report['final_loss']:.3f}"
     _print(text, report, as_json)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import numpy as np
 
 from edgecompose.architectures import ARCHITECTURES, PACKED, Architecture, gguf_architectures
 from edgecompose.errors import ExportError
-from edgecompose_export.rotary import Float, Rotary, longrope_scale, rotary_from_config
+from edgecompose_export.rotary import Float, Rotary, llama3_scaling, longrope_scale, rotary_from_config
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 _ACTIVATIONS: Mapping[str, Activation] = {
@@ -390,9 +391,7 @@ def _gguf_layers(
     elif window and row.name in ("phi3", "llama"):
         windows = [int(window)] * count
     if row.name == "gemma3_text":
-        local = Rotary(rotary_from_config(
-            float(fields.get("rope.freq_base_swa", 10000.0)), dimensions, None, context=context
-        ).frequencies)  # fmt: skip
+        local = rotary_from_config(float(fields.get("rope.freq_base_swa", 10000.0)), dimensions, None, context=context)
         return tuple(Layer(w, 0 if w is None else 1) for w in windows), (rotary, local)
     turning = [None if row.name == "smollm3" and (i + 1) % 4 == 0 else 0 for i in range(count)]
     return tuple(Layer(w, r) for w, r in zip(windows, turning, strict=True)), (rotary,)
@@ -424,10 +423,11 @@ def _gguf_rotary(fields: Mapping[str, Any], factors: Mapping[str, Float], dimens
         }  # fmt: skip
     unscaled = kind == "none" or linear in (None, 0, 1)
     rotary = rotary_from_config(theta, dimensions, None if unscaled else scaling, context=context)
-    scale = rotary.scale * float(fields.get("rope.scaling.attn_factor") or 1)
+    rotary = dataclasses.replace(rotary, scale=rotary.scale * float(fields.get("rope.scaling.attn_factor") or 1))
     if "rope_freqs" not in factors:
-        return Rotary(rotary.frequencies, scale)
+        return rotary
     divisors = np.asarray(factors["rope_freqs"], np.float32)  # Llama 3
     if len(divisors) != rotary.pairs:
         raise ExportError(f"rope_freqs has {len(divisors)} entries, expected {rotary.pairs}; convert it again")
-    return Rotary(rotary.frequencies / divisors, scale)
+    llama3 = llama3_scaling(rotary.frequencies, divisors) or rotary.scaling
+    return dataclasses.replace(rotary, frequencies=rotary.frequencies / divisors, scaling=llama3)

@@ -6,6 +6,7 @@ transformers' `modeling_rope_utils`.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,12 +30,15 @@ class Rotary:
         frequencies: inverse frequencies, (pairs,) float32, in radians a position; the first 2 x pairs of a head turn.
         scale: factor of cosines and sines.
         long_frequencies: those of sequences longer than `long_from` tokens, None where length does not matter.
+        theta, scaling: what a configuration of transformers 4 calls it: `rope_theta` and `rope_scaling`.
     """
 
     frequencies: Float
     scale: float = 1.0
     long_frequencies: Float | None = None
     long_from: int | None = None
+    theta: float = 10000.0
+    scaling: Mapping[str, Any] | None = None
 
     @property
     def pairs(self) -> int:
@@ -57,9 +61,52 @@ def rotary_from_config(
     Raises:
         ExportError: a scaling that is not known, or one of its numbers is missing or no positive number.
     """
+    rotary = _scaled(theta, dimensions, scaling or {}, context, original)
+    return dataclasses.replace(rotary, theta=theta, scaling=scaling or None)
+
+
+def llama3_scaling(frequencies: Float, divisors: Float) -> dict[str, Any] | None:
+    """The `rope_scaling` of kind llama3 that divides frequencies so, which GGUF files hold as divisors only.
+
+    Wavelengths between `original / high_freq_factor` and `original / low_freq_factor` have a factor that is linear in
+    the frequency; two of them give that line. `low_freq_factor` is 1, since only the ratios of the three numbers count.
+
+    Args:
+        frequencies: inverse frequencies before division, (pairs,) float32.
+        divisors: (pairs,) float32, the tensor `rope_freqs`.
+
+    Returns:
+        None where no such scaling comes within 1e-4 of the divisors.
+    """
+    factor = float(divisors.max())
+    if factor <= 1 or divisors.min() < 1:
+        return None
+    turns = frequencies.astype(np.float64) / (2 * math.pi)
+    between = (divisors > 1 + 1e-6) & (divisors < factor * (1 - 1e-6))
+    smooth = (1 / divisors.astype(np.float64)[between] - 1 / factor) / (1 - 1 / factor)
+    if between.sum() > 1:
+        slope, start = np.polyfit(turns[between], smooth, 1)
+        originals = [(slope / -start, 1 - 1 / start)] if start < 0 else []
+    elif between.any():  # the usual ratio of the two factors
+        originals = [(float((smooth[0] * 3 + 1) / turns[between][0]), 4.0)]
+    else:
+        whole, divided = turns[divisors <= 1 + 1e-6], turns[divisors > 1 + 1e-6]
+        highest = 4 / float(whole.min()) if len(whole) else math.inf
+        originals = [(min(1 / float(divided.max()), highest) * 0.999, 4.0)]
+    for original, high in originals:
+        near = round(original)
+        scaling = {
+            "rope_type": "llama3", "factor": round(factor, 4), "low_freq_factor": 1.0,
+            "high_freq_factor": round(float(high), 3), "original_max_position_embeddings": near,
+        }  # fmt: skip
+        if high > 1 and near > 0 and np.allclose(frequencies / divisors, _llama3(frequencies, scaling), rtol=1e-4):
+            return scaling
+    return None
+
+
+def _scaled(theta: float, dimensions: int, scaling: Mapping[str, Any], context: int, original: int | None) -> Rotary:
     pairs = np.float32(theta) ** (np.arange(0, dimensions, 2, dtype=np.float32) / np.float32(dimensions))
     frequencies = (np.float32(1) / pairs).astype(np.float32)
-    scaling = scaling or {}
     kind = str(scaling.get("rope_type", scaling.get("type", "default")) or "default")
     if kind == "su":
         kind = "longrope"

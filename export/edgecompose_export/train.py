@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import random
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from typing import Any, Literal, get_args
 
 from edgecompose.errors import ExportError
 from edgecompose.tokenization import Tokenizer
-from edgecompose_export.checkpoint import Checkpoint
+from edgecompose_export.base_source import Base
+from edgecompose_export.checkpoint import load_model
 from edgecompose_export.datasets import Example
 
 PromptForm = Literal["chat", "raw", "both"]
@@ -95,7 +97,7 @@ def learning_rate_at(step: int, steps: int, peak: float) -> float:
 
 
 def train_adapter(
-    checkpoint: Checkpoint,
+    base: Base,
     examples: Sequence[Example],
     output: Path,
     settings: TrainSettings,
@@ -120,20 +122,20 @@ def train_adapter(
 
     torch.manual_seed(settings.seed)
     output.mkdir(parents=True, exist_ok=True)
-    tokenizer, end = _tokenizer(checkpoint, output)
+    tokenizer, end = base_tokenizer(base), _end(base)
     forms = [_forms(tokenizer, example, settings.prompt_form, end) for example in examples]
     kept = [f for f in forms if all(len(s.ids) <= settings.max_length for s in f)]
     if not kept:
         raise ExportError(f"no example is at most {settings.max_length} tokens long; raise --max-length")
     plan = plan_batches(kept, settings)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = _with_lora(checkpoint.model(), settings).to(device).train()
+    model = _with_lora(load_model(base), settings).to(device).train()
     if device == "cpu":  # the fused attention's backward on CPUs takes a sixth of a step at these lengths
         model.set_attn_implementation("eager")
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.0)
     report = {
-        "base": checkpoint.identity(),
+        "base": base.identity,
         "data": _digest(examples),
         "examples": len(kept),
         "left_out": len(forms) - len(kept),
@@ -168,19 +170,24 @@ def _digest(examples: Sequence[Example]) -> str:
     return hashlib.sha256(repr([(e.prompt, e.answer) for e in examples]).encode()).hexdigest()
 
 
-def _tokenizer(checkpoint: Checkpoint, folder: Path) -> tuple[Tokenizer, int]:
-    template = checkpoint.write_tokenizer(folder)
-    end = checkpoint.tokenizer().eos_token_id
+def base_tokenizer(base: Base) -> Tokenizer:
+    """The tokenizer of a base, as the runtime has it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch, "tokenizer.json")
+        base.tokenizer.write(path)
+        return Tokenizer(path, chat_template=base.tokenizer.template)
+
+
+def _end(base: Base) -> int:
+    end = base.tokenizer.token_id(base.tokenizer.eos)
     if end is None:
         raise ExportError("the tokenizer names no end-of-text token, so an answer could never end")
-    tokenizer = Tokenizer(folder / "tokenizer.json", chat_template=template)
-    (folder / "tokenizer.json").unlink()
-    return tokenizer, int(end)
+    return end
 
 
 def _forms(tokenizer: Tokenizer, example: Example, form: PromptForm, end: int) -> list[Encoded]:
-    wanted = {"chat": [True], "raw": [False], "both": [True, False]}[form]
-    return [encode_example(tokenizer, example, chat=chat, end=end) for chat in wanted]
+    chats = {"chat": [True], "raw": [False], "both": [True, False]}[form]
+    return [encode_example(tokenizer, example, chat=chat, end=end) for chat in chats]
 
 
 def _with_lora(model: Any, settings: TrainSettings) -> Any:
@@ -214,13 +221,13 @@ def _step(model: Any, batch: Sequence[Encoded], pad: int, device: str) -> Any:
     keep = max(s.answer for s in batch) + 1
     ids = torch.tensor([[pad] * (width - len(s.ids)) + list(s.ids) for s in batch], device=device)
     mask = torch.tensor([[0] * (width - len(s.ids)) + [1] * len(s.ids) for s in batch], device=device)
-    wanted = torch.tensor([[-100] * (keep - 1 - s.answer) + list(s.ids[-s.answer :]) for s in batch], device=device)
+    targets = torch.tensor([[-100] * (keep - 1 - s.answer) + list(s.ids[-s.answer :]) for s in batch], device=device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     name, dtype = _precision(device)
     with torch.autocast(device, dtype=dtype, enabled=name == "bf16"):
         logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=keep).logits
     return torch.nn.functional.cross_entropy(
-        logits[:, -keep:-1].float().flatten(0, 1), wanted.flatten(), ignore_index=-100
+        logits[:, -keep:-1].float().flatten(0, 1), targets.flatten(), ignore_index=-100
     )
 
 

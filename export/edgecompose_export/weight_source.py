@@ -102,8 +102,17 @@ class WeightSource:
         """Shape of a tensor of the decoder."""
         return self._places[tensor].shape
 
+    def place(self, tensor: str) -> Place:
+        """Where a tensor of the decoder lies in the files."""
+        return self._places[tensor]
+
     def floats(self, tensor: str, start: int = 0, stop: int | None = None) -> Float:
         """Values of a vector, or of rows `start` .. `stop` of a matrix, float32, as ggml dequantises them."""
+        values, place = self.stored_floats(tensor, start, stop), self._places[tensor]
+        return values + np.float32(place.plus) if place.plus else values
+
+    def stored_floats(self, tensor: str, start: int = 0, stop: int | None = None) -> Float:
+        """`floats` without what `Place.plus` adds: the numbers as they are in the file."""
         place = self._places[tensor]
         kind = self.type_of(tensor)
         raw = self._raw(place, start, stop)
@@ -114,8 +123,7 @@ class WeightSource:
                 values = np.asarray(dequantize(raw, GGMLQuantizationType[kind]), np.float32)
         if not np.isfinite(values).all():
             raise ExportError(f"base '{self.name}': '{place.stored}' holds numbers that are not finite; copy it again")
-        values = values.reshape(-1) if len(place.shape) == 1 else values
-        return values + np.float32(place.plus) if place.plus else values
+        return values.reshape(-1) if len(place.shape) == 1 else values
 
     def blocks(self, tensor: str, start: int = 0, stop: int | None = None) -> Blocks:
         """Rows of a block-quantised matrix, as the file has them."""
@@ -376,16 +384,19 @@ def _tensors_of_torch(path: Path) -> Iterator[tuple[str, str, tuple[int, ...], C
 
 def _open_folder(folder: Path) -> WeightSource:
     config = config_from_json(read_config(folder), folder.name)
+    try:
+        return WeightSource(folder.name, config, _Folder(folder), folder_places(config))
+    except CheckpointError as error:
+        raise ExportError(str(error)) from error
+
+
+def folder_places(config: DecoderConfig) -> dict[str, Place]:
+    """Where each tensor of a decoder lies in a Hugging Face folder."""
     row = config.architecture
     top = {"embedding": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head"}
     norms = dict(_HF_NORMS[row.norms], q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
-    places = _places(
-        config, top, "model.layers.{}.", norms, row.paths, interleaved=False, plus=1.0 if row.unit_offset else 0.0
-    )
-    try:
-        return WeightSource(folder.name, config, _Folder(folder), places)
-    except CheckpointError as error:
-        raise ExportError(str(error)) from error
+    plus = 1.0 if row.unit_offset else 0.0
+    return _places(config, top, "model.layers.{}.", norms, row.paths, interleaved=False, plus=plus)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
