@@ -52,15 +52,15 @@ def test_base(zoo: TinyZoo, tmp_path: Path) -> None:
     done = call("base", zoo.model("llama"), "-o", tmp_path / "base")
     assert done.exit_code == 0, done.output
     (line,) = done.stdout.splitlines()
-    assert "int8, 2 layers, 7 slots a layer; KL 0.0" in line
-    for step in ("building the float graph", "comparing with transformers", "measuring the distance"):
+    assert "llama, auto, 2 layers, context 512; KL 0.0" in line
+    for step in ("opening the base", "computing the reference", "writing the weights", "measuring the distance"):
         assert step in done.stderr
-    found = result_of("base", zoo.model("llama"), "-o", tmp_path / "more", "--precision", "int4", "--accept-distance")
-    assert (found["precision"], found["context"]) == ("int4", 512)
-    assert found == json.loads((tmp_path / "more/base.json").read_text(encoding="utf-8"))
-    assert "already holds an exported base" in fault_of("base", zoo.model("llama"), "-o", tmp_path / "base")
+    result = result_of("base", zoo.model("llama"), "-o", tmp_path / "more", "--precision", "int4", "--accept-distance")
+    assert (result["precision"], result["context"]) == ("int4", 512)
+    assert result == json.loads((tmp_path / "more/base.json").read_text(encoding="utf-8"))
+    assert "exists and is not empty" in fault_of("base", zoo.model("llama"), "-o", tmp_path / "base")
     too_far = ("base", zoo.model("llama"), "-o", tmp_path / "far", "--precision", "int4")
-    assert "nats from float32" in fault_of(*too_far)
+    assert "nats from the values of the file" in fault_of(*too_far)
     assert "has no config.json" in fault_of("base", tmp_path / "absent", "-o", tmp_path / "x")
 
 
