@@ -141,6 +141,15 @@ def weight_files(folder: Path) -> list[Path]:
     raise CheckpointError(f"'{folder}' holds no weights; expected {WEIGHTS_FILE}, or shards with {INDEX_FILE}")
 
 
+def text_instead(start: bytes) -> str | None:
+    """What a file is that should hold weights and begins with these bytes of text, and what to do; None if no text."""
+    if start.startswith(b"version https://git-lfs"):
+        return "is a git LFS pointer, not the file that it stands for; fetch that with: git lfs pull"
+    if start.lstrip().startswith((b"<!", b"<html", b"<HTML", b"<?xml")):
+        return "is a web page, not a model; download the file again"
+    return None
+
+
 def read_shard(path: Path) -> Shard:
     """The header of a safetensors file.
 
@@ -148,6 +157,10 @@ def read_shard(path: Path) -> Shard:
         CheckpointError: it cannot be read, or is no such file.
     """
     try:
+        with path.open("rb") as stream:
+            text = text_instead(stream.read(64))
+        if text is not None:
+            raise CheckpointError(f"weights '{path}': the file {text}")
         with safetensors.safe_open(path, framework="np"), path.open("rb") as stream:  # it checks every offset
             size = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(size))

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from edgecompose.errors import ExportError
+from edgecompose.float_checkpoint import text_instead
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -28,6 +29,8 @@ VERSIONS = (2, 3)
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _LARGEST_DEPTH = 4
+#: Bytes of a header, and entries of a list in it, at most; the largest vocabularies have 16 MB and 0.6 million.
+_LARGEST_HEADER, _LARGEST_LIST = 1 << 27, 1 << 22
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
@@ -66,19 +69,31 @@ class _Header:
     """Reads the header of a mapped file, never past its end."""
 
     def __init__(self, path: Path, data: memoryview) -> None:
-        self.path, self._data, self.position = path, data, 0
+        self.path, self.size, self.position = path, len(data), 0
+        self._data = data[:_LARGEST_HEADER]
+        self._whole = len(data) <= _LARGEST_HEADER
 
     def fail(self, what: str) -> ExportError:
         return ExportError(f"GGUF file '{self.path}': {what}; the file is damaged or incomplete, copy it again")
 
+    @property
+    def end(self) -> str:
+        """Where nothing more can be read, for messages."""
+        return f"{'the file ends' if self._whole else 'a header ends at the latest'} at byte {len(self._data)}"
+
     def take(self, size: int, what: str) -> memoryview:
         end = self.position + size
-        if size < 0 or end > len(self._data):
-            raise self.fail(
-                f"{what} at byte {self.position} takes {size} bytes, the file ends at byte {len(self._data)}"
-            )
+        if end > len(self._data):
+            raise self.fail(f"{what} at byte {self.position} takes {size} bytes, {self.end}")
         self.position, start = end, self.position
         return self._data[start:end]
+
+    def count(self, what: str, smallest: int) -> int:
+        """The length of a list whose entries take so many bytes at least."""
+        count: int = self.number("Q", what)
+        if count > _LARGEST_LIST or count * smallest > len(self._data) - self.position:
+            raise self.fail(f"{what} has {count} entries at byte {self.position}, {self.end}")
+        return count
 
     def number(self, code: str, what: str) -> Any:
         return struct.unpack(f"<{code}", self.take(struct.calcsize(code), what))[0]
@@ -95,13 +110,11 @@ class _Header:
             return self.text(what)
         if kind != _ARRAY or depth == _LARGEST_DEPTH:
             raise self.fail(f"{what} is of the unknown type {kind}")
-        inner, count = self.number("I", what), self.number("Q", what)
-        if inner in _NUMBERS:
-            code = _NUMBERS[inner]
-            raw = self.take(count * struct.calcsize(code), what)
-            return list(struct.unpack(f"<{count}{code}", raw))
-        if count > len(self._data) - self.position:
-            raise self.fail(f"{what} has {count} entries")
+        inner = self.number("I", what)
+        code = _NUMBERS.get(inner)
+        count = self.count(what, struct.calcsize(code) if code else 8)
+        if code:
+            return list(struct.unpack(f"<{count}{code}", self.take(count * struct.calcsize(code), what)))
         if inner == _STRING:
             return self._strings(count, what)
         return [self.value(inner, key, depth + 1) for _ in range(count)]
@@ -112,11 +125,11 @@ class _Header:
         unpack, strings = struct.Struct("<Q").unpack_from, []
         for _ in range(count):
             if position + 8 > end:
-                raise self.fail(f"{what} ends at byte {end}")
+                raise self.fail(f"{what} goes on, {self.end}")
             (size,) = unpack(data, position)
             position += 8
             if size > end - position:
-                raise self.fail(f"{what} has a string of {size} bytes at byte {position}, the file ends at byte {end}")
+                raise self.fail(f"{what} has a string of {size} bytes at byte {position}, {self.end}")
             strings.append(str(data[position : position + size], "utf-8", "surrogateescape"))
             position += size
         self.position = position
@@ -135,7 +148,10 @@ def read_gguf(path: Path) -> GgufFile:
             mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         return _parse(_Header(path, memoryview(mapped)))
     except (OSError, ValueError) as error:  # an empty file cannot be mapped
-        raise ExportError(f"GGUF file '{path}' cannot be read: {error}; copy it again") from error
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ExportError(
+            f"GGUF file '{path}' cannot be read: {reason}; see that it may be read, or copy it again"
+        ) from error
 
 
 def read_shards(path: Path) -> tuple[GgufFile, ...]:
@@ -188,7 +204,10 @@ def _parse(header: _Header) -> GgufFile:
     path = header.path
     magic = bytes(header.take(4, "magic"))
     if magic != MAGIC:
-        raise ExportError(f"'{path}' begins with {magic!r}, expected {MAGIC!r}; it is no GGUF file")
+        header.position = 0
+        text = text_instead(bytes(header.take(min(header.size, 64), "magic")))
+        text = text or f"begins with {magic!r}, expected {MAGIC!r}; it is no GGUF file, give one"
+        raise ExportError(f"GGUF file '{path}': the file {text}")
     version = header.number("I", "version")
     if version not in VERSIONS and int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS:
         raise ExportError(f"GGUF file '{path}' is big-endian; convert it for this kind of machine")
@@ -198,6 +217,8 @@ def _parse(header: _Header) -> GgufFile:
     metadata: dict[str, Any] = {}
     for _ in range(keys):
         key = header.text("key")
+        if key in metadata:
+            raise header.fail(f"the key '{key:.60}' stands there twice")
         kind = header.number("I", f"type of '{key:.60}'")
         metadata[key] = header.value(kind, key)
     alignment = metadata.get("general.alignment", 32)
@@ -205,13 +226,18 @@ def _parse(header: _Header) -> GgufFile:
         raise header.fail(f"general.alignment is {alignment!r:.40}, expected a power of 2")
     described = [_tensor(header) for _ in range(count)]
     _refuse_doubles(path, (tensor.name for tensor in described))
-    start = -(-header.position // alignment) * alignment
-    header.position = 0
+    start, end = -(-header.position // alignment) * alignment, 0
     tensors = {}
     for tensor in described:
-        header.position = start + tensor.offset
-        header.take(tensor.bytes, f"tensor '{tensor.name}' ({tensor.type}, {tensor.shape})")
-        tensors[tensor.name] = GgufTensor(tensor.name, tensor.type, tensor.shape, start + tensor.offset, tensor.bytes)
+        what = f"tensor '{tensor.name:.60}' ({tensor.type}, {list(tensor.shape)})"
+        if tensor.offset != end:  # as llama.cpp: one behind the other
+            raise header.fail(f"{what} begins at byte {tensor.offset} of the data, expected {end}")
+        if start + end + tensor.bytes > header.size:
+            raise header.fail(
+                f"{what} takes bytes {start + end} to {start + end + tensor.bytes}, the file ends at byte {header.size}"
+            )
+        tensors[tensor.name] = GgufTensor(tensor.name, tensor.type, tensor.shape, start + end, tensor.bytes)
+        end = -(-(end + tensor.bytes) // alignment) * alignment
     return GgufFile(path, metadata, tensors)
 
 
