@@ -232,7 +232,7 @@ def _indexed_names(folder: Path, index: str) -> list[str]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"checkpoint '{path.parent}' has no readable {path.name} ({error}); give a Hugging Face folder"
         ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
@@ -96,8 +97,19 @@ def export_base(
         advance: called with the name of each step as it begins.
 
     Raises:
-        ExportError: as `open_base` does, `output` exists, or the result is too far from the values of the file.
+        ExportError: as `open_base` does, `output` exists or cannot be written, or the result is too far from
+            the values of the file.
     """
+    try:
+        return _export_to(path, output, precision, accept_distance, advance)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ExportError(f"'{output}' cannot be written: {reason}; make room, or give another folder") from error
+
+
+def _export_to(
+    path: Path, output: Path, precision: Precision | None, accept_distance: bool, advance: Callable[[str], None]
+) -> BaseSpec:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ExportError(f"'{output}' exists and is not empty; remove it or give another folder")
     advance("opening the base")
@@ -172,6 +184,8 @@ def _export(
     else:
         forms = uniform_forms(base.weights, precision)
         spec, comparison = _write(base, work, spec, forms, {}, reference, prompts, advance)
+    if not math.isfinite(comparison.kl):
+        raise ExportError(f"precision {precision} gives logits that are not finite; copy the base again")
     if comparison.kl > LARGEST_KL and not accept_distance:
         raise ExportError(
             f"precision {precision} is {comparison.kl:.3f} nats from the values of the file (top-1 "

@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgecompose.errors import ExportError
 from edgecompose_export.base_tokenizer import BaseTokenizer, tokenizer_of_folder, tokenizer_of_gguf
 from edgecompose_export.weight_source import WeightSource, gguf_metadata, locate_base, open_weights, weights_digest
 
@@ -30,9 +31,15 @@ def open_base(path: Path) -> Base:
     Nothing but headers and the tokenizer is read.
 
     Raises:
-        ExportError: no base, or one that cannot be exported; what is missing is named.
+        ExportError: no base, or one that cannot be exported; base and what is missing are named, in one line.
     """
-    path = locate_base(path)
-    weights = open_weights(path)
-    tokenizer = tokenizer_of_gguf(gguf_metadata(path)) if path.is_file() else tokenizer_of_folder(path)
-    return Base(path, weights, tokenizer.fitted(weights.config.vocabulary))
+    try:
+        path = locate_base(path)
+        weights = open_weights(path)
+        tokenizer = tokenizer_of_gguf(gguf_metadata(path)) if path.is_file() else tokenizer_of_folder(path)
+        return Base(path, weights, tokenizer.fitted(weights.config.vocabulary))
+    except OSError as error:
+        raise ExportError(f"base '{path}' cannot be read: {error.strerror or error}; check it, or copy it") from error
+    except ExportError as error:  # damaged names may hold line breaks
+        text = " ".join(str(error).split())
+        raise ExportError(text if path.name in text else f"base '{path.name}': {text}") from error

@@ -43,8 +43,10 @@ class DataFile:
 
     def close(self) -> None:
         """Write what is still in memory to the disk."""
-        self._file.truncate(self._end)
-        self._file.close()
+        try:
+            self._file.truncate(self._end)
+        finally:
+            self._file.close()
 
     def reserve(self, name: str, dtype: str, shape: Sequence[int]) -> str:
         """Make room for a tensor and describe it; return its name.

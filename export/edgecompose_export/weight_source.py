@@ -273,7 +273,7 @@ def _check_tensors(name: str, files: TensorFile, places: Mapping[str, Place], co
     ]  # fmt: skip
     told = [f"{len(names)} tensors {what}: {_some(names)}" for names, what in parts if names]
     if told:
-        raise ExportError(f"base '{name}' ({config.architecture.name}): {'; '.join(told)}")
+        raise ExportError(f"base '{name}' ({config.architecture.name}): {'; '.join(told)}; give a whole copy of it")
 
 
 def _some(names: Sequence[str]) -> str:
