@@ -28,6 +28,10 @@ _FOREIGN_PARTS = (
     ("n_routed_experts", "a mixture of experts"),
     ("kv_lora_rank", "multi-head latent attention"),
 )
+#: Fields of a configuration that are objects or lists, where they are there.
+_OBJECTS = ("quantization_config", "rope_scaling", "rope_parameters")
+_LISTS = ("architectures", "layer_types", "no_rope_layers")
+_MOST_LAYERS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,20 @@ class DecoderConfig:
             raise ExportError(f"the base has {', '.join(bad) or 'no layer'}; its configuration is damaged")
         if self.heads % self.kv_heads:
             raise ExportError(f"{self.heads} query heads cannot share {self.kv_heads} key heads; expected a divisor")
+        factors = ("epsilon", "attention_scale", "embedding_multiplier", "residual_multiplier", "logit_divisor")
+        bad = [f"{name} {value!r:.40}" for name in factors if not _is_positive(value := getattr(self, name))]
+        caps = ("attention_softcap", "logit_softcap")
+        bad += [f"{name} {value!r:.40}" for name in caps if (value := getattr(self, name)) and not _is_positive(value)]
+        if bad:
+            raise ExportError(f"the base has {', '.join(bad)}, expected positive numbers; its configuration is damaged")
+        turning = max(2 * rotary.pairs for rotary in self.rotaries)
+        if turning > self.head_size:
+            raise ExportError(f"{turning} of {self.head_size} values of a head turn; the configuration is damaged")
+        windows = [layer.window for layer in self.layers if layer.window is not None and layer.window < 1]
+        if windows:
+            raise ExportError(
+                f"a layer attends to {windows[0]} tokens, expected 1 or more; the configuration is damaged"
+            )
 
     @property
     def widths(self) -> dict[str, tuple[int, int]]:
@@ -124,6 +142,13 @@ def config_from_json(config: Mapping[str, Any], name: str) -> DecoderConfig:
     Raises:
         ExportError: an architecture, or a part of one, that is not exported; it is named.
     """
+    for key in (*_OBJECTS, *_LISTS):
+        kind, word = (Mapping, "an object") if key in _OBJECTS else (list, "a list")
+        value = config.get(key)
+        if value is not None and not isinstance(value, kind):
+            raise ExportError(
+                f"base '{name}': config.json: {key} is {value!r:.40}, expected {word}; copy config.json again"
+            )
     row = _row(config, name)
     fields = {**row.defaults, **{key: value for key, value in config.items() if value is not None}}
     if config.get("sliding_window", 0) is None:  # Mistral from 0.3 on: no window, which is not its default
@@ -131,14 +156,14 @@ def config_from_json(config: Mapping[str, Any], name: str) -> DecoderConfig:
     explicit = {**row.defaults, **config}
     try:
         return _from_fields(row, fields, explicit)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ExportError(f"base '{name}': config.json cannot be read: {reason}; copy it again") from error
 
 
 def _row(config: Mapping[str, Any], name: str) -> Architecture:
-    if "quantization_config" in config:
-        method = (config["quantization_config"] or {}).get("quant_method", "unnamed")
+    if config.get("quantization_config") is not None:
+        method = config["quantization_config"].get("quant_method", "unnamed")
         raise ExportError(f"base '{name}' is quantised ({method}); give the float base, or a GGUF file of it")
     kind, classes = config.get("model_type"), config.get("architectures") or []
     for key, part in _FOREIGN_PARTS:
@@ -147,7 +172,7 @@ def _row(config: Mapping[str, Any], name: str) -> Architecture:
             raise ExportError(
                 f"base '{name}' ({kind}) has {part} ({key}), which is not exported; give a dense text model"
             )
-    if kind == "gemma3" or (kind not in ARCHITECTURES and "Gemma3ForCausalLM" in classes):
+    if kind == "gemma3" or (str(kind) not in ARCHITECTURES and "Gemma3ForCausalLM" in classes):
         kind = "gemma3_text"
     row = ARCHITECTURES.get(str(kind))
     if row is None:
@@ -162,34 +187,56 @@ def _row(config: Mapping[str, Any], name: str) -> Architecture:
 
 
 def _from_fields(row: Architecture, fields: Mapping[str, Any], explicit: Mapping[str, Any]) -> DecoderConfig:
-    heads, hidden = int(fields["num_attention_heads"]), int(fields["hidden_size"])
-    count = int(fields["num_hidden_layers"])
-    head_size = int(fields.get("head_dim") or hidden // heads)
+    heads, hidden = _size(fields, "num_attention_heads"), _size(fields, "hidden_size")
+    count = _size(fields, "num_hidden_layers", _MOST_LAYERS)
+    head_size = _size(fields, "head_dim") if fields.get("head_dim") else hidden // heads
     activation = fields.get("hidden_activation") if "hidden_activation" in row.defaults else fields.get("hidden_act")
-    context = int(fields["max_position_embeddings"])
+    context = _size(fields, "max_position_embeddings")
     layers, rotaries = _layers_and_rotaries(row, fields, count, head_size, context)
-    scalar = fields.get("query_pre_attn_scalar")
     granite = row.name.startswith("granite")
     if row.name == "stablelm" and fields.get("qk_layernorm"):
         raise ExportError("a StableLM with qk_layernorm (a LayerNorm of its own for each head) is not exported")
-    inner = fields["shared_intermediate_size"] if row.name == "granitemoehybrid" else fields["intermediate_size"]
+    inner = _size(fields, "shared_intermediate_size" if row.name == "granitemoehybrid" else "intermediate_size")
+    kv_heads = _size(fields, "num_key_value_heads") if fields.get("num_key_value_heads") else heads
+    epsilon = _number(fields, *(("layer_norm_eps", 1e-5) if row.norm == "layer" else ("rms_norm_eps", 1e-6)))
+    if granite:
+        scale = _number(fields, "attention_multiplier", 1.0)
+    else:
+        scale = 1 / math.sqrt(_number(fields, "query_pre_attn_scalar", head_size) or head_size)
     return DecoderConfig(
-        architecture=row, vocabulary=int(fields["vocab_size"]), hidden=hidden, intermediate=int(inner), heads=heads,
-        kv_heads=int(fields.get("num_key_value_heads") or heads), head_size=head_size, context=context, layers=layers,
-        rotaries=rotaries,
-        epsilon=float(fields.get("layer_norm_eps", 1e-5) if row.norm == "layer" else fields.get("rms_norm_eps", 1e-6)),
+        architecture=row, vocabulary=_size(fields, "vocab_size"), hidden=hidden, intermediate=inner, heads=heads,
+        kv_heads=kv_heads, head_size=head_size, context=context, layers=layers, rotaries=rotaries, epsilon=epsilon,
         activation=_activation(activation or "silu"), tied=bool(fields.get("tie_word_embeddings", False)),
         biases=_biases(row, fields),
-        attention_scale=float(fields["attention_multiplier"]) if granite and "attention_multiplier" in fields
-        else float(scalar or head_size) ** -0.5 if not granite else 1.0,
-        attention_softcap=float(explicit.get("attn_logit_softcapping") or 0),
-        logit_softcap=float(explicit.get("final_logit_softcapping") or 0),
+        attention_scale=scale, attention_softcap=_number(explicit, "attn_logit_softcapping", 0.0),
+        logit_softcap=_number(explicit, "final_logit_softcapping", 0.0),
         embedding_multiplier=math.sqrt(hidden) if row.name.startswith("gemma")
-        else float(fields.get("embedding_multiplier", 1.0)) if granite else 1.0,
-        residual_multiplier=float(fields.get("residual_multiplier", 1.0)) if granite else 1.0,
-        logit_divisor=float(fields.get("logits_scaling", 1.0)) if granite else 1.0,
+        else _number(fields, "embedding_multiplier", 1.0) if granite else 1.0,
+        residual_multiplier=_number(fields, "residual_multiplier", 1.0) if granite else 1.0,
+        logit_divisor=_number(fields, "logits_scaling", 1.0) if granite else 1.0,
         parallel=row.name == "stablelm" and bool(fields.get("use_parallel_residual")),
     )  # fmt: skip
+
+
+def _is_positive(value: Any) -> bool:
+    """Whether a number is one of float32 and more than 0."""
+    return isinstance(value, int | float) and 0 < value < 1e38
+
+
+def _size(fields: Mapping[str, Any], name: str, most: int = 2**31 - 1) -> int:
+    value = fields[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1 or not 1 <= value <= most:
+        raise ExportError(f"config.json: {name} is {value!r:.40}, expected a whole number from 1 to {most}")
+    return int(value)
+
+
+def _number(fields: Mapping[str, Any], name: str, default: float) -> float:
+    value = fields.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ExportError(f"config.json: {name} is {value!r:.40}, expected a number; copy config.json again")
+    return float(value)
 
 
 def _activation(name: Any) -> Activation:
@@ -307,14 +354,14 @@ def config_from_gguf(
     if metadata.get("general.type", "model") != "model":
         raise ExportError(f"'{name}' is a GGUF {metadata['general.type']!r:.40}, expected a model; give a base")
     rows = gguf_architectures()
-    if kind not in rows:
+    if not isinstance(kind, str) or kind not in rows:
         raise ExportError(f"base '{name}' is of the GGUF architecture {kind!r:.40}; {', '.join(rows)} can be exported")
     fields = {k.removeprefix(f"{kind}."): v for k, v in metadata.items() if k.startswith(f"{kind}.")}
     if fields.get("expert_count"):
         raise ExportError(f"base '{name}' ({kind}) is a mixture of experts, which is not exported; give a dense model")
     try:
         return _from_metadata(rows[kind], fields, metadata, shapes, factors)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ExportError(f"base '{name}': its metadata cannot be read: {reason}; convert it again") from error
 
@@ -328,6 +375,8 @@ def _from_metadata(
     if int(fields.get("attention.value_length") or head_size) != head_size:
         raise ExportError("keys and values of different length are not exported")
     count, context = int(fields["block_count"]), int(fields["context_length"])
+    if not 1 <= count <= _MOST_LAYERS:
+        raise ExportError(f"block_count is {count}, expected 1 to {_MOST_LAYERS}; convert it again")
     gemma, granite = row.name.startswith("gemma"), row.name == "granite"
     if "blk.0.attn_q_norm.weight" in shapes and row.query_key_norm == "none":
         raise ExportError(f"a {row.name} with norms of queries and keys is not exported")
@@ -424,10 +473,14 @@ def _gguf_rotary(fields: Mapping[str, Any], factors: Mapping[str, Float], dimens
     unscaled = kind == "none" or linear in (None, 0, 1)
     rotary = rotary_from_config(theta, dimensions, None if unscaled else scaling, context=context)
     rotary = dataclasses.replace(rotary, scale=rotary.scale * float(fields.get("rope.scaling.attn_factor") or 1))
+    if not _is_positive(rotary.scale):
+        raise ExportError(f"rope.scaling.attn_factor makes {rotary.scale} of the rotation; convert it again")
     if "rope_freqs" not in factors:
         return rotary
     divisors = np.asarray(factors["rope_freqs"], np.float32)  # Llama 3
     if len(divisors) != rotary.pairs:
         raise ExportError(f"rope_freqs has {len(divisors)} entries, expected {rotary.pairs}; convert it again")
+    if not (np.isfinite(divisors).all() and divisors.min() > 0):
+        raise ExportError("rope_freqs holds numbers that are not positive; convert it again")
     llama3 = llama3_scaling(rotary.frequencies, divisors) or rotary.scaling
     return dataclasses.replace(rotary, frequencies=rotary.frequencies / divisors, scaling=llama3)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy.typing as npt
 from edgecompose.errors import ExportError
 
 Float = npt.NDArray[np.float32]
+_MOST_DIMENSIONS = 1 << 16
 #: Scalings of `rope_scaling` that are computed here.
 SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
@@ -61,7 +62,18 @@ def rotary_from_config(
     Raises:
         ExportError: a scaling that is not known, or one of its numbers is missing or no positive number.
     """
-    rotary = _scaled(theta, dimensions, scaling or {}, context, original)
+    if dimensions % 2 or not 2 <= dimensions <= _MOST_DIMENSIONS:
+        raise ExportError(f"{dimensions} values of a head turn, expected an even number from 2 to {_MOST_DIMENSIONS}")
+    if not 0 < theta < 1e38:
+        raise ExportError(f"rope_theta is {theta!r:.40}, expected a positive number")
+    with np.errstate(all="ignore"):  # what is no number is refused below
+        rotary = _scaled(theta, dimensions, scaling or {}, context, original)
+    numbers = rotary.frequencies if rotary.long_frequencies is None else (rotary.frequencies, rotary.long_frequencies)
+    if not (np.isfinite(numbers).all() and np.min(numbers) > 0 and 0 < rotary.scale < 1e38):
+        raise ExportError(
+            f"rope_theta {theta!r:.40} and rope_scaling {scaling!r:.80} give rotations that are no positive numbers; "
+            "copy config.json again"
+        )
     return dataclasses.replace(rotary, theta=theta, scaling=scaling or None)
 
 
@@ -178,10 +190,13 @@ def _longrope(frequencies: Float, scaling: Mapping[str, Any], context: int, orig
 
 def _factors(scaling: Mapping[str, Any], name: str, count: int) -> Float:
     values = scaling.get(name)
-    if not isinstance(values, Sequence) or len(values) != count:
-        length = len(values) if isinstance(values, Sequence) else "no list"
+    if not isinstance(values, list | tuple) or len(values) != count:
+        length = len(values) if isinstance(values, list | tuple) else "no list"
         raise ExportError(f"rope_scaling: {name} has {length} entries, expected {count}; copy config.json again")
-    return np.array(values, np.float32)
+    factors = np.array(values, np.float32)
+    if factors.shape != (count,) or not factors.min() > 0:
+        raise ExportError(f"rope_scaling: {name} holds what is no positive number; copy config.json again")
+    return factors
 
 
 def _number(scaling: Mapping[str, Any], name: str) -> float:
