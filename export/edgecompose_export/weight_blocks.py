@@ -166,22 +166,28 @@ _WIDTHS = (15.0, 14.4, 13.8, 15.6)
 
 
 def _fitted(blocks: Float, low: Float, scales: Float, weights: Float) -> tuple[Bytes, Float, Float]:
-    """Codes, d and m of the width with the smallest weighted square error, for each block."""
+    """Codes, d and m of the width with the smallest weighted square error, for each block.
+
+    Sums are taken about the weighted means: few inputs may weigh a million times as much as the others, and then the
+    same sums about 0 leave nothing of the others.
+    """
     total = weights.sum(-1)
-    weighted = blocks * weights
-    sum_x, sum_xx = weighted.sum(-1), (weighted * blocks).sum(-1)
-    best = np.full(sum_x.shape, np.inf, np.float32)
-    codes, d, m = np.zeros(blocks.shape, np.uint8), np.zeros_like(sum_x), low[..., 0].copy()
+    mean_x = (blocks * weights).sum(-1) / total
+    centred = blocks - mean_x[..., None]
+    weighted = centred * weights
+    sum_xx = (weighted * centred).sum(-1)
+    best = np.full(sum_xx.shape, np.inf, np.float32)
+    codes, d, m = np.zeros(blocks.shape, np.uint8), np.zeros_like(sum_xx), low[..., 0].copy()
     safe = np.where(scales == 0, np.float32(1), scales)
     for width in _WIDTHS:
         q = np.clip(np.rint((blocks - low) / safe * np.float32(width / 15)), 0, 15)
-        sum_q, sum_qq, sum_qx = (q * weights).sum(-1), (q * q * weights).sum(-1), (q * weighted).sum(-1)
-        determinant = total * sum_qq - sum_q * sum_q
-        flat = determinant <= 0
-        determinant = np.where(flat, np.float32(1), determinant)
-        slope = np.where(flat, 0, (total * sum_qx - sum_q * sum_x) / determinant)
-        start = (sum_x - slope * sum_q) / total
-        error = sum_xx - slope * sum_qx - start * sum_x
+        mean_q = (q * weights).sum(-1) / total
+        moved = q - mean_q[..., None]
+        sum_qq, sum_qx = (moved * moved * weights).sum(-1), (moved * weighted).sum(-1)
+        flat = sum_qq <= 0
+        slope = np.where(flat, 0, sum_qx / np.where(flat, np.float32(1), sum_qq))
+        start = mean_x - slope * mean_q
+        error = sum_xx - slope * sum_qx
         better = error < best
         best = np.where(better, error, best)
         codes = np.where(better[..., None], q.astype(np.uint8), codes)
