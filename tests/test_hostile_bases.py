@@ -23,6 +23,8 @@ from hypothesis import strategies as st
 pytest.importorskip("torch", reason="a package of edgecompose-export")
 pytest.importorskip("transformers", reason="a package of edgecompose-export")
 
+import torch
+
 from edgecompose.errors import ExportError
 from edgecompose.float_checkpoint import read_shard
 from edgecompose_export.base import export_base
@@ -273,6 +275,13 @@ def test_a_damaged_index_is_refused(text: str, folder: Path) -> None:
     sharded(folder, {"a": "model-00001-of-00002.safetensors"})
     (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
     assert "model.safetensors.index.json" in refusal(folder)
+
+
+@pytest.mark.parametrize("value", [[1, 2], {"state_dict": {"a": 1}}, 3])
+def test_a_torch_file_that_holds_no_tensors_by_name_is_refused(value: object, folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save(value, folder / "pytorch_model.bin")
+    assert "convert them to safetensors" in refusal(folder)
 
 
 @pytest.mark.parametrize(("dtype", "width"), [("F8_E4M3", 1), ("I32", 4), ("U8", 1), ("BOOL", 1)])
