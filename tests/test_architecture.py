@@ -141,7 +141,6 @@ COVERED = {
     "edgecompose_export/peft_source": "test_adapters_export",
     "edgecompose_export/embedder": "test_embedder_export", "edgecompose_export/examples": "test_bundles_export",
     "edgecompose_export/gguf_file": "test_gguf_bases",
-    "edgecompose_export/stored_weights": "test_gguf_bases", "edgecompose_export/weight_source": "test_gguf_bases",
     "edgecompose_export/onnx_files": "test_embedder_export",
 }  # fmt: skip
 
