@@ -28,8 +28,14 @@ class ErrorGroup(click.Group):
             sys.stderr.close()
             ctx.exit(EdgeComposeError.exit_code)
         except (EdgeComposeError, OSError) as error:
-            click.echo(f"{self.program}: {' '.join(str(error).split())}", err=True)
+            click.echo(f"{self.program}: {_one_line(str(error))}", err=True)
             ctx.exit(getattr(error, "exit_code", EdgeComposeError.exit_code))
+
+
+def _one_line(text: str) -> str:
+    """Text in one line, without what a terminal would obey; names in damaged files hold anything."""
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 def progress(*columns: ProgressColumn) -> Progress:

@@ -17,7 +17,7 @@ from edgecompose.atomic import new_folder
 from edgecompose.blend import MergedAdapter
 from edgecompose.decoder import Decoder
 from edgecompose.device import choose_device
-from edgecompose.errors import ExportError
+from edgecompose.errors import EdgeComposeError, ExportError
 from edgecompose.generation import log_softmax
 from edgecompose.manifest import BaseSpec, Distance
 from edgecompose.memory import release_freed_memory
@@ -104,7 +104,15 @@ def export_base(
         return _export_to(path, output, precision, accept_distance, advance)
     except OSError as error:
         reason = error.strerror or str(error)
+        of_base = isinstance(error.filename, str) and Path(error.filename).is_relative_to(path)
+        if of_base and not output.is_relative_to(path):
+            raise ExportError(f"'{error.filename}' cannot be read: {reason}; check it, or copy it again") from error
         raise ExportError(f"'{output}' cannot be written: {reason}; make room, or give another folder") from error
+    except MemoryError as error:
+        raise ExportError(f"base '{path}' takes more memory than there is; close programs, or give it more") from error
+    except EdgeComposeError as error:
+        named = isinstance(error, ExportError) and (path.name in str(error) or output.name in str(error))
+        raise error if named else ExportError(f"base '{path}': {error}") from error
 
 
 def _export_to(

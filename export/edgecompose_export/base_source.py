@@ -34,7 +34,7 @@ def open_base(path: Path) -> Base:
         ExportError: no base, or one that cannot be exported; base and what is missing are named, in one line.
     """
     try:
-        path = locate_base(path)
+        path = locate_base(path if path.name else path.resolve())
         weights = open_weights(path)
         tokenizer = tokenizer_of_gguf(gguf_metadata(path)) if path.is_file() else tokenizer_of_folder(path)
         return Base(path, weights, tokenizer.fitted(weights.config.vocabulary))

@@ -116,18 +116,18 @@ class BaseTokenizer:
                 f"the tokenizer has {len(beyond)} words with ids from {vocabulary} on, such as {beyond[0]!r:.40}; the "
                 f"base's vocabulary has {vocabulary} rows; put the tokenizer of this model beside its weights"
             )
-        if not dropped:
-            return self
-        added = [row for row in self.state["added_tokens"] if row["content"] not in dropped]
-        words = {word: number for word, number in model["vocab"].items() if word not in dropped}
-        merges = [merge for merge in model["merges"] if not dropped.intersection(_parts(merge))]
-        state = self.state | {"added_tokens": added, "model": model | {"vocab": words, "merges": merges}}
-        ends = tuple(token for token in self.end_tokens if token < vocabulary)
         if self.first_token is not None and self.first_token >= vocabulary:
             raise ExportError(
                 f"the tokenizer begins texts with token {self.first_token}, the base's vocabulary has {vocabulary} "
                 "rows; put the tokenizer of this model beside its weights"
             )
+        ends = tuple(token for token in self.end_tokens if token < vocabulary)
+        if not dropped:
+            return self if ends == self.end_tokens else dataclasses.replace(self, end_tokens=ends)
+        added = [row for row in self.state["added_tokens"] if row["content"] not in dropped]
+        words = {word: number for word, number in model["vocab"].items() if word not in dropped}
+        merges = [merge for merge in model["merges"] if not dropped.intersection(_parts(merge))]
+        state = self.state | {"added_tokens": added, "model": model | {"vocab": words, "merges": merges}}
         return dataclasses.replace(self, state=state, end_tokens=ends)
 
     def write(self, path: Path) -> None:
@@ -198,6 +198,13 @@ def _finished(
     added = {row["content"]: row for row in state["added_tokens"]}
     if template is not None:
         template = self_contained(template, values)
+        try:
+            ChatTemplate(template)
+        except EdgeComposeError as error:
+            reason = str(error.__cause__ or error)
+            raise ExportError(
+                f"the chat template is not valid Jinja: {reason:.200}; copy that of this model"
+            ) from error
     known = {
         row["id"]
         for text, row in added.items()
@@ -283,9 +290,11 @@ def _load(folder: Path, state: State) -> Any:
     """The tokenizer, so that a damaged file is told here and not in a run."""
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(state))
-    except Exception as error:  # the library raises bare Exception on any malformed file
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # bare Exception on malformed files, and panics, which are no Exception
         raise ExportError(
-            f"'{folder / 'tokenizer.json'}' cannot be read: {' '.join(str(error).split())}; copy it again"
+            f"'{folder / 'tokenizer.json'}' cannot be read: {' '.join(str(error).split()):.200}; copy it again"
         ) from error
 
 
@@ -359,8 +368,14 @@ def _first_token(processor: Any) -> int | None:
     steps = processor.get("single") if processor.get("type") == "TemplateProcessing" else None
     if not steps or "SpecialToken" not in steps[0]:
         return None
-    ids = processor["special_tokens"][steps[0]["SpecialToken"]["id"]]["ids"]
-    return int(ids[0]) if ids else None
+    name = steps[0]["SpecialToken"].get("id")
+    token = processor.get("special_tokens", {}).get(name)
+    if not isinstance(token, dict) or not isinstance(token.get("ids"), list):
+        raise ExportError(
+            f"tokenizer.json: the post_processor begins texts with {name!r:.40}, which its special_tokens lack; "
+            "copy it again"
+        )
+    return int(token["ids"][0]) if token["ids"] else None
 
 
 def _converted(folder: Path) -> State:
@@ -377,7 +392,7 @@ def _converted(folder: Path) -> State:
     except Exception as error:  # transformers and sentencepiece raise classes of all kinds, and may not be installed
         raise ExportError(
             f"'{folder}' has no tokenizer.json, and transformers cannot make one of {', '.join(older)}: "
-            f"{' '.join(str(error).split()) or type(error).__name__}; add the tokenizer.json of this model"
+            f"{' '.join(str(error).split()) or type(error).__name__:.200}; add the tokenizer.json of this model"
         ) from error
     return state
 

@@ -165,6 +165,8 @@ def _row(config: Mapping[str, Any], name: str) -> Architecture:
     if config.get("quantization_config") is not None:
         method = config["quantization_config"].get("quant_method", "unnamed")
         raise ExportError(f"base '{name}' is quantised ({method}); give the float base, or a GGUF file of it")
+    if config.get("quantization"):
+        raise ExportError(f"base '{name}' is quantised (mlx); give the float base, or a GGUF file of it")
     kind, classes = config.get("model_type"), config.get("architectures") or []
     for key, part in _FOREIGN_PARTS:
         value = config.get(key)

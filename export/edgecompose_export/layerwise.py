@@ -17,6 +17,7 @@ import onnx
 from onnx import TensorProto
 
 from edgecompose.device import Device, Session, choose_device, open_session
+from edgecompose.errors import ExportError
 from edgecompose_export.decoder_config import DecoderConfig
 from edgecompose_export.decoder_graph import INPUT_GROUPS, Weights, write_blocks
 from edgecompose_export.graph_writer import MICROSOFT, GraphWriter
@@ -158,7 +159,7 @@ def float_states(
     for layer in range(len(source.config.layers)):
         weights = blocks.load(layer)
         runs = [blocks.run(layer, weights, stream, taps=True) for stream in streams]
-        streams = [stream for stream, _ in runs]
+        streams = _all_finite([stream for stream, _ in runs], f"layer {layer} of base '{source.name}'")
         largest = max(largest, *(float(taps[LARGEST].max()) for _, taps in runs))
         for module, tap in TAPS.items():
             squares = np.mean([np.square(taps[tap]).mean((0, 1)) for _, taps in runs], axis=0)
@@ -182,9 +183,16 @@ def stored_states(
     for layer in range(len(config.layers)):
         session = _open(_block_model(config, weights, [layer]), folder, device)
         streams = [session.run(["hidden_out"], _sequence_feeds(config, layer, stream))[0] for stream in streams]
+        _all_finite(streams, f"layer {layer} as it is stored of base '{source.name}'")
         del session
         advance(1)
     return [final_norm(source, stream[0]) for stream in streams]
+
+
+def _all_finite(streams: list[Float], what: str) -> list[Float]:
+    if not all(np.isfinite(stream).all() for stream in streams):
+        raise ExportError(f"{what} gives numbers that are not finite; its weights are damaged, copy it again")
+    return streams
 
 
 def embedded(source: WeightSource, ids: Sequence[int]) -> Float:

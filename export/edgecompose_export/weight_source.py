@@ -373,8 +373,11 @@ def _tensors_of_torch(path: Path) -> Iterator[tuple[str, str, tuple[int, ...], C
     except Exception as error:  # torch raises errors of all kinds on damaged or old files
         reason = " ".join(str(error).split())[:200]
         raise ExportError(f"weights '{path}' cannot be read: {reason}; convert them to safetensors") from error
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise ExportError(f"weights '{path}' hold more than tensors by their names; convert them to safetensors")
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided
+        for name, tensor in state.items()
+    ):
+        raise ExportError(f"weights '{path}' hold more than dense tensors by their names; convert them to safetensors")
     kinds = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 
     def bytes_of(tensor: Any) -> Bytes:
