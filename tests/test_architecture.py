@@ -140,7 +140,6 @@ COVERED = {
     "edgecompose_export/gguf_source": "test_lora_source", "edgecompose_export/mlx_source": "test_lora_source",
     "edgecompose_export/peft_source": "test_adapters_export",
     "edgecompose_export/embedder": "test_embedder_export", "edgecompose_export/examples": "test_bundles_export",
-    "edgecompose_export/gguf_file": "test_gguf_bases",
     "edgecompose_export/onnx_files": "test_embedder_export",
 }  # fmt: skip
 

@@ -370,3 +370,24 @@ def test_a_mixture_of_experts_and_an_adapter_are_named(headers: dict[str, Header
     ):
         with pytest.raises(ExportError, match=message):
             config_from_gguf(metadata | changes, shapes, factors, "tiny")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "left_out"),
+    [
+        ("llama-3.2", {"attention.head_count": 0}, "attention.key_length"),
+        ("gemma3", {"attention.sliding_window_pattern": 0}, "rope.dimension_count"),
+        ("llama-yarn", {"rope.freq_base": 1.0}, ""),
+        ("phi3-long", {"context_length": 2, "rope.scaling.original_context_length": 1}, "rope.scaling.attn_factor"),
+    ],
+    ids=str,
+)
+def test_metadata_that_divides_by_zero_is_refused(
+    headers: dict[str, Header], name: str, changes: dict[str, Any], left_out: str
+) -> None:
+    metadata, shapes, factors = headers[name]
+    prefix = metadata["general.architecture"]
+    harmed = metadata | {f"{prefix}.{key}": value for key, value in changes.items()}
+    harmed.pop(f"{prefix}.{left_out}", None)
+    with pytest.raises(ExportError, match="its metadata cannot be read: .* by zero; convert it again"):
+        config_from_gguf(harmed, shapes, factors, "tiny")

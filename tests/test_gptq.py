@@ -81,3 +81,15 @@ def test_fewer_inputs_than_weights_are_enough() -> None:
     blocks = Compensation(inputs.T @ inputs).quantize(rows.copy())
     check_grid(blocks)
     assert error(inputs, rows, blocks.values(96)) < 0.5 * error(inputs, rows, rounded(rows))
+
+
+@pytest.mark.parametrize("factor", [1e2, 1e3, 1e4, 1e6])
+def test_one_input_may_be_far_larger_than_the_others(factor: float) -> None:
+    inputs = correlated(6, 1000, 128)
+    inputs[:, 5] *= np.float32(factor)
+    rows = np.random.default_rng(7).normal(size=(48, 128)).astype(np.float32)
+    blocks = Compensation(inputs.T @ inputs).quantize(rows.copy())
+    check_grid(blocks)
+    values = blocks.values(128)
+    assert error(inputs, rows, values) < 0.5 * error(inputs, rows, rounded(rows))
+    assert np.abs(values - rows).max() < 0.5 * np.abs(rows).max()
