@@ -304,7 +304,8 @@ GGUF: Mapping[str, tuple[Change, str]] = {
     "an end beyond the tokens": (with_key("tokenizer.ggml.eos_token_id", 300), "eos_token_id.*300, expected an id"),
     "SentencePiece without scores": (of_sentencepiece, "tokenizer.ggml.scores.* is None, expected 300 numbers"),
     "an unknown tokenizer": (with_key("tokenizer.ggml.model", "rwkv"), "kind 'rwkv'.*give"),
-    "a template that is no Jinja": (with_key("tokenizer.chat_template", "{% if %}"), "template"),
+    "a template that is no Jinja": (with_key("tokenizer.chat_template", "{% if %}"), "template is not valid Jinja"),
+    "a template that is no text": (with_key("tokenizer.chat_template", "a \udc80"), "template is not UTF-8"),
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import tokenizers
 
 from edgecompose.chat_template import ChatTemplate, self_contained
-from edgecompose.errors import EdgeComposeError, ExportError
+from edgecompose.errors import BundleError, ExportError, GenerationError
 from edgecompose_export.gguf_tokenizer import State, gguf_tokenizer, read_vocabulary, template_processing
 
 #: Texts of special tokens that end a turn or a text, in the models that have them.
@@ -198,13 +198,8 @@ def _finished(
     added = {row["content"]: row for row in state["added_tokens"]}
     if template is not None:
         template = self_contained(template, values)
-        try:
-            ChatTemplate(template)
-        except EdgeComposeError as error:
-            reason = str(error.__cause__ or error)
-            raise ExportError(
-                f"the chat template is not valid Jinja: {reason:.200}; copy that of this model"
-            ) from error
+        if any("\ud800" <= character <= "\udfff" for character in template):
+            raise ExportError("the chat template is not UTF-8; convert or copy the model again")
     known = {
         row["id"]
         for text, row in added.items()
@@ -224,8 +219,11 @@ def _end_of_turn(template: str, added: Mapping[str, State]) -> int | None:
     talk = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": _MARK}]
     try:
         text = ChatTemplate(template).render(talk, add_generation_prompt=False)
-    except EdgeComposeError:
+    except GenerationError:
         return None
+    except BundleError as error:
+        reason = str(error.__cause__ or error)
+        raise ExportError(f"the chat template is not valid Jinja: {reason:.200}; copy that of this model") from error
     _, mark, rest = text.rpartition(_MARK)
     rest = rest.lstrip()
     ends = [token for token in added if token.strip() and rest.startswith(token)] if mark else []
