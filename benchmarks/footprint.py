@@ -39,10 +39,11 @@ for _ in range(8):
 
 @dataclass(frozen=True)
 class Finished:
-    """Seconds that a process ran, and its peak resident memory in MB (10^6 bytes)."""
+    """Seconds that a process ran, its peak resident memory in MB (10^6 bytes), and what it printed."""
 
     seconds: float
     peak_mb: float
+    output: str
 
 
 @dataclass(frozen=True)
@@ -82,15 +83,16 @@ def run(command: list[str]) -> Finished:
         SystemExit: it failed.
     """
     start = time.perf_counter()
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
+    with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as printed:
+        process = subprocess.Popen(command, stdout=printed, stderr=said)
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             said.seek(0)
             raise SystemExit(f"{command[:4]} failed: {said.read().decode()[-800:]}")
-    return Finished(seconds, usage.ru_maxrss * 1024 / 1e6)
+        printed.seek(0)
+        return Finished(seconds, usage.ru_maxrss * 1024 / 1e6, printed.read().decode(errors="replace"))
 
 
 def measure_cold_start(bundle: Path, prompt: str, rival: Rival | None, runs: int = 7) -> dict[str, float]:

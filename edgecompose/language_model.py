@@ -66,9 +66,7 @@ class LanguageModel:
         """The base's tokenizer and chat template."""
         with self._loading:
             template = None if self._spec.chat_template is None else self._bundle.text(self._spec.chat_template)
-            tokenizer = Tokenizer(self._bundle.path(self._spec.tokenizer), chat_template=template)
-            release_freed_memory()  # its file was parsed into many times its size
-            return tokenizer
+            return Tokenizer(self._bundle.path(self._spec.tokenizer), chat_template=template)
 
     @functools.cached_property
     def decoder(self) -> Decoder:

@@ -31,7 +31,7 @@ ARROWS: dict[str, set[str]] = {
     "manifest": {"errors", "typed_json"},
     "quantization": {"errors"},
     "chat_template": {"errors"},
-    "tokenization": {"errors", "chat_template"},
+    "tokenization": {"errors", "chat_template", "memory"},
     "bundle": {"errors", "manifest"},
     "retrieval": {"errors", "manifest", "whitening"},
     "whitening": {"errors"},
