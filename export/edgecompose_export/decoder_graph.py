@@ -29,14 +29,8 @@ _LAST = np.iinfo(np.int64).max
 INPUT_GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
 
-class Weights(Protocol):
-    """What a graph reads its weights from."""
-
-    def embed(self, graph: GraphWriter, ids: str) -> str:
-        """Embeddings (batch, s, hidden) of token ids (batch, s)."""
-
-    def head(self, graph: GraphWriter, hidden: str) -> str:
-        """Logits of hidden states."""
+class BlockWeights(Protocol):
+    """What blocks read their weights from."""
 
     def parameter(self, graph: GraphWriter, tensor: str) -> str:
         """A vector: a norm's weight or bias."""
@@ -46,6 +40,16 @@ class Weights(Protocol):
 
     def product(self, graph: GraphWriter, layer: int, modules: Sequence[str], source: str, target: str) -> str:
         """The product of one group with its input, the biases added, as `target`."""
+
+
+class Weights(BlockWeights, Protocol):
+    """What a whole graph reads its weights from."""
+
+    def embed(self, graph: GraphWriter, ids: str) -> str:
+        """Embeddings (batch, s, hidden) of token ids (batch, s)."""
+
+    def head(self, graph: GraphWriter, hidden: str) -> str:
+        """Logits of hidden states."""
 
 
 def slot_groups(config: DecoderConfig) -> tuple[SlotGroup, ...]:
@@ -93,7 +97,7 @@ def write_logits(graph: GraphWriter, config: DecoderConfig, weights: Weights, hi
 
 
 def write_blocks(
-    graph: GraphWriter, config: DecoderConfig, weights: Weights, layers: Sequence[int], hidden: str, *, slots: bool
+    graph: GraphWriter, config: DecoderConfig, weights: BlockWeights, layers: Sequence[int], hidden: str, *, slots: bool
 ) -> tuple[str, str | None]:
     """Blocks one after another.
 
@@ -117,7 +121,9 @@ def write_blocks(
 class _Block:
     """Writes one block."""
 
-    def __init__(self, graph: GraphWriter, config: DecoderConfig, weights: Weights, layer: int, slots: bool) -> None:
+    def __init__(
+        self, graph: GraphWriter, config: DecoderConfig, weights: BlockWeights, layer: int, slots: bool
+    ) -> None:
         self.graph, self.config, self.weights, self.layer, self.slots = graph, config, weights, layer, slots
 
     def enter(self, hidden: str, pending: str | None, norm: str) -> tuple[str, str]:
@@ -269,7 +275,13 @@ def _rotation(graph: GraphWriter, rotary: Rotary, index: int, positions: str) ->
 
 
 def _add_and_norm(
-    graph: GraphWriter, config: DecoderConfig, weights: Weights, hidden: str, pending: str | None, norm: str, name: str
+    graph: GraphWriter,
+    config: DecoderConfig,
+    weights: BlockWeights,
+    hidden: str,
+    pending: str | None,
+    norm: str,
+    name: str,
 ) -> tuple[str, str]:
     """The stream with what is pending added to it, and its norm; returns the norm first."""
     if pending is None:
@@ -285,7 +297,7 @@ def _add_and_norm(
     return normed, total
 
 
-def _norm(graph: GraphWriter, config: DecoderConfig, weights: Weights, values: str, norm: str) -> str:
+def _norm(graph: GraphWriter, config: DecoderConfig, weights: BlockWeights, values: str, norm: str) -> str:
     weight = weights.parameter(graph, f"{norm}.weight")
     if config.architecture.norm == "layer":
         bias = weights.parameter(graph, f"{norm}.bias")

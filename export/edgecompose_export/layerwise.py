@@ -19,7 +19,7 @@ from onnx import TensorProto
 from edgecompose.device import Device, Session, choose_device, open_session
 from edgecompose.errors import ExportError
 from edgecompose_export.decoder_config import DecoderConfig
-from edgecompose_export.decoder_graph import INPUT_GROUPS, Weights, write_blocks
+from edgecompose_export.decoder_graph import INPUT_GROUPS, BlockWeights, Weights, write_blocks
 from edgecompose_export.graph_writer import MICROSOFT, GraphWriter
 from edgecompose_export.weight_source import EMBEDDING, FINAL_NORM, HEAD, WeightSource
 
@@ -46,22 +46,14 @@ class Comparison:
 
 
 class FedWeights:
-    """Weights that a graph takes as inputs, float32, each module by itself."""
+    """Weights that blocks take as inputs, float32, each module by itself."""
 
     def __init__(self, config: DecoderConfig) -> None:
         self._config = config
         self.taps: dict[str, str] = {}
 
-    def embed(self, graph: GraphWriter, ids: str) -> str:
-        """As `Weights` has it."""
-        raise NotImplementedError("blocks have no embedding")
-
-    def head(self, graph: GraphWriter, hidden: str) -> str:
-        """As `Weights` has it."""
-        raise NotImplementedError("blocks have no output layer")
-
     def parameter(self, graph: GraphWriter, tensor: str) -> str:
-        """As `Weights` has it."""
+        """As `BlockWeights` has it."""
         return graph.input(tensor, TensorProto.FLOAT, [f"size of {tensor}"])
 
     def groups(self, layer: int, modules: Sequence[str]) -> list[tuple[str, ...]]:
@@ -69,7 +61,7 @@ class FedWeights:
         return [(module,) for module in modules]
 
     def product(self, graph: GraphWriter, layer: int, modules: Sequence[str], source: str, target: str) -> str:
-        """As `Weights` has it."""
+        """As `BlockWeights` has it."""
         (module,) = modules
         if TAPS[module] == module:
             self.taps[module] = source
@@ -326,7 +318,7 @@ def _vocabulary_chunks(config: DecoderConfig, positions: int) -> Iterator[tuple[
         yield start, min(start + step, config.vocabulary)
 
 
-def _block_model(config: DecoderConfig, weights: Weights, layers: Sequence[int]) -> onnx.ModelProto:
+def _block_model(config: DecoderConfig, weights: BlockWeights, layers: Sequence[int]) -> onnx.ModelProto:
     """Blocks without slots: `hidden_in` to `hidden_out` (batch, s, hidden)."""
     graph = GraphWriter("blocks")
     hidden = graph.input("hidden_in", TensorProto.FLOAT, ["batch_size", "sequence_length", config.hidden])
