@@ -58,7 +58,7 @@ ADAPTERS, LORA = 3, "blend.gguf"
 PROMPT_TOKENS, TOKENS, READ_TOKENS, RUN_TOKENS = 128, 64, 256, 8
 #: A process that does what `edgecompose run` does with its base and adapters, and nothing else.
 _RUN = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 from edgecompose.adapter import load_adapter
 from edgecompose.blend import MergedAdapter
@@ -81,8 +81,8 @@ state = decoder.start(blend, 2048, reserve=tokens + 64)
 logits = state.forward([265] * tokens)
 for _ in range(8):
     logits = state.forward([int(logits[0].argmax())])
-lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
-print(next(int(line[1]) * 1024 / 1e6 for line in lines if line[0] == "RssAnon:"))
+resident, of_files = map(int, Path("/proc/self/statm").read_text().split()[1:3])
+print((resident - of_files) * os.sysconf("SC_PAGE_SIZE") / 1e6)
 """
 
 
@@ -268,11 +268,10 @@ def measure_memory(exported: Exported, gguf: Path | None, rank: int) -> dict[str
             commands["llama_cpp_three_adapters"] = with_lora
         sizes |= {name: gguf.stat().st_size / 1e6 for name in commands if name not in sizes}
     done = {name: run(words) for name, words in commands.items()}
-    ours = {name: float(process.output) for name, process in done.items() if name in ("base_alone", "three_adapters")}
     return {
         "peak_mb": {name: process.peak_mb for name, process in done.items()},
         "beyond_files_mb": {name: process.peak_mb - sizes[name] for name, process in done.items()},
-        "anonymous_beyond_files_mb": {name: mb - sizes[name] for name, mb in ours.items()},
+        "anonymous_beyond_files_mb": {n: float(p.output) - sizes[n] for n, p in done.items() if p.output},
     }
 
 
