@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -242,6 +243,25 @@ def test_a_bad_recipe_is_refused_by_name(zoo: TinyZoo, tmp_path: Path, case: str
     with pytest.raises(EdgeComposeError, match=message):
         build_bundle(recipe, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.toml"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("bits = 5", "bits is 5"),
+        ('colour = "red"', "unknown fields: colour"),
+        ('defaults = {method = "average"}', "merge method 'average' is unknown"),
+        ("defaults = {density = 0}", "density"),
+        ('tasks = {"../up" = {adapter = "a"}}', "name '../up' is not allowed"),
+    ],
+)
+def test_every_fault_of_a_recipe_is_an_export_error(tmp_path: Path, line: str, message: str) -> None:
+    tasks = "" if line.startswith("tasks") else '[tasks.animals]\nadapter = "a"\n'
+    path = tmp_path / "recipe.toml"
+    path.write_text(f'name = "a"\nbase = "b"\nembedder = "c"\n{line}\n{tasks}', encoding="utf-8")
+    with pytest.raises(ExportError, match=re.escape(message)) as raised:
+        read_recipe(path)
+    assert str(path) in str(raised.value)
 
 
 def test_a_recipe_that_is_not_there_is_refused(tmp_path: Path) -> None:

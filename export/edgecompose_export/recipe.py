@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgecompose.composer import merge_settings
-from edgecompose.errors import ExportError
+from edgecompose.errors import ExportError, ManifestInvalid, MergeError
 from edgecompose.manifest import Defaults, check_name
 from edgecompose.quantization import Bits
 from edgecompose.typed_json import value_from_json
@@ -55,12 +55,16 @@ def read_recipe(path: Path) -> Recipe:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ExportError(f"recipe '{path}' cannot be read: {error}") from error
-    recipe = value_from_json(Recipe, found, path.name)
-    merge_settings(recipe.defaults)
+    try:
+        recipe = value_from_json(Recipe, found, path.name)
+        merge_settings(recipe.defaults)
+        for name in recipe.tasks:
+            check_name(name)
+    except (ManifestInvalid, MergeError) as error:
+        raise ExportError(f"recipe '{path}' is not valid: {error}") from error
     if not recipe.tasks:
         raise ExportError(f"recipe '{path.name}' names no task")
     for name, task in recipe.tasks.items():
-        check_name(name)
         unknown = sorted(set(task.served_by or {}) - set(recipe.tasks))
         if unknown:
             raise ExportError(f"task '{name}' of '{path.name}' is served by unknown tasks: {', '.join(unknown)}")
