@@ -156,6 +156,17 @@ class Composer:
             spent.update(clock.spent)
         return found
 
+    def embed(self, text: str) -> tuple[Float, int]:
+        """The vector (dimension,) that the sentence encoder gives a text, and how many tokens it read of it.
+
+        Raises:
+            RetrievalError: the text is empty, or no Unicode.
+        """
+        with self._loading:
+            embedder = self.embedder
+        ids = embedder.tokens(text)
+        return embedder.embed_tokens(ids), len(ids)
+
     def compose(self, prompt: Prompt, request: Request | None = None) -> Composition:
         """The blend for a prompt, on the device (embed, retrieve, weigh, merge)."""
         request = request or Request()

@@ -199,8 +199,9 @@ class Decoding:
             raise GenerationError(f"{kept} of {count} logits were asked for")
         if self.length + count > self._capacity:
             raise GenerationError(f"the sequence would have {self.length + count} of {self._capacity} tokens")
-        if min(ids) < 0 or max(ids) >= self._spec.vocabulary:
-            raise GenerationError(f"token id {max(ids)} is outside the vocabulary of {self._spec.vocabulary}")
+        outside = next((i for i in ids if not 0 <= i < self._spec.vocabulary), None)
+        if outside is not None:
+            raise GenerationError(f"token id {outside} is outside the vocabulary of {self._spec.vocabulary}")
         if self._turns_long(self.length + count):
             ids = [*self.tokens, *ids]
             self.rewind(0)
@@ -232,14 +233,18 @@ class Decoding:
             self._binding.bind_ortvalue_input("long_context", _HOST.place(np.array([self._long], np.int64)))
 
     def _pass(self, ids: Sequence[int], kept: int) -> Float:
-        """Run the graph once."""
+        """Run the graph once.
+
+        The sequence has the tokens only when their keys and values are in the cache: Ctrl-C may end the run.
+        """
+        length = self.length + len(ids)
         self._resize(len(ids), kept)
         self._ids.update_inplace(np.array([ids], np.int64))
-        self.tokens += ids
-        self._past.update_inplace(np.array([self.length - 1], np.int32))
-        self._total.update_inplace(np.array(self.length, np.int32))
+        self._past.update_inplace(np.array([length - 1], np.int32))
+        self._total.update_inplace(np.array(length, np.int32))
         self._bind_step()
         self._session.run_with_iobinding(self._binding)
+        self.tokens += ids
         return np.asarray(self._logits.numpy()[0], np.float32)
 
     def rewind(self, length: int) -> None:

@@ -39,7 +39,11 @@ class Embedder:
         Raises:
             RetrievalError: the text is empty, or its vector is not finite.
         """
-        row = np.array([self.tokens(text)], np.int64)
+        return self.embed_tokens(self.tokens(text))
+
+    def embed_tokens(self, ids: list[int]) -> Float:
+        """The vector of a text by its ids, as `tokens` gives them."""
+        row = np.array([ids], np.int64)
         feeds = {"input_ids": row, "attention_mask": np.ones_like(row), "token_type_ids": np.zeros_like(row)}
         try:
             (hidden, *_) = self._session.run(None, {k: v for k, v in feeds.items() if k in self._inputs})

@@ -213,8 +213,7 @@ class _Bench:
         manifest = self._manifest
         settings = request.merge or self._composer.default_merge
         digests = {name: manifest.files[manifest.adapters[name].file].sha256 for name in weights}
-        # without adapters there is nothing to merge, whatever the method
-        composition = composition_digest(digests, weights, settings if weights else MergeSettings())
+        composition = composition_digest(digests, weights, settings)
         return OutcomeKey(
             self._base(request), example.id, composition, bool(request.raw),
             "choices" if request.choices else "text", None if request.choices else request.max_tokens,

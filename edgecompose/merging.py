@@ -23,7 +23,7 @@ from edgecompose.buffers import BufferPool, LruCache, aligned
 from edgecompose.device import Device, View
 from edgecompose.errors import MergeError
 from edgecompose.graph_runner import GraphRunner
-from edgecompose.methods import MergeSettings, composition_digest
+from edgecompose.methods import MergeSettings, composition_digest, effective
 from edgecompose.mixing import Mixer
 from edgecompose.rows import HostRows, Part, Parts, ResidentRows, Rows, layer_chunks, ranks_of
 
@@ -72,8 +72,7 @@ class Merger:
                 needs one rank, or a density that keeps no entry.
         """
         _check(adapters, weights, settings)
-        if len(adapters) == 1 and settings.row.trims:  # PEFT does so: one adapter is neither pruned nor voted on
-            settings = replace(settings, method="linear" if settings.row.family == "paper" else "product")
+        settings = effective(settings, len(adapters))
         digest = composition_digest({a.name: a.digest for a in adapters}, dict(_named(adapters, weights)), settings)
         modules = sorted({m for a in adapters for m in a.modules})
         if not modules:

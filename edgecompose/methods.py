@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from edgecompose.errors import MergeError
@@ -123,13 +123,28 @@ class MergeSettings:
         return {name: getattr(self, name) for name in self.row.parameters}
 
 
+def effective(settings: MergeSettings, adapters: int) -> MergeSettings:
+    """The settings that a blend of so many adapters is computed with.
+
+    One adapter is neither pruned nor voted on, as in PEFT; without adapters there is nothing to merge.
+    """
+    if adapters == 0:
+        return MergeSettings()
+    if adapters == 1 and settings.row.trims:
+        return replace(settings, method="linear" if settings.row.family == "paper" else "product")
+    return settings
+
+
 def composition_digest(adapters: Mapping[str, str], weights: Mapping[str, float], settings: MergeSettings) -> str:
-    """Content hash (sha256, hexadecimal) of a blend; the order of adapters does not matter.
+    """Content hash (sha256, hexadecimal) of a blend: equal where the same numbers are computed.
+
+    The order of adapters does not matter.
 
     Args:
         adapters: name -> digest of the adapter's file.
         weights: name -> weight, rounded to 1e-6 for the hash.
     """
+    settings = effective(settings, len(adapters))
     blend = sorted((digest, _hashed_weight(weights[name])) for name, digest in adapters.items())
     method = "product" if settings.method == "cat" else settings.method
     content = {"blend": blend, "method": method, "norm_guard": settings.norm_guard, **settings.parameters()}

@@ -127,13 +127,12 @@ class _Service:
         """/v1/embeddings: the vectors that the bundle's encoder gives texts."""
         texts, packed = openai_api.parse_inputs(await _body(http, self._settings.body_bytes))
         async with self._admitted():
-            embedder = self._composer.embedder
-            count = sum(len(embedder.tokens(text)) for text in texts)
-            vectors = [await self._aio.call(functools.partial(embedder.embed, text)) for text in texts]
+            embedded = [await self._aio.call(functools.partial(self._composer.embed, text)) for text in texts]
         data = [
             {"object": "embedding", "index": i, "embedding": _packed(v) if packed else v.tolist()}
-            for i, v in enumerate(vectors)
+            for i, (v, _) in enumerate(embedded)
         ]
+        count = sum(tokens for _, tokens in embedded)
         source = self._composer.bundle.manifest.embedder.source
         return JSONResponse(
             {"object": "list", "data": data, "model": source, "usage": {"prompt_tokens": count, "total_tokens": count}}

@@ -306,6 +306,17 @@ import edgecompose
     assert (done.returncode, done.stdout, done.stderr) == (0, "seen 1\n", "")
 
 
+def test_importing_changes_no_variable_of_the_host_but_the_one_for_telemetry() -> None:
+    code = """
+import os
+before = dict(os.environ)
+import edgecompose, edgecompose.cli, edgecompose.server
+print({name: value for name, value in os.environ.items() if before.get(name) != value}, set(before) - set(os.environ))
+"""
+    done = run_python(code)
+    assert (done.returncode, done.stdout) == (0, "{'ORT_DISABLE_TELEMETRY': '1'} set()\n"), done.stderr
+
+
 def test_importing_and_running_loads_nothing_of_build_time(bundle: Path) -> None:
     code = """
 import json, sys

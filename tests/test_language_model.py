@@ -8,11 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="exports want the packages of edgecompose-export")
 
-from edgecompose import Answer, Composer, Message, Request, Sampling, open_bundle
+from edgecompose import Answer, Chat, Composer, MergeSettings, Message, Request, Sampling, open_bundle
 from edgecompose.decoder import Decoding
 from edgecompose.errors import GenerationError, PromptTooLong
 
@@ -210,3 +211,52 @@ def test_a_batch_that_is_left_ends_its_answers(opened: Composer, read: list[int]
     passes = len(read)
     assert passes < 50 * 20
     assert list(answers) == [] and len(read) == passes
+
+
+class Interrupted:
+    """A session that Ctrl-C stops before it has computed anything."""
+
+    def run_with_iobinding(self, binding: object) -> None:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("interrupted", [2, 6])
+def test_ctrl_c_inside_a_pass_leaves_a_cache_that_agrees_with_its_tokens(
+    opened: Composer, monkeypatch: pytest.MonkeyPatch, interrupted: int
+) -> None:
+    session, run, passes = opened.model.decoder._session, Decoding._pass, itertools.count(1)
+    opened.model._prefixes.clear()
+
+    def interrupting(self: Decoding, ids: Sequence[int], kept: int) -> Any:
+        self._session = Interrupted() if next(passes) == interrupted else session
+        return run(self, ids, kept)
+
+    chat = Chat(opened, Request(weights={"animals": 1.0}, max_tokens=12))
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(Decoding, "_pass", interrupting)
+        chat.say(" ".join(PROMPTS))
+    (cached,) = opened.model._prefixes._kept
+    cached._session = session
+    fresh = opened.model.decoder.start(opened.compose(PROMPTS[0], Request(weights={"animals": 1.0})).merged, 200)
+    tokens = list(cached.tokens)
+    np.testing.assert_allclose(cached.forward([7]), fresh.forward([*tokens, 7]), atol=1e-4)
+
+
+def test_a_negative_token_id_is_named(opened: Composer) -> None:
+    decoding = opened.model.decoder.start(opened.compose(PROMPTS[0]).merged, 8)
+    with pytest.raises(GenerationError, match=r"token id -3 is outside"):
+        decoding.forward([1, -3, 2])
+    with pytest.raises(GenerationError, match=r"token id 300 is outside"):
+        decoding.forward([1, 300, 2])
+
+
+def test_one_adapter_is_one_blend_under_every_method_that_leaves_it_alone(opened: Composer) -> None:
+    def composed(method: str, names: tuple[str, ...]) -> tuple[str, int]:
+        weights = dict.fromkeys(names, 0.5)
+        composition = opened.compose(PROMPTS[0], Request(weights=weights, merge=MergeSettings(method)))
+        return composition.merged.digest, id(composition.merged)
+
+    for methods in (("linear", "ties", "magnitude_prune", "dare_ties", "dare_linear"), ("product", "cat", "core_ties")):
+        assert len({composed(method, ("animals",)) for method in methods}) == 1
+        assert len({composed(method, ("animals", "colours")) for method in methods}) >= 2
+    assert len({composed(method, ()) for method in ("linear", "ties", "svd", "product")}) == 1

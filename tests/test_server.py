@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -24,6 +25,7 @@ import uvicorn
 
 from edgecompose import Composer, Request, open_bundle
 from edgecompose.decoder import Decoding
+from edgecompose.embedder import Embedder
 from edgecompose.server import create_app
 from edgecompose.server_settings import ServerSettings
 from tests.fixtures_tiny import TASKS
@@ -355,3 +357,26 @@ def test_the_page_asks_nothing_of_anyone_else(served: Served) -> None:
         assert found.status_code == 200 and found.headers["content-type"].startswith(kind)
         assert "default-src 'none'" in found.headers["content-security-policy"]
         assert "://" not in found.text
+
+
+def test_embeddings_are_tokenised_away_from_the_event_loop_and_the_encoder_is_opened_under_its_lock(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, tokenised = [], []
+    init, tokens = Embedder.__init__, Embedder.tokens
+
+    def opening(self: Embedder, *arguments: Any) -> None:
+        opened.append(served.composer._loading._is_owned())  # type: ignore[attr-defined]
+        init(self, *arguments)
+
+    def tokenising(self: Embedder, text: str) -> list[int]:
+        with contextlib.suppress(RuntimeError):
+            tokenised.append(asyncio.get_running_loop())
+        return tokens(self, text)
+
+    monkeypatch.setattr(Embedder, "__init__", opening)
+    monkeypatch.setattr(Embedder, "tokens", tokenising)
+    served.composer.release_embedder()
+    answer = served.post("/v1/embeddings", {"model": "any", "input": ["a cat", "two dogs bark"]})
+    assert answer.status_code == 200 and len(answer.json()["data"]) == 2
+    assert (opened, tokenised) == ([True], [])
