@@ -28,14 +28,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found as a scrip
 
 from benchmarks.merge import random_adapter
 from benchmarks.speed import machine
-from edgecompose.blend import MergedAdapter
-from edgecompose.decoder import Decoder, Decoding, FoldedDecoder
-from edgecompose.device import Device, choose_device
-from edgecompose.folding import Folding, folded_bytes
-from edgecompose.manifest import BaseSpec
-from edgecompose.merging import Merger
-from edgecompose.methods import MergeSettings
-from edgecompose.typed_json import value_from_json
+from edgecompose.bundle.manifest import BaseSpec
+from edgecompose.bundle.records import value_from_json
+from edgecompose.engine.decoder import Decoder, Decoding, FoldedDecoder
+from edgecompose.engine.device import Device, choose_device
+from edgecompose.engine.fusing import Folding, folded_bytes
+from edgecompose.engine.merged import MergedAdapter
+from edgecompose.merging.merger import Merger
+from edgecompose.merging.methods import MergeSettings
 
 PROMPT_TOKENS, TOKENS = 64, 32
 Start = Callable[[], Decoding]

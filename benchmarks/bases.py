@@ -39,17 +39,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found as a scrip
 from benchmarks.footprint import Rival, run
 from benchmarks.merge import random_adapter
 from benchmarks.speed import PROMPT, Step, _has_llama, _llama, _llama_reading, _ratio, machine
-from edgecompose.adapter import adapter_to_bytes, load_adapter
-from edgecompose.blend import MergedAdapter
-from edgecompose.decoder import Decoder
-from edgecompose.device import choose_device
+from edgecompose.bundle.adapter import adapter_to_bytes, load_adapter
+from edgecompose.bundle.manifest import BaseSpec
+from edgecompose.bundle.records import value_from_json
+from edgecompose.engine.decoder import Decoder
+from edgecompose.engine.device import choose_device
+from edgecompose.engine.merged import MergedAdapter
 from edgecompose.errors import MergeError
-from edgecompose.gguf_lora import write_gguf_lora
-from edgecompose.manifest import BaseSpec
-from edgecompose.merging import Merger
-from edgecompose.methods import MergeSettings
-from edgecompose.tokenization import Tokenizer
-from edgecompose.typed_json import value_from_json
+from edgecompose.formats.gguf import write_gguf_lora
+from edgecompose.generation.tokenizer import Tokenizer
+from edgecompose.merging.merger import Merger
+from edgecompose.merging.methods import MergeSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / "build" / "models"
@@ -60,15 +60,15 @@ PROMPT_TOKENS, TOKENS, READ_TOKENS, RUN_TOKENS = 128, 64, 256, 8
 _RUN = """
 import json, os, sys
 from pathlib import Path
-from edgecompose.adapter import load_adapter
-from edgecompose.blend import MergedAdapter
-from edgecompose.decoder import Decoder
-from edgecompose.device import choose_device
-from edgecompose.manifest import BaseSpec
-from edgecompose.merging import Merger
-from edgecompose.methods import MergeSettings
-from edgecompose.tokenization import Tokenizer
-from edgecompose.typed_json import value_from_json
+from edgecompose.bundle.adapter import load_adapter
+from edgecompose.engine.merged import MergedAdapter
+from edgecompose.engine.decoder import Decoder
+from edgecompose.engine.device import choose_device
+from edgecompose.bundle.manifest import BaseSpec
+from edgecompose.merging.merger import Merger
+from edgecompose.merging.methods import MergeSettings
+from edgecompose.generation.tokenizer import Tokenizer
+from edgecompose.bundle.records import value_from_json
 base, tokens, adapters = Path(sys.argv[1]), int(sys.argv[2]), [Path(name) for name in sys.argv[3:]]
 spec = value_from_json(BaseSpec, json.loads((base / "base.json").read_text("utf-8")), "base.json")
 device = choose_device("cpu")

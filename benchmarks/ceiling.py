@@ -22,9 +22,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found as a script, however edgecompose is installed
 
 from edgecompose import Composer, Request, open_bundle
-from edgecompose.console import counting
-from edgecompose.evaluation import EvalExample, read_eval_examples
-from edgecompose.evaluator import Contender, evaluate
+from edgecompose.cli.console import counting
+from edgecompose.evaluation.examples import EvalExample, read_eval_examples
+from edgecompose.evaluation.runner import Contender, evaluate
 
 BASE = Contender("base", "base")
 

@@ -29,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found as a scrip
 from benchmarks import cuda_graphs, cuda_parity, cuda_timing
 from benchmarks.merge import SHAPES
 from benchmarks.speed import PROMPT, machine
-from edgecompose.device import Device, choose_device, installed_packages
+from edgecompose.engine.device import Device, choose_device, installed_packages
 from edgecompose.errors import EdgeComposeError
-from edgecompose.methods import METHODS
+from edgecompose.merging.methods import METHODS
 
 BUNDLE = Path("models/demo")
 Parity = cuda_parity.MethodParity | cuda_parity.DecoderParity | cuda_parity.EmbedderParity

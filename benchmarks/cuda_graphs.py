@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgecompose.device import Device, open_session
+from edgecompose.engine.device import Device, open_session
 
 #: Values copied (float32), far more than the last cache holds.
 COPIED = {"cuda": 1 << 26, "cpu": 1 << 24}
@@ -115,7 +115,7 @@ def placements(device: Device, graphs: dict[str, Path]) -> Iterator[Placement]:
 
     A node without a kernel on the device runs on the CPU, and its inputs and results are copied.
     """
-    folder = resources.files("edgecompose") / "graphs"
+    folder = resources.files("edgecompose.merging") / "graphs"
     shipped = sorted(item.name for item in folder.iterdir() if item.name.endswith(".onnx"))
     for name in shipped:
         yield _placement(device, f"merge {name.removesuffix('.onnx')}", (folder / name).read_bytes())

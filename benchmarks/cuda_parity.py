@@ -13,19 +13,19 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.merge import random_adapter, slot_groups
-from edgecompose.adapter import Adapter, AdapterModule, load_adapter
-from edgecompose.bundle import Bundle
-from edgecompose.decoder import Decoder, decoder_graph
-from edgecompose.device import Device, host
-from edgecompose.embedder import Embedder, embedder_device
+from edgecompose.bundle.adapter import Adapter, AdapterModule, load_adapter
+from edgecompose.bundle.files import Bundle
+from edgecompose.bundle.manifest import BaseSpec, SlotGroup
+from edgecompose.bundle.quantization import Bits, quantize
+from edgecompose.bundle.records import value_from_json
+from edgecompose.engine.decoder import Decoder, decoder_graph
+from edgecompose.engine.device import Device, host
 from edgecompose.errors import BundleError
-from edgecompose.manifest import BaseSpec, SlotGroup
-from edgecompose.merging import Merger
-from edgecompose.methods import METHODS, MergeSettings
-from edgecompose.quantization import Bits, quantize
-from edgecompose.tokenization import Tokenizer
-from edgecompose.trimming import thresholds
-from edgecompose.typed_json import value_from_json
+from edgecompose.generation.tokenizer import Tokenizer
+from edgecompose.merging.merger import Merger
+from edgecompose.merging.methods import METHODS, MergeSettings
+from edgecompose.merging.sparsify import thresholds
+from edgecompose.retrieval.embedder import Embedder, embedder_device
 
 Float = npt.NDArray[np.float32]
 #: Devices of both kinds, to ask which graph they run.

@@ -10,17 +10,17 @@ from pathlib import Path
 from benchmarks.cuda_graphs import Timing, time_rounds
 from benchmarks.cuda_parity import Base, gaussian_adapter
 from benchmarks.merge import SHAPES, random_adapter, slot_groups, stored_bytes
-from edgecompose.adapter import Adapter
-from edgecompose.blend import MergedAdapter
-from edgecompose.bundle import Bundle
+from edgecompose.bundle.adapter import Adapter
+from edgecompose.bundle.files import Bundle
+from edgecompose.bundle.quantization import Bits
 from edgecompose.composer import Composer
-from edgecompose.decoder import Decoder
-from edgecompose.device import Device
-from edgecompose.embedder import embedder_device
-from edgecompose.merging import Merger
-from edgecompose.methods import MergeSettings
-from edgecompose.quantization import Bits
+from edgecompose.engine.decoder import Decoder
+from edgecompose.engine.device import Device
+from edgecompose.engine.merged import MergedAdapter
+from edgecompose.merging.merger import Merger
+from edgecompose.merging.methods import MergeSettings
 from edgecompose.request import Request
+from edgecompose.retrieval.embedder import embedder_device
 
 #: What is aimed at on CUDA: a prompt to a bound adapter, and merging at 8B shapes as a share of the copy bandwidth.
 COMPOSE_TARGET_MS = 1.5

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from edgecompose import EdgeComposeError, Request, open_bundle
-from edgecompose.bundle import read_manifest
-from edgecompose.memory import release_freed_memory
+from edgecompose.bundle.files import read_manifest
+from edgecompose.engine.memory import release_freed_memory
 
 LENGTHS = (32, 256, 1024)
 EXECUTABLE = Path("dist/edgecompose/edgecompose")

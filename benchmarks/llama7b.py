@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found as a scrip
 
 import transformers
 
-from edgecompose.atomic import new_folder
-from edgecompose.console import counting_bytes
+from edgecompose.bundle.atomic import new_folder
+from edgecompose.cli.console import counting_bytes
 from tests.tiny import CHAT_TEMPLATE, END, SPECIAL
 
 VOCABULARY, HIDDEN, INNER, LAYERS, HEADS = 32_000, 4096, 11_008, 32, 32

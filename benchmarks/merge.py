@@ -27,14 +27,14 @@ from typing import Any
 
 import numpy as np
 
-from edgecompose.adapter import Adapter, AdapterModule
-from edgecompose.blend import MergedAdapter
-from edgecompose.device import choose_device, runtime_version
-from edgecompose.manifest import SlotGroup
-from edgecompose.merging import Merger
-from edgecompose.methods import METHODS, MergeSettings
-from edgecompose.quantization import BITS, Bits, QuantizedFactor, dequantize, quantize
-from edgecompose.trimming import thresholds
+from edgecompose.bundle.adapter import Adapter, AdapterModule
+from edgecompose.bundle.manifest import SlotGroup
+from edgecompose.bundle.quantization import BITS, Bits, QuantizedFactor, dequantize, quantize
+from edgecompose.engine.device import choose_device, runtime_version
+from edgecompose.engine.merged import MergedAdapter
+from edgecompose.merging.merger import Merger
+from edgecompose.merging.methods import METHODS, MergeSettings
+from edgecompose.merging.sparsify import thresholds
 
 #: Layers, hidden, intermediate, key-value width.
 SHAPES = {

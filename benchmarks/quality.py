@@ -27,13 +27,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found as a scrip
 
 from benchmarks.rewordings import HELD_OUT, reword
 from edgecompose import Composer, Request, open_bundle
-from edgecompose.console import counting
-from edgecompose.device import usable_cores
-from edgecompose.evaluation import EvalExample, read_eval_examples
-from edgecompose.evaluator import Contender, Kind, evaluate
-from edgecompose.judgement import Evaluation, Judgement
-from edgecompose.methods import MergeSettings
-from edgecompose.scoreboard import describe_evaluation, evaluation_json, settings_json
+from edgecompose.cli.console import counting
+from edgecompose.engine.device import usable_cores
+from edgecompose.evaluation.examples import EvalExample, read_eval_examples
+from edgecompose.evaluation.results import Evaluation, Judgement
+from edgecompose.evaluation.runner import Contender, Kind, evaluate
+from edgecompose.evaluation.table import describe_evaluation, evaluation_json, settings_json
+from edgecompose.merging.methods import MergeSettings
 
 Setting = Literal["in-pool", "left-out", "unseen", "reworded"]
 SETTINGS: tuple[Setting, ...] = get_args(Setting)

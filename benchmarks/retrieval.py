@@ -31,8 +31,8 @@ import numpy.typing as npt
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found as a script, however edgecompose is installed
 
 from benchmarks.speed import machine
-from edgecompose.bundle import Bundle
-from edgecompose.retrieval import open_index
+from edgecompose.bundle.files import Bundle
+from edgecompose.retrieval.index import open_index
 
 Float = npt.NDArray[np.float32]
 Keys = npt.NDArray[np.int64]

@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from edgecompose import Composer, Request, open_bundle
-from edgecompose.evaluation import EvalExample, read_eval_examples
-from edgecompose.evaluator import Contender, evaluate
-from edgecompose.judgement import Evaluation
+from edgecompose.evaluation.examples import EvalExample, read_eval_examples
+from edgecompose.evaluation.results import Evaluation
+from edgecompose.evaluation.runner import Contender, evaluate
 
 #: Task -> the tasks whose adapters may help: those of one kind of question and one set of answers.
 KINDRED: dict[str, tuple[str, ...]] = {

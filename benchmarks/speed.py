@@ -33,11 +33,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found as a scrip
 from benchmarks.footprint import LENGTHS
 from benchmarks.server_load import measure_server
 from edgecompose import Composer, MergeSettings, Request, open_bundle
-from edgecompose.blend import MergedAdapter
-from edgecompose.bundle import read_manifest
-from edgecompose.device import runtime_version
-from edgecompose.gguf_lora import write_gguf_lora
-from edgecompose.manifest import BaseSpec
+from edgecompose.bundle.files import read_manifest
+from edgecompose.bundle.manifest import BaseSpec
+from edgecompose.engine.device import runtime_version
+from edgecompose.engine.merged import MergedAdapter
+from edgecompose.formats.gguf import write_gguf_lora
 
 PROMPT = (
     "Customer review of a business: We waited forty minutes for a table we had booked, and the soup came cold. "

@@ -36,7 +36,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file
 
-from edgecompose.quantization import Bits, QuantizedFactor, dequantize, quantize
+from edgecompose.bundle.quantization import Bits, QuantizedFactor, dequantize, quantize
 from edgecompose_export.peft_source import WEIGHTS_FILE, read_config, scale_of
 
 Float = npt.NDArray[np.float32]

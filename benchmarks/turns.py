@@ -15,7 +15,7 @@ import random
 from pathlib import Path
 
 from edgecompose import Composer, Message, Request, open_bundle
-from edgecompose.evaluation import read_eval_examples
+from edgecompose.evaluation.examples import read_eval_examples
 
 KINDS = ("same task", "another task", "bare input")
 CHOICES = ("last", "first", "all")

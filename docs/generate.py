@@ -18,15 +18,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found as a scrip
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "export"))
 
 import edgecompose
-from edgecompose import conversation, errors, openai_api, request, retrieval
-from edgecompose.blend import MergeReport
-from edgecompose.cli import main as runtime
-from edgecompose.clock import STAGES
-from edgecompose.device import Device
-from edgecompose.generation import Finish
-from edgecompose.manifest import Defaults
-from edgecompose.server import create_app
-from edgecompose.server_settings import ServerSettings
+from edgecompose import errors, request
+from edgecompose.bundle.manifest import Defaults
+from edgecompose.cli.main import main as runtime
+from edgecompose.engine.device import Device
+from edgecompose.engine.merged import MergeReport
+from edgecompose.generation import messages
+from edgecompose.generation.decode import Finish
+from edgecompose.retrieval import index
+from edgecompose.server import protocol
+from edgecompose.server.app import create_app
+from edgecompose.server.config import ServerSettings
+from edgecompose.timing import STAGES
 from edgecompose_export.cli import main as export
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -184,7 +187,7 @@ def python_page() -> str:
     """What `import edgecompose` offers."""
     if sorted(_NAMES) != sorted(edgecompose.__all__):
         raise SystemExit(f"edgecompose exports {edgecompose.__all__}; put these in order in docs/generate.py")
-    held = [("Device", Device), ("MergeReport", MergeReport), ("Neighbour", retrieval.Neighbour)]
+    held = [("Device", Device), ("MergeReport", MergeReport), ("Neighbour", index.Neighbour)]
     lines = [
         "# Python API", "", NOTE, "", "What `edgecompose` exports; other names may change.",
         "[embed-in-a-desktop-tool.md](../guides/embed-in-a-desktop-tool.md) shows how they are used.", "",
@@ -210,7 +213,7 @@ def _aliases() -> list[str]:
         **{
             name: " or ".join(f"`{value!r}`" for value in get_args(kind))
             for name, kind in (
-                ("Query", conversation.Query), ("Overflow", conversation.Overflow), ("Attachment", request.Attachment),
+                ("Query", messages.Query), ("Overflow", messages.Overflow), ("Attachment", request.Attachment),
                 ("Finish", Finish),
             )
         },
@@ -329,12 +332,12 @@ def http_page() -> str:
         "| `messages` | list of `{\"role\", \"content\"}` | required by chat and compose | "
         "roles `system` (or `developer`), `user`, `assistant`; content is text, or a list of text parts |",
         "| `prompt` | text or list of texts | required by completions | sent as it is |",
-        f"| `stop` | text or list of texts | none | what an answer ends before, {openai_api._STOPS} at most |",
-        *_fields(openai_api._Call, _CALL), "",
+        f"| `stop` | text or list of texts | none | what an answer ends before, {protocol._STOPS} at most |",
+        *_fields(protocol._Call, _CALL), "",
         "`edgecompose` in a call:", "", "| field | type | default | |", "|---|---|---|---|",
-        *_fields(openai_api._Own, _OWN, default=_own_default), "",
+        *_fields(protocol._Own, _OWN, default=_own_default), "",
         "Refused unless they have the value that changes nothing: "
-        + ", ".join(f"`{name}` ({' or '.join(map(_json, v)) or 'left out'})" for name, v in openai_api._NEUTRAL.items())
+        + ", ".join(f"`{name}` ({' or '.join(map(_json, v)) or 'left out'})" for name, v in protocol._NEUTRAL.items())
         + ".", "", "Other fields are ignored.", "",
         "## Calls to /v1/embeddings", "", "| field | type | default | |", "|---|---|---|---|",
         "| `input` | text or list of texts | required | |",
@@ -384,7 +387,7 @@ def _fields(
             ("bool", "true or false"), ("_StreamOptions", "object"), ("_Own", "object"),
         ):  # fmt: skip
             kinds = re.sub(rf"(?<![\w]){re.escape(ours)}(?!\w)", theirs, kinds)
-        for alias, values in (("Query", conversation.Query), ("Overflow", conversation.Overflow)):
+        for alias, values in (("Query", messages.Query), ("Overflow", messages.Overflow)):
             kinds = kinds.replace(alias, " or ".join(f"`{value}`" for value in get_args(values)))
         if kinds.startswith("Literal["):
             kinds = " or ".join(
@@ -395,19 +398,19 @@ def _fields(
 
 def _sample() -> dict[str, Any]:
     found = edgecompose.Retrieval(
-        (retrieval.Neighbour("yelp", 3212, 0.848),), {"yelp": 0.97, "imdb": 0.03}, {"yelp": 1.0}, {"yelp": 1.0}
+        (index.Neighbour("yelp", 3212, 0.848),), {"yelp": 0.97, "imdb": 0.03}, {"yelp": 1.0}, {"yelp": 1.0}
     )
     answer = edgecompose.Answer(
         "", "negative", found, edgecompose.MergeSettings(), "0703f594ce76...",
         Device("cpu", ("CPUExecutionProvider",), "cpu was asked for"), dict.fromkeys(STAGES, 0.0), 64, 1,
     )  # fmt: skip
-    asked = openai_api.Asked("chat", "auto", ("",), edgecompose.Request())
-    return {**openai_api.response(asked, [answer], "chatcmpl-..."), "created": 0}
+    asked = protocol.Asked("chat", "auto", ("",), edgecompose.Request())
+    return {**protocol.response(asked, [answer], "chatcmpl-..."), "created": 0}
 
 
 def _statuses() -> dict[int, str]:
     """Every status, checked against those that the code gives."""
-    code = "".join((ROOT / "edgecompose" / name).read_text("utf-8") for name in ("server.py", "openai_api.py"))
+    code = "".join((ROOT / "edgecompose" / name).read_text("utf-8") for name in ("server/app.py", "server/protocol.py"))
     given = {int(number) for number in re.findall(r"(?:status=|status = |status_code=)(\d{3})", code)}
     unknown = given - set(_STATUS) - {499}  # of a caller that is gone
     if unknown:

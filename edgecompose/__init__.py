@@ -4,12 +4,12 @@ from typing import TYPE_CHECKING
 
 from edgecompose.chat import Chat
 from edgecompose.composer import Composer, open_bundle
-from edgecompose.conversation import Message
 from edgecompose.errors import EdgeComposeError
-from edgecompose.methods import MergeSettings
+from edgecompose.generation.messages import Message
+from edgecompose.generation.sampler import Sampling
+from edgecompose.merging.methods import MergeSettings
 from edgecompose.request import Answer, Composition, Request, Retrieval
-from edgecompose.sampling import Sampling
-from edgecompose.writing import Generation
+from edgecompose.streaming import Generation
 
 if TYPE_CHECKING:  # asyncio takes a tenth of the time that importing this package takes
     from edgecompose.aio import AsyncComposer, AsyncGeneration

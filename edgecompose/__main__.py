@@ -1,6 +1,6 @@
 """`python -m edgecompose`."""
 
-from edgecompose.cli import main
+from edgecompose.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -10,9 +10,9 @@ from types import TracebackType
 from typing import TypeVar
 
 from edgecompose.composer import Composer
-from edgecompose.conversation import Prompt
+from edgecompose.generation.messages import Prompt
 from edgecompose.request import Answer, Composition, Request, Retrieval
-from edgecompose.writing import Generation
+from edgecompose.streaming import Generation
 
 T = TypeVar("T")
 

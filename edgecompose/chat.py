@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 
 from edgecompose.composer import Composer
-from edgecompose.conversation import Message
+from edgecompose.generation.messages import Message
 from edgecompose.request import Answer, Request
 
 

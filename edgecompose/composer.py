@@ -13,28 +13,28 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from edgecompose.adapter import Adapter, load_adapter
-from edgecompose.blend import MergedAdapter
-from edgecompose.buffers import LruCache
-from edgecompose.bundle import Bundle
-from edgecompose.clock import Clock
-from edgecompose.conversation import Message, Prompt, conversation, query_text
-from edgecompose.device import Device, DeviceRequest, choose_device, usable_cores
-from edgecompose.embedder import Embedder, embedder_device
+from edgecompose.bundle.adapter import Adapter, load_adapter
+from edgecompose.bundle.files import Bundle
+from edgecompose.bundle.manifest import Defaults
+from edgecompose.caching import LruCache
+from edgecompose.engine.device import Device, DeviceRequest, choose_device, usable_cores
+from edgecompose.engine.fusing import FoldedWeights, require_folding
+from edgecompose.engine.memory import release_freed_memory
+from edgecompose.engine.merged import MergedAdapter
 from edgecompose.errors import EdgeComposeError, GenerationError
-from edgecompose.folding import FoldedWeights, require_folding
-from edgecompose.generation import Finish
-from edgecompose.language_model import Blend, Encoded, LanguageModel
-from edgecompose.manifest import Defaults
-from edgecompose.memory import release_freed_memory
-from edgecompose.merging import Merger
-from edgecompose.methods import MergeSettings, composition_digest
+from edgecompose.generation.decode import Finish
+from edgecompose.generation.language_model import Blend, Encoded, LanguageModel
+from edgecompose.generation.messages import Message, Prompt, conversation, query_text
+from edgecompose.generation.tokenizer import Tokenizer
+from edgecompose.merging.merger import Merger
+from edgecompose.merging.methods import MergeSettings, composition_digest
 from edgecompose.request import WEIGH_NAMES, Answer, Composition, Request, Retrieval, given
-from edgecompose.retrieval import ExampleIndex
-from edgecompose.tokenization import Tokenizer
-from edgecompose.weighting import WeighSettings, adapter_weights, weigh
-from edgecompose.whitening import load_whitening
-from edgecompose.writing import Generation, write_all
+from edgecompose.retrieval.embedder import Embedder, embedder_device
+from edgecompose.retrieval.index import ExampleIndex
+from edgecompose.retrieval.routing import WeighSettings, adapter_weights, weigh
+from edgecompose.retrieval.whitening import load_whitening
+from edgecompose.streaming import Generation, write_all
+from edgecompose.timing import Clock
 
 Float = npt.NDArray[np.float32]
 Double = npt.NDArray[np.float64]

@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
 
-from edgecompose.blend import MergedAdapter, MergeReport
-from edgecompose.conversation import Overflow, Query
-from edgecompose.device import Device
+from edgecompose.bundle.manifest import PromptForm
+from edgecompose.engine.device import Device
+from edgecompose.engine.merged import MergedAdapter, MergeReport
 from edgecompose.errors import GenerationError, RetrievalError
-from edgecompose.generation import Finish
-from edgecompose.manifest import PromptForm
-from edgecompose.methods import MergeSettings
-from edgecompose.retrieval import Neighbour
-from edgecompose.sampling import Sampling
-from edgecompose.weighting import WeighSettings
+from edgecompose.generation.decode import Finish
+from edgecompose.generation.messages import Overflow, Query
+from edgecompose.generation.sampler import Sampling
+from edgecompose.merging.methods import MergeSettings
+from edgecompose.retrieval.index import Neighbour
+from edgecompose.retrieval.routing import WeighSettings
 
 #: How a blend meets the base: as low-rank inputs beside its weights, or written into a copy of them.
 Attachment = Literal["attach", "fold"]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from edgecompose.device import choose_device
-from edgecompose.merging import Merger
+from edgecompose.engine.device import choose_device
+from edgecompose.merging.merger import Merger
 
 pytest_plugins = ("tests.fixtures_tiny",)
 settings.register_profile("edgecompose", deadline=None, max_examples=40, database=None, derandomize=True)

@@ -13,9 +13,9 @@ import tokenizers
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from edgecompose.adapter import Adapter, AdapterModule, adapter_to_bytes
-from edgecompose.bundle import describe_file
-from edgecompose.manifest import (
+from edgecompose.bundle.adapter import Adapter, AdapterModule, adapter_to_bytes
+from edgecompose.bundle.files import describe_file
+from edgecompose.bundle.manifest import (
     MANIFEST_FILE,
     AdapterSpec,
     BaseSpec,
@@ -27,9 +27,9 @@ from edgecompose.manifest import (
     TaskSpec,
     manifest_to_json,
 )
-from edgecompose.quantization import Bits, QuantizedFactor, block_for, pack, quantize
-from edgecompose.retrieval import new_index
-from edgecompose.trimming import thresholds
+from edgecompose.bundle.quantization import Bits, QuantizedFactor, block_for, pack, quantize
+from edgecompose.merging.sparsify import thresholds
+from edgecompose.retrieval.index import new_index
 
 Float = npt.NDArray[np.float32]
 BASE = "b" * 64

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from edgecompose.manifest import BaseSpec, EmbedderSpec
+from edgecompose.bundle.manifest import BaseSpec, EmbedderSpec
 
 _REASON = "exports want the packages of edgecompose-export"
 #: Prompts of the tiny bundle's tasks. A prompt is its own nearest neighbour, whatever the encoder's weights.

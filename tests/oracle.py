@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from edgecompose.adapter import AdapterModule
-from edgecompose.methods import MergeSettings
-from edgecompose.quantization import dequantize
+from edgecompose.bundle.adapter import AdapterModule
+from edgecompose.bundle.quantization import dequantize
+from edgecompose.merging.methods import MergeSettings
 
 Double = npt.NDArray[np.float64]
 Part = tuple[AdapterModule, float]

@@ -10,8 +10,8 @@ import pytest
 
 pytest.importorskip("edgecompose_export", reason="the exporter is not installed")
 
+from edgecompose.bundle.manifest import Admission
 from edgecompose.errors import ExportError
-from edgecompose.manifest import Admission
 from edgecompose_export.admission import read_admission, verdict
 
 

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("torch", reason="exports want the packages of edgecompose-export")
 
 from edgecompose import AsyncComposer, Request, open_bundle
-from edgecompose.decoder import Decoding
+from edgecompose.engine.decoder import Decoding
 from edgecompose.errors import PromptTooLong
 from tests.fixtures_tiny import TASKS
 

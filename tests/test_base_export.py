@@ -21,17 +21,17 @@ import peft
 import torch
 import transformers
 
-from edgecompose.adapter import Adapter, load_adapter
-from edgecompose.architectures import PACKED
-from edgecompose.blend import MergedAdapter
-from edgecompose.bundle import sha256_of
-from edgecompose.decoder import Decoder
-from edgecompose.device import choose_device
+from edgecompose.bundle.adapter import Adapter, load_adapter
+from edgecompose.bundle.files import sha256_of
+from edgecompose.bundle.quantization import dequantize
+from edgecompose.engine.decoder import Decoder
+from edgecompose.engine.device import choose_device
+from edgecompose.engine.merged import MergedAdapter
 from edgecompose.errors import ExportError, GenerationError, PromptTooLong
-from edgecompose.merging import Merger
-from edgecompose.methods import MergeSettings
-from edgecompose.quantization import dequantize
-from edgecompose.tokenization import Tokenizer
+from edgecompose.formats.architectures import PACKED
+from edgecompose.generation.tokenizer import Tokenizer
+from edgecompose.merging.merger import Merger
+from edgecompose.merging.methods import MergeSettings
 from edgecompose_export.adapters import export_adapter
 from edgecompose_export.base import calibration_prompts, export_base, read_base_spec
 from edgecompose_export.decoder_graph import write_decoder

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
-from edgecompose.chat_template import ChatTemplate
+from edgecompose.bundle.manifest import MANIFEST_FILE
 from edgecompose.errors import ExportError
-from edgecompose.manifest import MANIFEST_FILE
-from edgecompose.tokenization import Tokenizer
+from edgecompose.generation.chat_template import ChatTemplate
+from edgecompose.generation.tokenizer import Tokenizer
 from edgecompose_export.base_tokenizer import BaseTokenizer, tokenizer_of_folder, tokenizer_of_gguf
 from edgecompose_export.bundles import build_bundle
 from edgecompose_export.gguf_file import read_gguf

@@ -19,9 +19,9 @@ pytest.importorskip("torch", reason="a package of edgecompose-export")
 pytest.importorskip("onnx", reason="a package of edgecompose-export")
 
 from edgecompose import Composer, EdgeComposeError, MergeSettings, Request, Sampling, open_bundle
-from edgecompose.bundle import Bundle, read_manifest, verify
+from edgecompose.bundle.files import Bundle, read_manifest, verify
+from edgecompose.bundle.manifest import MANIFEST_FILE
 from edgecompose.errors import ExportError, FileDamaged, ManifestInvalid, RetrievalError, UnknownAdapter
-from edgecompose.manifest import MANIFEST_FILE
 from edgecompose_export import bundles
 from edgecompose_export.bundles import add_task, build_bundle, remove_task
 from edgecompose_export.datasets import read_examples

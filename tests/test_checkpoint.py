@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 
 from edgecompose.errors import ExportError
-from edgecompose.float_checkpoint import BASE_KEY, INDEX_FILE, open_checkpoint, read_shard
+from edgecompose.formats.checkpoint import BASE_KEY, INDEX_FILE, open_checkpoint, read_shard
 from edgecompose_export import checkpoint
 from edgecompose_export.base_source import open_base
 from edgecompose_export.checkpoint import DType, load_model, write_checkpoint

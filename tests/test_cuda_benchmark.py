@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from benchmarks import cuda, cuda_graphs, cuda_parity, cuda_timing
-from edgecompose import device
-from edgecompose.adapter import Adapter
-from edgecompose.blend import MergedAdapter
-from edgecompose.device import choose_device
-from edgecompose.merging import Merger
-from edgecompose.methods import METHODS, MergeSettings
+from edgecompose.bundle.adapter import Adapter
+from edgecompose.engine import device
+from edgecompose.engine.device import choose_device
+from edgecompose.engine.merged import MergedAdapter
+from edgecompose.merging.merger import Merger
+from edgecompose.merging.methods import METHODS, MergeSettings
 
 ROOT = Path(__file__).parents[1]
 CPU = choose_device("cpu")

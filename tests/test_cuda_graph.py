@@ -20,27 +20,27 @@ import onnx
 from onnx import TensorProto, helper
 
 from edgecompose import Composer, Request, open_bundle
-from edgecompose import decoder as decoders
-from edgecompose import device as devices
-from edgecompose.blend import MergedAdapter
-from edgecompose.bundle import Bundle, sha256_of, verify
-from edgecompose.decoder import Decoder, Decoding, FoldedDecoder, decoder_graph
-from edgecompose.device import Device, choose_device, host
-from edgecompose.embedder import embedder_device
+from edgecompose.bundle.files import Bundle, sha256_of, verify
+from edgecompose.bundle.manifest import BaseSpec, EmbedderSpec
+from edgecompose.engine import decoder as decoders
+from edgecompose.engine import device as devices
+from edgecompose.engine.decoder import Decoder, Decoding, FoldedDecoder, decoder_graph
+from edgecompose.engine.device import Device, choose_device, host
+from edgecompose.engine.fusing import Folding, require_folding
+from edgecompose.engine.merged import MergedAdapter
 from edgecompose.errors import BundleError, ExportError, GenerationError
-from edgecompose.folding import Folding, require_folding
-from edgecompose.manifest import BaseSpec, EmbedderSpec
-from edgecompose.merging import Merger
-from edgecompose.methods import MergeSettings
-from edgecompose.report import explain_answer
+from edgecompose.merging.merger import Merger
+from edgecompose.merging.methods import MergeSettings
+from edgecompose.retrieval.embedder import embedder_device
+from edgecompose.serialize import explain_answer
 from edgecompose_export import base as base_export
 from edgecompose_export.base import export_base
 from edgecompose_export.bundles import add_task, remove_task
 from edgecompose_export.cuda_graph import narrow_attention
 from tests import tiny
+from tests.engine.test_fusing import change_base
 from tests.fixtures_tiny import TASKS, Exported, TinyZoo
 from tests.test_base_export import IDS, NO_ADAPTER, difference, load_exported
-from tests.test_folding import change_base
 
 Float = npt.NDArray[np.float32]
 CPU = choose_device("cpu")
@@ -265,7 +265,7 @@ def test_cuda_is_opened_without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
         def get_providers(self) -> list[str]:
             return [name for name, _ in opened[-1]]
 
-    monkeypatch.setattr("edgecompose.device.onnxruntime.InferenceSession", Session)
+    monkeypatch.setattr("edgecompose.engine.device.onnxruntime.InferenceSession", Session)
     monkeypatch.setattr(devices, "has_cuda_provider", lambda: True)
     devices.open_session(b"", choose_device("cuda"), name="any")
     wanted = [("CUDAExecutionProvider", {"use_tf32": "0"}), ("CPUExecutionProvider", {})]
@@ -321,7 +321,7 @@ def test_the_composer_takes_the_graph_of_its_device(
         picked.append(decoder_graph(spec, CUDA, folded=folded))
         return picked[-1]
 
-    monkeypatch.setattr("edgecompose.language_model.decoder_graph", pick)
+    monkeypatch.setattr("edgecompose.generation.language_model.decoder_graph", pick)
     with open_bundle(bundle_copy, device="cpu") as composer:
         found = composer.run(PROMPT, request).choices
     assert found is not None

@@ -17,8 +17,8 @@ pytest.importorskip("transformers", reason="a package of edgecompose-export")
 
 import transformers
 
-from edgecompose.architectures import ARCHITECTURES, MODULES, PACKED
 from edgecompose.errors import ExportError
+from edgecompose.formats.architectures import ARCHITECTURES, MODULES, PACKED
 from edgecompose_export.decoder_config import DecoderConfig, config_from_gguf, config_from_json
 from edgecompose_export.gguf_file import read_gguf
 from edgecompose_export.rotary import Float

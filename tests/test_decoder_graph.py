@@ -17,11 +17,11 @@ pytest.importorskip("peft", reason="a package of edgecompose-export")
 import torch
 import transformers
 
-from edgecompose.blend import MergedAdapter
-from edgecompose.decoder import Decoder, Decoding
-from edgecompose.device import choose_device
+from edgecompose.bundle.manifest import BaseSpec
+from edgecompose.engine.decoder import Decoder, Decoding
+from edgecompose.engine.device import choose_device
+from edgecompose.engine.merged import MergedAdapter
 from edgecompose.errors import ExportError
-from edgecompose.manifest import BaseSpec
 from edgecompose_export.base import export_base
 from edgecompose_export.weight_source import open_weights
 from tests import tiny

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from edgecompose import Composer, Request, open_bundle
-from edgecompose.bundle import verify
-from edgecompose.peft_folder import write_peft_folder
+from edgecompose.bundle.files import verify
+from edgecompose.formats.peft import write_peft_folder
 
 ROOT = Path(__file__).parent.parent
 BUNDLE = ROOT / "models" / "demo"

@@ -31,13 +31,13 @@ from click.testing import CliRunner
 pytest.importorskip("torch", reason="exports want the packages of edgecompose-export")
 
 from docs import generate
-from edgecompose.cli import main as runtime
-from edgecompose.server_settings import ServerSettings
+from edgecompose.cli.main import main as runtime
+from edgecompose.server.config import ServerSettings
 from edgecompose_export.bundles import build_bundle
 from edgecompose_export.cli import main as export
 from tests import tiny
 from tests.fixtures_tiny import ADAPTERS, TASKS, TinyZoo, ignore_tracer_warnings
-from tests.test_server import serving
+from tests.server.test_app import serving
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -235,7 +235,7 @@ class Page:
         """A server with the settings that the command gives it, at a free port, until the page ends."""
         given: list[ServerSettings] = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("edgecompose.cli_serve.run_server", lambda _, settings, **others: given.append(settings))
+            patch.setattr("edgecompose.cli.serve.run_server", lambda _, settings, **others: given.append(settings))
             done = CliRunner(env=environment).invoke(runtime, arguments)
         assert done.exit_code == 0 and given, done.output
         settings = dataclasses.replace(given[0], max_tokens=min(given[0].max_tokens, 256))

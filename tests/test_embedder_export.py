@@ -19,8 +19,8 @@ pytest.importorskip("optimum", reason="a package of edgecompose-export")
 import torch
 import transformers
 
-from edgecompose.embedder import Embedder, head_and_tail
 from edgecompose.errors import ExportError
+from edgecompose.retrieval.embedder import Embedder, head_and_tail
 from edgecompose_export.embedder import describe_encoder, export_embedder, open_embedder, read_embedder_spec
 from tests import tiny
 from tests.fixtures_tiny import TinyZoo

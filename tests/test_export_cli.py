@@ -16,7 +16,7 @@ pytest.importorskip("torch", reason="a package of edgecompose-export")
 pytest.importorskip("onnx", reason="a package of edgecompose-export")
 
 from edgecompose import open_bundle
-from edgecompose.bundle import sha256_of, verify
+from edgecompose.bundle.files import sha256_of, verify
 from edgecompose_export.cli import main
 from tests import tiny
 from tests.fixtures_tiny import TASKS, TinyZoo, ignore_tracer_warnings

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from edgecompose.bundle import sha256_of
+from edgecompose.bundle.files import sha256_of
 from edgecompose.errors import ExportError
 from edgecompose_export import fetch
 from edgecompose_export.cli import main

@@ -23,11 +23,11 @@ pytest.importorskip("transformers", reason="a package of edgecompose-export")
 import torch
 import transformers
 
-from edgecompose.blend import MergedAdapter
-from edgecompose.decoder import Decoder
-from edgecompose.device import choose_device
+from edgecompose.bundle.manifest import BaseSpec
+from edgecompose.engine.decoder import Decoder
+from edgecompose.engine.device import choose_device
+from edgecompose.engine.merged import MergedAdapter
 from edgecompose.errors import ExportError
-from edgecompose.manifest import BaseSpec
 from edgecompose_export.decoder_config import DecoderConfig
 from edgecompose_export.decoder_graph import slot_groups, write_decoder
 from edgecompose_export.graph_writer import DataFile

@@ -16,11 +16,11 @@ import peft
 import torch
 
 from edgecompose import Composer, Request, open_bundle
-from edgecompose.blend import MergedAdapter
-from edgecompose.clock import Clock
-from edgecompose.generation import generate
-from edgecompose.peft_folder import write_peft_folder
+from edgecompose.engine.merged import MergedAdapter
+from edgecompose.formats.peft import write_peft_folder
+from edgecompose.generation.decode import generate
 from edgecompose.request import Attachment
+from edgecompose.timing import Clock
 from edgecompose_export.base import calibration_prompts
 from edgecompose_export.base_source import open_base
 from edgecompose_export.checkpoint import load_model

@@ -26,7 +26,7 @@ pytest.importorskip("transformers", reason="a package of edgecompose-export")
 import torch
 
 from edgecompose.errors import ExportError
-from edgecompose.float_checkpoint import read_shard
+from edgecompose.formats.checkpoint import read_shard
 from edgecompose_export.base import export_base
 from edgecompose_export.base_source import open_base
 from edgecompose_export.decoder_config import config_from_json

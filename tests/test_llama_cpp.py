@@ -14,7 +14,7 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter
 from gguf.quants import dequantize
 
 from edgecompose import Composer, Request, open_bundle
-from edgecompose.gguf_lora import write_gguf_lora
+from edgecompose.formats.gguf import write_gguf_lora
 
 ROOT = Path(__file__).parent.parent
 BUNDLE = ROOT / "build" / "demo-fp32"

@@ -11,7 +11,7 @@ import edgecompose
 pytest.importorskip("onnx", reason="building graphs wants the packages of the extra [export]")
 merge_graphs = pytest.importorskip("edgecompose_export.merge_graphs", reason="the export package is not on the path")
 
-FOLDER = Path(edgecompose.__file__).parent / "graphs"
+FOLDER = Path(edgecompose.__file__).parent / "merging" / "graphs"
 
 
 def test_the_shipped_graphs_are_those_that_the_code_builds() -> None:
@@ -22,6 +22,6 @@ def test_the_shipped_graphs_are_those_that_the_code_builds() -> None:
 
 
 def test_writing_is_reproducible(tmp_path: Path) -> None:
-    written = merge_graphs.write_graphs(tmp_path / "graphs")
+    written = merge_graphs.write_graphs(tmp_path / "merging" / "graphs")
     assert len(written) == 28
     assert {path.name: path.read_bytes() for path in written} == merge_graphs.all_graphs()

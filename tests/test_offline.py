@@ -27,7 +27,7 @@ for name in ("getaddrinfo", "create_connection", "gethostbyname", "gethostbyname
     setattr(socket, name, refuse)
 """
 RUN = """
-from edgecompose.cli import main
+from edgecompose.cli.main import main
 main(sys.argv[1:], standalone_mode=False)
 print(json.dumps(attempts))
 """
@@ -93,7 +93,7 @@ def test_a_read_only_bundle_is_enough(bundle_copy: Path) -> None:
     """Nothing is written into the bundle either."""
     from click.testing import CliRunner
 
-    from edgecompose.cli import main
+    from edgecompose.cli.main import main
 
     before = {path: path.stat().st_mtime_ns for path in bundle_copy.rglob("*")}
     for path in before:

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.quality import reworded
 from benchmarks.quality_page import page, routing
-from edgecompose.evaluation import EvalExample
+from edgecompose.evaluation.examples import EvalExample
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 

@@ -10,12 +10,12 @@ import pytest
 
 pytest.importorskip("gguf", reason="a package of edgecompose-export")
 
-from edgecompose.blend import MergedAdapter
-from edgecompose.decoder import Decoder
-from edgecompose.device import choose_device
-from edgecompose.generation import log_softmax
-from edgecompose.manifest import BaseSpec
-from edgecompose.tokenization import Tokenizer
+from edgecompose.bundle.manifest import BaseSpec
+from edgecompose.engine.decoder import Decoder
+from edgecompose.engine.device import choose_device
+from edgecompose.engine.merged import MergedAdapter
+from edgecompose.generation.decode import log_softmax
+from edgecompose.generation.tokenizer import Tokenizer
 from edgecompose_export.base import export_base
 from edgecompose_export.weight_source import open_weights
 

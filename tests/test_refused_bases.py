@@ -33,7 +33,7 @@ pytest.importorskip("transformers", reason="a package of edgecompose-export")
 import torch
 
 from edgecompose.errors import BundleError
-from edgecompose.tokenization import Tokenizer
+from edgecompose.generation.tokenizer import Tokenizer
 from edgecompose_export.base import read_base_spec
 from edgecompose_export.cli import main
 from edgecompose_export.gguf_file import read_gguf

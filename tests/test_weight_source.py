@@ -19,8 +19,8 @@ import safetensors.torch
 import torch
 import transformers
 
-from edgecompose.architectures import ARCHITECTURES
 from edgecompose.errors import ExportError
+from edgecompose.formats.architectures import ARCHITECTURES
 from edgecompose_export.weight_source import (
     EMBEDDING,
     FINAL_NORM,

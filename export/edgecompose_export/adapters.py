@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgecompose.adapter import AdapterModule, adapter_to_bytes
-from edgecompose.architectures import PACKED
+from edgecompose.bundle.adapter import AdapterModule, adapter_to_bytes
+from edgecompose.bundle.manifest import AdapterSpec, BaseSpec, SlotGroup
+from edgecompose.bundle.quantization import Bits, quantize, relative_error
 from edgecompose.errors import AdapterError, ExportError, SlotMismatch
-from edgecompose.manifest import AdapterSpec, BaseSpec, SlotGroup
-from edgecompose.quantization import Bits, quantize, relative_error
-from edgecompose.trimming import thresholds
+from edgecompose.formats.architectures import PACKED
+from edgecompose.merging.sparsify import thresholds
 from edgecompose_export.datasets import read_json
 from edgecompose_export.gguf_source import is_gguf, read_gguf_lora
 from edgecompose_export.lora_source import CONFIG_FILE, Kind, LoraPair, LoraSource, Pairs, read_adapter_config

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from edgecompose.bundle.manifest import Admission, Verdict
 from edgecompose.errors import ExportError
-from edgecompose.manifest import Admission, Verdict
 from edgecompose_export.datasets import read_json
 
 #: The contender that is tested, and the one that it has to beat.

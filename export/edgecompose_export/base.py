@@ -13,16 +13,16 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from edgecompose.atomic import new_folder
-from edgecompose.blend import MergedAdapter
-from edgecompose.decoder import Decoder
-from edgecompose.device import choose_device
+from edgecompose.bundle.atomic import new_folder
+from edgecompose.bundle.manifest import BaseSpec, Distance
+from edgecompose.bundle.records import value_from_json
+from edgecompose.engine.decoder import Decoder
+from edgecompose.engine.device import choose_device
+from edgecompose.engine.memory import release_freed_memory
+from edgecompose.engine.merged import MergedAdapter
 from edgecompose.errors import EdgeComposeError, ExportError
-from edgecompose.generation import log_softmax
-from edgecompose.manifest import BaseSpec, Distance
-from edgecompose.memory import release_freed_memory
-from edgecompose.tokenization import Tokenizer
-from edgecompose.typed_json import value_from_json
+from edgecompose.generation.decode import log_softmax
+from edgecompose.generation.tokenizer import Tokenizer
 from edgecompose_export.base_source import Base, open_base
 from edgecompose_export.cuda_graph import write_cuda_graph
 from edgecompose_export.datasets import read_json

@@ -16,8 +16,8 @@ from typing import Any
 
 import tokenizers
 
-from edgecompose.chat_template import ChatTemplate, self_contained
 from edgecompose.errors import BundleError, ExportError, GenerationError
+from edgecompose.generation.chat_template import ChatTemplate, self_contained
 from edgecompose_export.gguf_tokenizer import State, gguf_tokenizer, read_vocabulary, template_processing
 
 #: Texts of special tokens that end a turn or a text, in the models that have them.

@@ -20,13 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from edgecompose.adapter import adapter_metadata, load_adapter
-from edgecompose.atomic import new_folder
-from edgecompose.bundle import Bundle, describe_file, sha256_of
-from edgecompose.device import choose_device
-from edgecompose.embedder import Embedder
-from edgecompose.errors import ExportError, UnknownAdapter
-from edgecompose.manifest import (
+from edgecompose.bundle.adapter import adapter_metadata, load_adapter
+from edgecompose.bundle.atomic import new_folder
+from edgecompose.bundle.files import Bundle, describe_file, sha256_of
+from edgecompose.bundle.manifest import (
     MANIFEST_FILE,
     AdapterSpec,
     BaseSpec,
@@ -39,10 +36,13 @@ from edgecompose.manifest import (
     check_name,
     manifest_to_json,
 )
-from edgecompose.merging import Merger
-from edgecompose.quantization import Bits
-from edgecompose.retrieval import new_index, open_index
-from edgecompose.whitening import load_whitening
+from edgecompose.bundle.quantization import Bits
+from edgecompose.engine.device import choose_device
+from edgecompose.errors import ExportError, UnknownAdapter
+from edgecompose.merging.merger import Merger
+from edgecompose.retrieval.embedder import Embedder
+from edgecompose.retrieval.index import new_index, open_index
+from edgecompose.retrieval.whitening import load_whitening
 from edgecompose_export import __version__
 from edgecompose_export.adapters import export_adapter, source_kind
 from edgecompose_export.admission import read_admission

@@ -13,10 +13,10 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from edgecompose.atomic import new_folder
+from edgecompose.bundle.atomic import new_folder
 from edgecompose.errors import ExportError
-from edgecompose.float_checkpoint import BASE_KEY, CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
-from edgecompose.merged_model import from_float32
+from edgecompose.formats.checkpoint import BASE_KEY, CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
+from edgecompose.formats.merged_model import from_float32
 from edgecompose_export.base_source import Base
 from edgecompose_export.transformers_config import config_to_json
 from edgecompose_export.weight_source import Float, Place, folder_places, read_config

@@ -27,8 +27,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-from edgecompose.console import ErrorGroup, counting, progress
-from edgecompose.quantization import Bits
+from edgecompose.bundle.quantization import Bits
+from edgecompose.cli.console import ErrorGroup, counting, progress
 from edgecompose_export import __version__
 
 PathArgument = click.Path(path_type=Path)

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from edgecompose.architectures import ARCHITECTURES, PACKED, Architecture, gguf_architectures
 from edgecompose.errors import ExportError
+from edgecompose.formats.architectures import ARCHITECTURES, PACKED, Architecture, gguf_architectures
 from edgecompose_export.rotary import Float, Rotary, llama3_scaling, longrope_scale, rotary_from_config
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]

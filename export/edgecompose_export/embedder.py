@@ -15,12 +15,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 import onnx
 
-from edgecompose.bundle import sha256_of
-from edgecompose.device import choose_device
-from edgecompose.embedder import Embedder
+from edgecompose.bundle.files import sha256_of
+from edgecompose.bundle.manifest import EmbedderSpec
+from edgecompose.bundle.records import value_from_json
+from edgecompose.engine.device import choose_device
 from edgecompose.errors import ExportError
-from edgecompose.manifest import EmbedderSpec
-from edgecompose.typed_json import value_from_json
+from edgecompose.retrieval.embedder import Embedder
 from edgecompose_export.base import calibration_prompts
 from edgecompose_export.datasets import read_json
 from edgecompose_export.onnx_files import save_graph

@@ -17,12 +17,12 @@ import numpy as np
 import numpy.typing as npt
 from usearch.index import Index
 
-from edgecompose.embedder import Embedder, normalize
+from edgecompose.bundle.manifest import EmbedderSpec, IndexSpec, check_name
+from edgecompose.bundle.records import value_from_json
 from edgecompose.errors import ExportError
-from edgecompose.manifest import EmbedderSpec, IndexSpec, check_name
-from edgecompose.retrieval import new_index
-from edgecompose.typed_json import value_from_json
-from edgecompose.whitening import Whitening, fit_whitening, save_whitening
+from edgecompose.retrieval.embedder import Embedder, normalize
+from edgecompose.retrieval.index import new_index
+from edgecompose.retrieval.whitening import Whitening, fit_whitening, save_whitening
 from edgecompose_export.datasets import Example
 
 Float = npt.NDArray[np.float32]

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from edgecompose.atomic import new_folder
-from edgecompose.bundle import sha256_of
+from edgecompose.bundle.atomic import new_folder
+from edgecompose.bundle.files import sha256_of
 from edgecompose.errors import ExportError
 
 _CHUNK = 1 << 20

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto, numpy_helper
 
-from edgecompose.manifest import FoldingSpec
+from edgecompose.bundle.manifest import FoldingSpec
 from edgecompose_export.decoder_config import DecoderConfig
 from edgecompose_export.decoder_graph import INPUT_GROUPS, write_decoder
 from edgecompose_export.graph_writer import MICROSOFT, GraphWriter

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from edgecompose.errors import ExportError
-from edgecompose.float_checkpoint import text_instead
+from edgecompose.formats.checkpoint import text_instead
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

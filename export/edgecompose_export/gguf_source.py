@@ -12,11 +12,11 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
-from edgecompose.architectures import Architecture, architecture_of, gguf_architectures
-from edgecompose.bundle import sha256_of
+from edgecompose.bundle.files import sha256_of
+from edgecompose.bundle.manifest import BaseSpec
 from edgecompose.errors import AdapterError, ExportError, SlotMismatch, UnsupportedAdapter
-from edgecompose.gguf_lora import halved
-from edgecompose.manifest import BaseSpec
+from edgecompose.formats.architectures import Architecture, architecture_of, gguf_architectures
+from edgecompose.formats.gguf import halved
 from edgecompose_export.gguf_file import MAGIC, VERSIONS, GgufFile, GgufTensor, read_gguf
 from edgecompose_export.lora_source import Float, Half, LoraSource, Side, pair_up, refuse_unknown
 

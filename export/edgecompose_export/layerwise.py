@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto
 
-from edgecompose.device import Device, Session, choose_device, open_session
+from edgecompose.engine.device import Device, Session, choose_device, open_session
 from edgecompose.errors import ExportError
 from edgecompose_export.decoder_config import DecoderConfig
 from edgecompose_export.decoder_graph import INPUT_GROUPS, BlockWeights, Weights, write_blocks

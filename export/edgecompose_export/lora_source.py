@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import safetensors
 
-from edgecompose.architectures import MODULE_AT
 from edgecompose.errors import AdapterError, UnsupportedAdapter
+from edgecompose.formats.architectures import MODULE_AT
 
 Float = npt.NDArray[np.float32]
 #: The formats of adapters: a PEFT folder, an mlx_lm folder, a LoRA file of llama.cpp.

@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from edgecompose.rows import RESIDENT_BLOCK
+from edgecompose.merging.gather import RESIDENT_BLOCK
 
 #: What is made of the rows.
 _KINDS = ("stack", "linear", "ties_total", "ties_frequency", "mix", "gram")

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from edgecompose.tokenization import Tokenizer
+from edgecompose.generation.tokenizer import Tokenizer
 from edgecompose_export.decoder_graph import INPUT_GROUPS
 from edgecompose_export.gptq import Compensation
 from edgecompose_export.layerwise import TAPS, FloatBlocks, FloatStates, divergences, embedded, final_norm

@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 import safetensors
 
-from edgecompose.bundle import sha256_of
+from edgecompose.bundle.files import sha256_of
 from edgecompose.errors import AdapterError, UnsupportedAdapter
 from edgecompose_export.lora_source import (
     CONFIG_FILE,

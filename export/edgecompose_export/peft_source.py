@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from edgecompose.bundle import sha256_of
+from edgecompose.bundle.files import sha256_of
 from edgecompose.errors import AdapterError, UnsupportedAdapter
 from edgecompose_export.lora_source import (
     CONFIG_FILE,

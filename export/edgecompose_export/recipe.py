@@ -6,11 +6,11 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgecompose.bundle.manifest import Defaults, check_name
+from edgecompose.bundle.quantization import Bits
+from edgecompose.bundle.records import value_from_json
 from edgecompose.composer import merge_settings
 from edgecompose.errors import ExportError, ManifestInvalid, MergeError
-from edgecompose.manifest import Defaults, check_name
-from edgecompose.quantization import Bits
-from edgecompose.typed_json import value_from_json
 
 
 @dataclass(frozen=True, slots=True)

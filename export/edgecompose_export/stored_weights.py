@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto, numpy_helper
 
-from edgecompose.architectures import MODULES
+from edgecompose.formats.architectures import MODULES
 from edgecompose_export.decoder_config import DecoderConfig
 from edgecompose_export.graph_writer import MICROSOFT, DataFile, GraphWriter
 from edgecompose_export.weight_blocks import (

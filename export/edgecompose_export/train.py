@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from edgecompose.errors import ExportError
-from edgecompose.tokenization import Tokenizer
+from edgecompose.generation.tokenizer import Tokenizer
 from edgecompose_export.base_source import Base
 from edgecompose_export.checkpoint import load_model
 from edgecompose_export.datasets import Example

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from edgecompose.architectures import Architecture
 from edgecompose.errors import ExportError
+from edgecompose.formats.architectures import Architecture
 from edgecompose_export.decoder_config import DecoderConfig, config_from_json
 from edgecompose_export.rotary import Rotary
 

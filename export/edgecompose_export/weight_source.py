@@ -20,10 +20,10 @@ import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
-from edgecompose.architectures import PACKED
-from edgecompose.bundle import sha256_of
+from edgecompose.bundle.files import sha256_of
 from edgecompose.errors import CheckpointError, ExportError
-from edgecompose.float_checkpoint import StoredTensor, read_shard, weight_files
+from edgecompose.formats.architectures import PACKED
+from edgecompose.formats.checkpoint import StoredTensor, read_shard, weight_files
 from edgecompose_export.datasets import read_json
 from edgecompose_export.decoder_config import DecoderConfig, config_from_gguf, config_from_json
 from edgecompose_export.gguf_file import GgufFile, is_later_shard, read_shards

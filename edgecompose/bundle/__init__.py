@@ -1,0 +1,1 @@
+"""A bundle at rest: its manifest, its files, its adapters as quantised arrays."""

@@ -1,0 +1,149 @@
+"""A bundle directory on disk: reading its manifest, and checking its files before anything uses them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+from edgecompose.bundle.manifest import MANIFEST_FILE, FileEntry, Manifest, check_path, manifest_from_json
+from edgecompose.errors import FileDamaged, ManifestInvalid, UnknownAdapter
+
+_CHUNK = 1 << 20
+_MANIFEST_LIMIT = 64 << 20
+
+
+class Bundle:
+    """An opened bundle: its manifest is valid and every file has the size that the manifest says.
+
+    A file is hashed the first time that `path` is asked for it, so nothing native reads unchecked bytes.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.manifest = read_manifest(root)
+        for relative, entry in self.manifest.files.items():
+            problem = _size_problem(root, relative, entry)
+            if problem is not None:
+                raise FileDamaged(f"bundle '{root}': {problem}; copy or export the bundle again")
+        self._checked: set[str] = set()
+
+    def path(self, relative: str) -> Path:
+        """Path of one file whose hash has been checked, with the graph data that lies beside it.
+
+        Raises:
+            FileDamaged: the bytes are not those that the manifest was written for.
+        """
+        beside = [f"{relative}.data"] if f"{relative}.data" in self.manifest.files else []
+        for name in (relative, *beside):
+            if name not in self._checked:
+                problem = file_problem(self.root, name, self.manifest.files[name])
+                if problem is not None:
+                    raise FileDamaged(f"bundle '{self.root}': {problem}; copy or export the bundle again")
+                self._checked.add(name)
+        return self.root / relative
+
+    def adapter_file(self, name: str) -> Path:
+        """Checked path of one adapter.
+
+        Raises:
+            UnknownAdapter: the bundle has no adapter of that name.
+        """
+        if name not in self.manifest.adapters:
+            known = ", ".join(sorted(self.manifest.adapters)) or "none"
+            raise UnknownAdapter(f"adapter '{name}' is not in the bundle; it has: {known}")
+        return self.path(self.manifest.adapters[name].file)
+
+    def text(self, relative: str) -> str:
+        """Content of one checked UTF-8 file."""
+        try:
+            return self.path(relative).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise FileDamaged(
+                f"bundle '{self.root}': file '{relative}' is not UTF-8; export the bundle again"
+            ) from error
+
+
+def read_manifest(root: Path) -> Manifest:
+    """The manifest of the bundle at `root`.
+
+    Raises:
+        ManifestInvalid: no such directory, no manifest, or one that breaks its contract.
+        UnsupportedSchema: written by another major version.
+    """
+    path = root / MANIFEST_FILE
+    if not root.is_dir():
+        raise ManifestInvalid(f"bundle '{root}' is not a directory; give the directory that holds {MANIFEST_FILE}")
+    try:
+        if path.stat().st_size > _MANIFEST_LIMIT:
+            raise ManifestInvalid(f"bundle '{root}': {MANIFEST_FILE} is larger than {_MANIFEST_LIMIT >> 20} MiB")
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ManifestInvalid(f"bundle '{root}' has no {MANIFEST_FILE}; is it an edgecompose bundle?") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ManifestInvalid(f"bundle '{root}': {MANIFEST_FILE} cannot be read: {error}") from error
+    return manifest_from_json(text)
+
+
+def verify(root: Path, *, advance: Callable[[int], None] = lambda count: None) -> list[str]:
+    """Every fault of the bundle at `root`, an empty list when there is none.
+
+    Args:
+        advance: called with the bytes that were hashed, as they are.
+
+    Raises:
+        ManifestInvalid, UnsupportedSchema: the manifest itself cannot be used.
+    """
+    manifest = read_manifest(root)
+    problems = []
+    for relative, entry in sorted(manifest.files.items()):
+        problem = file_problem(root, relative, entry, advance=advance)
+        if problem is not None:
+            problems.append(problem)
+    present = {p.relative_to(root).as_posix() for p in root.rglob("*") if not p.is_dir() or p.is_symlink()}
+    extra = sorted(present - set(manifest.files) - {MANIFEST_FILE})
+    problems += [f"file '{name}' is not in the manifest; remove it" for name in extra]
+    return problems
+
+
+def file_problem(
+    root: Path, relative: str, entry: FileEntry, *, advance: Callable[[int], None] = lambda count: None
+) -> str | None:
+    """What is wrong with one file (place, size, hash), None when nothing is."""
+    problem = _size_problem(root, relative, entry)
+    if problem is not None:
+        return problem
+    found = sha256_of(root / relative, advance=advance)
+    if found != entry.sha256:
+        return f"file '{relative}' has sha256 {found[:12]}…, the manifest says {entry.sha256[:12]}…"
+    return None
+
+
+def describe_file(path: Path) -> FileEntry:
+    """Hash and size of a file, as the manifest keeps them."""
+    return FileEntry(sha256_of(path), path.stat().st_size)
+
+
+def sha256_of(path: Path, *, advance: Callable[[int], None] = lambda count: None) -> str:
+    """Hexadecimal sha256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+            advance(len(chunk))
+    return digest.hexdigest()
+
+
+def _size_problem(root: Path, relative: str, entry: FileEntry) -> str | None:
+    path = root / check_path(relative)
+    try:
+        if not path.resolve().is_relative_to(root.resolve()):
+            return f"file '{relative}' is a link that leaves the bundle"
+        if not path.is_file():
+            return f"file '{relative}' is missing"
+        size = path.stat().st_size
+    except (OSError, RuntimeError, ValueError) as error:  # no such name can be; links in a circle (RuntimeError)
+        return f"file {relative!r:.200} cannot be read: {error!s:.200}"
+    if size != entry.bytes:
+        return f"file '{relative}' has {size} bytes, the manifest says {entry.bytes}"
+    return None

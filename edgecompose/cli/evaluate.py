@@ -1,0 +1,123 @@
+"""The command `edgecompose eval`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgecompose.cli.console import counting
+from edgecompose.cli.options import (
+    bundle_argument,
+    device_option,
+    form_option,
+    json_option,
+    merge_options,
+    open_composer,
+    parse_weights,
+    print_json,
+    print_lines,
+    request_of,
+    retrieval_options,
+)
+from edgecompose.evaluation import table
+from edgecompose.evaluation.charts import require_matplotlib
+from edgecompose.evaluation.examples import merge_examples, read_eval_examples
+from edgecompose.evaluation.page import write_report
+from edgecompose.evaluation.runner import KINDS, MAX_TOKENS, Contender, evaluate, parse_contenders
+from edgecompose.merging.methods import METHODS
+
+
+def _parse_methods(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in value.split(","))
+    unknown = [name for name in names if name not in (*KINDS, *METHODS)]
+    if unknown or len(set(names)) < len(names):
+        raise click.BadParameter(
+            f"{value!r} names {repr(unknown[0]) + ', which is unknown' if unknown else 'one twice'}; "
+            f"use some of {', '.join((*KINDS, *METHODS))}"
+        )
+    return names
+
+
+@click.command("eval")
+@bundle_argument
+@click.argument("data", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option(
+    "--methods",
+    callback=_parse_methods,
+    default="base,own,retrieved",
+    show_default=True,
+    metavar="A,B,...",
+    help="What is compared: base, own (the task's adapter), top1, uniform, retrieved, and any merge method.",
+)
+@click.option(
+    "--adapter",
+    "by_hand",
+    multiple=True,
+    metavar="NAME=WEIGHT",
+    help="Compare a blend of these as well, 'by hand', the same for every example; repeatable.",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Examples of each task, the first ones.")
+@click.option("--exclude-own", is_flag=True, help="Leave an example's own task out of retrieval, as if it were unseen.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=MAX_TOKENS, show_default=True, help="Of free text.")
+@form_option
+@click.option(
+    "--outcomes",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Keep every answer in this file; run again, and only what is missing is computed.",
+)
+@click.option(
+    "--report",
+    "report_folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write a report with charts to this folder (wants edgecompose[report]), and --outcomes there.",
+)
+@retrieval_options
+@merge_options
+@device_option
+@json_option
+def evaluate_examples(
+    bundle: Path,
+    data: tuple[Path, ...],
+    methods: tuple[str, ...],
+    by_hand: tuple[str, ...],
+    limit: int | None,
+    exclude_own: bool,
+    outcomes: Path | None,
+    report_folder: Path | None,
+    device: str,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Measure how often answers are right on your own examples: DATA files of JSON lines.
+
+    A line has prompt and answer; choices (the answer is one of them) or aliases (other right answers) if you like;
+    task, by default the file's name up to its first dot.
+
+    \b
+    edgecompose eval models/demo questions.jsonl --methods base,own,top1,retrieved
+    edgecompose eval models/demo questions.jsonl --exclude-own --report report
+    """
+    examples = merge_examples((read_eval_examples(path) for path in data), limit)
+    if report_folder is not None:
+        require_matplotlib()
+        outcomes = outcomes or report_folder / "outcomes.jsonl"
+    with open_composer(bundle, device) as composer:
+        request = request_of(composer, options)
+        contenders = parse_contenders(methods, request, exclude_own)
+        weights = parse_weights(by_hand)
+        if weights is not None:
+            contenders.insert(0, Contender("by hand", "fixed", dataclasses.replace(request, weights=weights)))
+        with counting("answering", len(examples) * len(contenders)) as advance:
+            found = evaluate(composer, examples, contenders, outcomes=outcomes, advance=advance)
+        settings = table.settings_json(composer.bundle.manifest, composer.device, contenders)
+    settings |= {"files": [path.name for path in data], "limit": limit}
+    summary = found.summary()
+    result = table.evaluation_json(summary, settings)
+    pages = [] if report_folder is None else write_report(found, summary, result, report_folder)
+    if as_json:
+        print_json(result)
+    else:
+        print_lines([*table.describe_evaluation(result), *(f"written       {path}" for path in pages[:1])])

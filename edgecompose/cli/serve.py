@@ -1,0 +1,92 @@
+"""The commands `edgecompose serve` and `edgecompose batch`, which speak the OpenAI API."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgecompose.cli.console import counting
+from edgecompose.cli.options import bundle_argument, device_option, json_option, open_composer, print_json
+from edgecompose.server.batch import answer_calls, read_calls
+from edgecompose.server.config import ServerSettings, read_key, server_names
+from edgecompose.server.run import run_server
+from edgecompose.server.stdio import StdioServer
+
+
+@click.command()
+@bundle_argument
+@click.argument("calls", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="File of results.")
+@click.option(
+    "--parallel", type=click.IntRange(1), help="Answers written at once; by default one a core, four at most."
+)
+@click.option("--max-tokens", type=click.IntRange(1), default=4096, show_default=True, help="Longest answer.")
+@device_option
+@json_option
+def batch(
+    bundle: Path, calls: Path, output: Path, parallel: int | None, max_tokens: int, device: str, as_json: bool
+) -> None:
+    """Answer CALLS, a file of OpenAI API calls in the form of its batch API; run it again to go on after a stop.
+
+    A line is {"custom_id": "a", "url": "/v1/chat/completions", "body": {"messages": [...]}}.
+
+    \b
+    edgecompose batch models/demo calls.jsonl -o results.jsonl
+    """
+    found = read_calls(calls)
+    with open_composer(bundle, device) as composer, counting("answering", len(found)) as advance:
+        done, failed = answer_calls(composer, found, output, max_tokens=max_tokens, parallel=parallel, advance=advance)
+    if as_json:
+        print_json({"calls": len(found), "answered": done, "failed": failed, "output": str(output)})
+    else:
+        click.echo(f"{output}: {done} of {len(found)} calls answered now, {failed} with an error")
+
+
+@click.command()
+@bundle_argument
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; others want a key.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
+@click.option(
+    "--api-key-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File with a key that callers have to send as a bearer token; also the variable EDGECOMPOSE_API_KEY.",
+)
+@click.option("--allow-host", multiple=True, metavar="NAME", help="Another name of this server; repeatable.")
+@click.option("--allow-origin", multiple=True, metavar="URL", help="A site whose pages may call it; repeatable.")
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Answers written at once.")
+@click.option(
+    "--queue", type=click.IntRange(0), default=16, show_default=True, help="Requests that wait; more get 429."
+)
+@click.option("--max-tokens", type=click.IntRange(1), default=4096, show_default=True, help="Longest answer.")
+@click.option("--stdio", is_flag=True, help="Answer JSON-RPC lines on standard input instead, for a parent process.")
+@device_option
+def serve(bundle: Path, device: str, stdio: bool, **options: Any) -> None:
+    """Serve the OpenAI API, and a page to try it on, to programs on this machine.
+
+    \b
+    edgecompose serve models/demo
+    edgecompose serve models/demo --stdio
+    """
+    with open_composer(bundle, device) as composer:
+        if stdio:
+            composer.warm_up()
+            StdioServer(composer, sys.stdin.buffer, _write_line, max_tokens=options["max_tokens"]).serve()
+            return
+        settings = ServerSettings(
+            hosts=server_names(options["host"], options["allow_host"]), origins=options["allow_origin"],
+            key=read_key(options["api_key_file"]), workers=options["workers"], queue=options["queue"],
+            max_tokens=options["max_tokens"],
+        )  # fmt: skip
+        run_server(composer, settings, host=options["host"], port=options["port"], ready=_say_where)
+
+
+def _say_where(url: str) -> None:
+    click.echo(f"edgecompose: serving at {url} (Ctrl-C ends it)", err=True)
+
+
+def _write_line(line: bytes) -> None:
+    sys.stdout.buffer.write(line)
+    sys.stdout.buffer.flush()

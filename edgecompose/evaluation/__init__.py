@@ -1,0 +1,1 @@
+"""How often answers are right: examples, variants, results and their report."""

@@ -1,0 +1,192 @@
+"""What contenders made of examples, one by one and summed up; pure values, knows nothing of how they came about."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgecompose.evaluation.examples import (
+    Bools,
+    EvalExample,
+    Interval,
+    PairedDifference,
+    bootstrap_interval,
+    mean_interval,
+    paired_bootstrap,
+)
+from edgecompose.timing import STAGES
+
+#: Bins of the reliability of the top share.
+BINS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """One contender's answer to one example, and how it was routed.
+
+    `weights` are those of adapters; `top_task`, its `top_share` in [0, 1] and the cosine `similarity` of the nearest
+    neighbour are None where nothing was retrieved. `own_task` tells whether retrieval could have found the example's
+    own task: the bundle has it and it was not left out. `timings_ms` has an entry for every stage of STAGES: the
+    contender's own retrieval, and the one computation of a blend's answer that contenders may share.
+    """
+
+    example: EvalExample
+    right: bool
+    answer: str
+    weights: Mapping[str, float]
+    top_task: str | None
+    top_share: float | None
+    similarity: float | None
+    own_task: bool
+    timings_ms: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Accuracy in [0, 1] over `n` examples with its 95 % interval."""
+
+    n: int
+    accuracy: float
+    ci95: Interval
+
+
+@dataclass(frozen=True, slots=True)
+class Bin:
+    """Examples whose top share lies in one tenth: how many, their mean top share, the share routed to their task."""
+
+    n: int
+    share: float
+    right: float
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Where retrieval led: `confusion[task][top task]` counts examples.
+
+    `reliability` has BINS bins over the top share in [0, 1], of examples whose own task could be found; `error` is the
+    expected calibration error, the mean distance between share and hits, None where there is no such example.
+    """
+
+    confusion: Mapping[str, Mapping[str, int]]
+    reliability: tuple[Bin, ...]
+    error: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What one contender reached. `mean` is None where it had no example; `timings_ms` are means over examples.
+
+    `weights[task][adapter]` is the mean weight over the task's examples.
+    """
+
+    tasks: Mapping[str, Score]
+    mean: float | None
+    ci95: Interval | None
+    timings_ms: Mapping[str, float]
+    weights: Mapping[str, Mapping[str, float]]
+    routing: Routing
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The main contender against another over the tasks that both had: their means, and task by task."""
+
+    paired: PairedDifference
+    by_task: Mapping[str, PairedDifference]
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Standings by contender, and the main one against each of the others that it shares a task with."""
+
+    main: str
+    standings: Mapping[str, Standing]
+    against: Mapping[str, Comparison]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Judgements by contender, in the order of the examples; `main` is the contender that the others are held to."""
+
+    main: str
+    judgements: Mapping[str, tuple[Judgement, ...]]
+
+    def summary(self) -> Summary:
+        """What all of them reached."""
+        others = {name: self.against(name) for name in self.judgements if name != self.main}
+        return Summary(
+            self.main,
+            {name: self.standing(name) for name in self.judgements},
+            {name: comparison for name, comparison in others.items() if comparison is not None},
+        )
+
+    def standing(self, name: str) -> Standing:
+        """What one contender reached."""
+        judged = self.judgements[name]
+        right = _right(judged)
+        tasks = {t: Score(len(r), float(r.mean()), bootstrap_interval(r)) for t, r in right.items()}
+        return Standing(
+            tasks,
+            float(np.mean([score.accuracy for score in tasks.values()])) if tasks else None,
+            mean_interval(list(right.values())) if tasks else None,
+            {stage: float(np.mean([j.timings_ms[stage] for j in judged])) if judged else 0.0 for stage in STAGES},
+            {task: _mean_weights(found) for task, found in _by_task(judged).items()},
+            routing(judged),
+        )
+
+    def against(self, name: str) -> Comparison | None:
+        """The main contender against another, example by example; None where they share no task."""
+        one, other = _right(self.judgements[self.main]), _right(self.judgements[name])
+        shared = [task for task in one if task in other]
+        if not shared:
+            return None
+        return Comparison(
+            paired_bootstrap([one[t] for t in shared], [other[t] for t in shared]),
+            {t: paired_bootstrap([one[t]], [other[t]]) for t in shared},
+        )
+
+    def misses(self, count: int) -> list[Judgement]:
+        """The first examples that the main contender got wrong."""
+        return [judged for judged in self.judgements[self.main] if not judged.right][:count]
+
+
+def routing(judged: Iterable[Judgement]) -> Routing:
+    """Where retrieval led, and whether the top share can be trusted."""
+    confusion: dict[str, Counter[str]] = {}
+    pairs: list[tuple[float, bool]] = []
+    for one in judged:
+        if one.top_task is None or one.top_share is None:
+            continue
+        confusion.setdefault(one.example.task, Counter())[one.top_task] += 1
+        if one.own_task:
+            pairs.append((one.top_share, one.top_task == one.example.task))
+    bins = [_bin(pairs, number) for number in range(BINS)]
+    error = sum(b.n * abs(b.share - b.right) for b in bins) / len(pairs) if pairs else None
+    return Routing({task: dict(counts.most_common()) for task, counts in confusion.items()}, tuple(bins), error)
+
+
+def _bin(pairs: Sequence[tuple[float, bool]], number: int) -> Bin:
+    inside = [pair for pair in pairs if min(int(pair[0] * BINS), BINS - 1) == number]
+    share, right = np.array(inside).reshape(-1, 2).mean(axis=0) if inside else (0.0, 0.0)
+    return Bin(len(inside), float(share), float(right))
+
+
+def _by_task(judged: Iterable[Judgement]) -> dict[str, list[Judgement]]:
+    tasks: dict[str, list[Judgement]] = {}
+    for one in judged:
+        tasks.setdefault(one.example.task, []).append(one)
+    return dict(sorted(tasks.items()))
+
+
+def _right(judged: Iterable[Judgement]) -> dict[str, Bools]:
+    return {task: np.array([one.right for one in found]) for task, found in _by_task(judged).items()}
+
+
+def _mean_weights(judged: Sequence[Judgement]) -> dict[str, float]:
+    total: Counter[str] = Counter()
+    for one in judged:
+        total.update(one.weights)
+    return {name: weight / len(judged) for name, weight in total.most_common()}

@@ -1,0 +1,238 @@
+"""Contenders answer the same examples: the base, each task's own adapter, and blends that retrieval chose."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from edgecompose.bundle.manifest import Manifest
+from edgecompose.composer import Composer
+from edgecompose.errors import EvaluationError, GenerationError
+from edgecompose.evaluation.answer_cache import Outcome, OutcomeKey, Outcomes, open_outcomes
+from edgecompose.evaluation.examples import EvalExample, first_line
+from edgecompose.evaluation.results import Evaluation, Judgement
+from edgecompose.merging.methods import METHODS, MergeSettings, composition_digest
+from edgecompose.request import WEIGH_NAMES, Request, Retrieval
+from edgecompose.timing import STAGES
+
+Kind = Literal["base", "own", "top1", "uniform", "retrieved", "fixed"]
+#: Kinds that have a name to be called by; 'fixed' wants weights beside it.
+KINDS: tuple[Kind, ...] = tuple(kind for kind in get_args(Kind) if kind != "fixed")
+#: Longest free-form answer (tokens) where a request names none.
+MAX_TOKENS = 24
+_NOTHING = Retrieval((), {}, {}, {})
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A way to answer.
+
+    `base` takes no adapter, `own` the one that is called like the example's task, or else those that serve it (no
+    examples of tasks that the bundle lacks), `top1` those of the likeliest task, `uniform` those of the nucleus' tasks
+    in equal parts, `retrieved` what the composer chooses itself, `fixed` the request's weights. `exclude_own` leaves
+    the example's task out of retrieval.
+    """
+
+    name: str
+    kind: Kind
+    request: Request = Request()
+    exclude_own: bool = False
+
+    def __post_init__(self) -> None:
+        kinds = get_args(Kind)
+        if self.kind not in kinds:
+            raise EvaluationError(f"contender '{self.name}' is of kind '{self.kind}'; use one of {', '.join(kinds)}")
+        if self.request.sampling is not None:
+            raise EvaluationError(f"contender '{self.name}' draws tokens at random; an evaluation wants greedy answers")
+        if self.request.choices or (self.request.weights is None) == (self.kind == "fixed"):
+            raise EvaluationError(
+                f"contender '{self.name}' of kind '{self.kind}' has choices, or weights where its kind decides; "
+                "choices are those of the examples, and only 'fixed' wants weights"
+            )
+
+
+def parse_contenders(names: Sequence[str], request: Request, exclude_own: bool = False) -> list[Contender]:
+    """Contenders by name: a kind, or a merge method, which is `retrieved` with that method.
+
+    Args:
+        request: what all of them ask for; its `merge` must be given where a method is named.
+
+    Raises:
+        EvaluationError: an unknown name.
+    """
+    kinds: dict[str, Kind] = {kind: kind for kind in KINDS}
+    found = []
+    for name in names:
+        if name in METHODS:
+            merge = dataclasses.replace(request.merge or MergeSettings(), method=name)
+            found.append(Contender(name, "retrieved", dataclasses.replace(request, merge=merge), exclude_own))
+        elif name in kinds:
+            found.append(Contender(name, kinds[name], request, exclude_own))
+        else:
+            raise EvaluationError(f"no contender is called '{name}'; use some of {', '.join((*KINDS, *METHODS))}")
+    return found
+
+
+def main_contender(names: Sequence[str]) -> str:
+    """The contender that the others are held to: `retrieved`, or the last."""
+    return "retrieved" if "retrieved" in names else names[-1]
+
+
+def adapters_of(manifest: Manifest, task: str) -> dict[str, float]:
+    """The adapters that serve a task with their weights; none of a task that the bundle lacks."""
+    return dict(manifest.tasks[task].adapters) if task in manifest.tasks else {}
+
+
+def evaluate(
+    composer: Composer,
+    examples: Sequence[EvalExample],
+    contenders: Sequence[Contender],
+    *,
+    outcomes: Path | None = None,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Evaluation:
+    """Have every contender answer every example.
+
+    The same blend asked for the same answer is computed once, whichever contenders and runs want it.
+
+    Args:
+        outcomes: JSONL file of answers that are known; those that are computed are appended to it.
+        advance: called with 1 after each example and contender.
+
+    Raises:
+        EvaluationError: no example, no contender or two of one name; an example that cannot be answered.
+        EdgeComposeError: of the stage that failed.
+    """
+    names = [contender.name for contender in contenders]
+    if not names or len(set(names)) < len(names):
+        raise EvaluationError(f"contenders are '{', '.join(names)}'; at least one is wanted, each once")
+    judged: dict[str, list[Judgement]] = {name: [] for name in names}
+    with open_outcomes(outcomes) as known:
+        bench = _Bench(composer, known)
+        for example in examples:
+            routes = _Routes(composer, example)
+            for contender in contenders:
+                found = bench.judge(example, contender, routes)
+                if found is not None:
+                    judged[contender.name].append(found)
+                advance(1)
+    main = main_contender(names)
+    if not judged[main]:
+        wanted = "examples of the bundle's tasks" if examples else "at least one example"
+        raise EvaluationError(f"no example remains for '{main}'; {wanted} are wanted")
+    return Evaluation(main, {name: tuple(found) for name, found in judged.items()})
+
+
+class _Routes:
+    """What retrieval finds for one example, once for each setting of it, and the time that it took."""
+
+    def __init__(self, composer: Composer, example: EvalExample) -> None:
+        self._composer, self._prompt = composer, example.prompt
+        self._found: dict[object, tuple[Retrieval, dict[str, float]]] = {}
+
+    def find(self, request: Request) -> tuple[Retrieval, dict[str, float]]:
+        """Retrieval and milliseconds a stage."""
+        key = (request.neighbours, request.exclude, *(getattr(request, name) for name in WEIGH_NAMES))
+        if key not in self._found:
+            spent: dict[str, float] = {}
+            self._found[key] = self._composer.retrieve(self._prompt, request, spent=spent), spent
+        return self._found[key]
+
+
+class _Bench:
+    """Answers of one composer, those that are known not computed again."""
+
+    def __init__(self, composer: Composer, outcomes: Outcomes) -> None:
+        self._composer, self._outcomes = composer, outcomes
+        self._manifest = composer.bundle.manifest
+
+    def judge(self, example: EvalExample, contender: Contender, routes: _Routes) -> Judgement | None:
+        """One contender on one example; None where it does not apply."""
+        here = example.task in self._manifest.tasks
+        if contender.kind == "own" and not here:
+            return None
+        request = _request(contender, example, here)
+        retrieves = contender.kind in ("top1", "uniform", "retrieved")
+        retrieval, spent = routes.find(request) if retrieves else (_NOTHING, {})
+        weights = self._weights(contender, example, request, retrieval)
+        if contender.kind != "retrieved":
+            request = dataclasses.replace(request, weights=weights)
+        request = dataclasses.replace(request, raw=self._composer.sends_raw(request, retrieval))
+        outcome = self._outcome(example, request, weights)
+        top = next(iter(retrieval.distribution.items()), (None, None))
+        timings = {s: outcome.timings_ms.get(s, 0.0) + spent.get(s, 0.0) for s in STAGES}
+        timings["total"] += sum(spent.values())  # whose own total is 0
+        return Judgement(
+            example, outcome.right, outcome.answer, weights, top[0], top[1],
+            retrieval.neighbours[0].similarity if retrieval.neighbours else None,
+            here and example.task not in request.exclude,
+            timings,
+        )  # fmt: skip
+
+    def _weights(
+        self, contender: Contender, example: EvalExample, request: Request, retrieval: Retrieval
+    ) -> dict[str, float]:
+        """The blend that a contender wants for a request: weights of adapters."""
+        if contender.kind == "base":
+            return {}
+        if contender.kind == "fixed":
+            return dict(contender.request.weights or {})
+        if contender.kind == "own":
+            own = example.task in self._manifest.adapters
+            return {example.task: 1.0} if own else adapters_of(self._manifest, example.task)
+        if contender.kind == "retrieved":
+            return dict(retrieval.weights)
+        tasks = list(retrieval.nucleus) if contender.kind == "uniform" else list(retrieval.distribution)[:1]
+        return self._composer.adapters_for({task: 1 / len(tasks) for task in tasks}, request.exclude)
+
+    def _outcome(self, example: EvalExample, request: Request, weights: Mapping[str, float]) -> Outcome:
+        key = self._key(example, request, weights)
+        known = self._outcomes.known.get(key)
+        if known is not None:
+            return known
+        self._composer.warm_up()  # so that no example's time is that of opening the models
+        try:
+            answer = self._composer.run(example.prompt, request)
+        except GenerationError as error:
+            raise EvaluationError(
+                f"an example of task '{example.task}' cannot be answered: {error}; "
+                f"change it or leave it out, it begins {example.prompt:.60}"
+            ) from error
+        text = answer.text if request.choices else first_line(answer.text)
+        timings = {stage: round(spent, 3) for stage, spent in answer.timings_ms.items()}
+        outcome = Outcome(text, example.is_right(text), timings)
+        self._outcomes.add(key, example.task, outcome)
+        return outcome
+
+    def _key(self, example: EvalExample, request: Request, weights: Mapping[str, float]) -> OutcomeKey:
+        manifest = self._manifest
+        settings = request.merge or self._composer.default_merge
+        digests = {name: manifest.files[manifest.adapters[name].file].sha256 for name in weights}
+        composition = composition_digest(digests, weights, settings)
+        return OutcomeKey(
+            self._base(request), example.id, composition, bool(request.raw),
+            "choices" if request.choices else "text", None if request.choices else request.max_tokens,
+        )  # fmt: skip
+
+    def _base(self, request: Request) -> str:
+        """Names what answers: base, precision, chat template, and what computes it (CUDA has attention in float16)."""
+        base, files = self._manifest.base, self._manifest.files
+        template = None if base.chat_template is None else files[base.chat_template].sha256
+        parts = [base.identity, base.precision, template, self._composer.device.kind, request.attachment]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _request(contender: Contender, example: EvalExample, here: bool) -> Request:
+    """What a contender asks for one example, its weights apart."""
+    asked = contender.request
+    exclude = asked.exclude
+    if contender.exclude_own and here and example.task not in exclude:
+        exclude = (*exclude, example.task)
+    return dataclasses.replace(
+        asked, exclude=exclude, choices=example.choices or (), max_tokens=asked.max_tokens or MAX_TOKENS
+    )

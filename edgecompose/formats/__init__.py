@@ -1,0 +1,1 @@
+"""Adapters and models in the files of other programs, and the table of architectures."""

@@ -1,0 +1,1 @@
+"""A blend and a prompt to text."""

@@ -1,0 +1,157 @@
+"""Text to token ids and back; knows nothing of graphs or adapters."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+
+from edgecompose.engine.memory import release_freed_memory
+from edgecompose.errors import BundleError, GenerationError
+from edgecompose.generation.chat_template import ChatTemplate
+
+Message = dict[str, str]
+
+
+class Tokenizer:
+    """A `tokenizer.json`, and the chat template beside it.
+
+    Text has three places, and each its own ids: a raw prompt gets what the tokenizer adds (`encode_prompt`), a prompt
+    that a chat template wrote has its special tokens already (`encode`), and what follows a prompt begins nothing
+    (`encode_continuation`).
+    """
+
+    def __init__(self, path: Path, *, chat_template: str | None = None) -> None:
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception on any malformed file
+            raise BundleError(f"tokenizer '{path.name}' cannot be read: {error}; export the bundle again") from error
+        release_freed_memory()  # reading 262,144 tokens leaves 190 MB that nothing uses
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._template = None if chat_template is None else ChatTemplate(chat_template)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of token ids, added tokens included."""
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `chat` can be called."""
+        return self._template is not None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, special tokens written in it being recognised, none added.
+
+        Raises:
+            GenerationError: `text` is not valid Unicode.
+        """
+        return self._encode(text, add_special_tokens=False)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a raw prompt, those of transformers' `tokenizer(text)`: with a first token if the base has one.
+
+        A text that begins with that token already keeps one.
+
+        Raises:
+            GenerationError: `text` is not valid Unicode.
+        """
+        ids = self._encode(text, add_special_tokens=True)
+        first = self.first_tokens
+        return ids[len(first) :] if first and ids[len(first) : 2 * len(first)] == first else ids
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Token ids of text that goes on after other text, such as an answer; nothing is added before it.
+
+        A tokenizer of SentencePiece puts a space before every text by itself; a space that `text` begins with is then
+        this one.
+
+        Raises:
+            GenerationError: `text` is not valid Unicode.
+        """
+        return self.encode(text[1:] if self._prefixes_a_space and text.startswith(" ") else text)
+
+    @functools.cached_property
+    def first_tokens(self) -> list[int]:
+        """Ids that the tokenizer puts before a raw prompt: one or none in the bases we know."""
+        encoded = self._tokenizer.encode("a", add_special_tokens=True)
+        first = []
+        for token, added in zip(encoded.ids, encoded.special_tokens_mask, strict=True):
+            if not added:
+                break
+            first.append(int(token))
+        return first
+
+    @functools.cached_property
+    def _prefixes_a_space(self) -> bool:
+        pieces = self._tokenizer.encode("a", add_special_tokens=False).tokens
+        return bool(pieces) and str(pieces[0]).startswith("\u2581")
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        except TypeError as error:  # a lone surrogate, which is how Python spells bytes that are not UTF-8
+            raise GenerationError(f"the text is not valid Unicode: {text!r:.80}; give UTF-8") from error
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids` without special tokens."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def token_id(self, token: str) -> int | None:
+        """Id of one token by its exact spelling, None when there is no such token."""
+        number = self._tokenizer.token_to_id(token)
+        return None if number is None else int(number)
+
+    def chat(self, messages: Sequence[Message]) -> str:
+        """The conversation as one prompt that ends where the assistant's answer begins.
+
+        Args:
+            messages: dictionaries with `role` and `content`.
+
+        Raises:
+            GenerationError: the base has no chat template, or the template refuses these messages.
+            BundleError: the template is not valid.
+        """
+        if self._template is None:
+            raise GenerationError("this base has no chat template; use --raw to send the prompt as it is")
+        return self._template.render(messages)
+
+    def stream(self) -> TokenStream:
+        """A fresh incremental decoder."""
+        return TokenStream(self)
+
+
+class TokenStream:
+    """Turns a growing list of token ids into text that never ends inside a character.
+
+    A byte-level token can hold half of a UTF-8 character; such a piece is held back until
+    the next token completes it. Only the last few ids are decoded again: a token's text may
+    depend on the one before it, as a leading space does, and on no earlier one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []  # the last ones: those that were shown last, and those that are not shown yet
+        self._shown = 0  # how many of these were shown
+
+    def push(self, token: int) -> str:
+        """Add one id; return the text that became certain (possibly empty)."""
+        self._ids.append(token)
+        text = self._tokenizer.decode(self._ids)
+        if text.endswith("\ufffd"):
+            return ""
+        return self._advance(text)
+
+    def finish(self) -> str:
+        """The text that was still held back."""
+        return self._advance(self._tokenizer.decode(self._ids))
+
+    def _advance(self, text: str) -> str:
+        fresh = text[len(self._tokenizer.decode(self._ids[: self._shown])) :]
+        if fresh:
+            self._ids = self._ids[self._shown :]
+            self._shown = len(self._ids)
+        return fresh

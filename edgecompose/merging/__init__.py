@@ -1,0 +1,1 @@
+"""Adapters and weights to a blend on the device."""

@@ -1,0 +1,279 @@
+"""Blends quantised adapters into the tensors that a decoder is bound to; knows nothing of prompts or files.
+
+The arithmetic runs in ONNX Runtime on the chosen device, from the quantised arrays, module by module, in few large
+operations. What does not depend on the weights is kept: trimmed codes, and the small matrices of the exact methods.
+docs/concepts/merging.md says what each method computes and when to use it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from edgecompose.bundle.adapter import Adapter, AdapterModule
+from edgecompose.caching import LruCache
+from edgecompose.engine.buffers import BufferPool, aligned
+from edgecompose.engine.device import Device, View
+from edgecompose.engine.merged import SIDES, MergedAdapter, MergedModule, MergeReport, Side
+from edgecompose.errors import MergeError
+from edgecompose.merging import core_space, sparsify
+from edgecompose.merging.gather import HostRows, Part, Parts, ResidentRows, Rows, layer_chunks, ranks_of
+from edgecompose.merging.methods import MergeSettings, composition_digest, effective
+from edgecompose.merging.recombination import Mixer
+from edgecompose.merging.runner import GraphRunner
+
+Double = npt.NDArray[np.float64]
+_LARGEST_WEIGHT = 1e6
+#: Values, signed values, those that agree, and which do.
+_COPIES_OF_A_VOTE = 4
+#: Trimmed codes that are kept for the next blend with the same adapter.
+_TRIMMED_BYTES = 128 << 20
+
+
+class Merger:
+    """Runs the merge graphs on one device, each session opened once. Safe between threads.
+
+    Args:
+        resident: keep the packed codes of adapters on the device; None does so on CUDA.
+    """
+
+    def __init__(self, device: Device, *, resident: bool | None = None) -> None:
+        self._device = device
+        self._runner = GraphRunner(device)
+        self._pool = BufferPool(device)
+        self._trimmed: LruCache[AdapterModule] = LruCache(_TRIMMED_BYTES, lambda m: m.a.codes.nbytes + m.b.codes.nbytes)
+        self._host = HostRows()
+        wanted = device.kind == "cuda" if resident is None else resident
+        self._resident = ResidentRows(device, self._runner.copy) if wanted else None
+        self._mixer = Mixer(self._runner, functools.partial(self._gather, stacked=True))
+
+    def merge(
+        self,
+        adapters: Sequence[Adapter],
+        weights: Sequence[float],
+        settings: MergeSettings,
+        inner: Double | None = None,
+    ) -> MergedAdapter:
+        """Blend adapters.
+
+        Args:
+            adapters: any number; none gives the base alone.
+            weights: one for each, dimensionless, finite, used as given (not renormalised).
+            inner: (K, K) inner products of the updates, as `inner_products` gives them, if they are known; the norm
+                guard computes them otherwise.
+
+        Raises:
+            MergeError: unequal numbers, a weight that is not finite, ranks that differ under a method that
+                needs one rank, or a density that keeps no entry.
+        """
+        _check(adapters, weights, settings)
+        settings = effective(settings, len(adapters))
+        digest = composition_digest({a.name: a.digest for a in adapters}, dict(_named(adapters, weights)), settings)
+        modules = sorted({m for a in adapters for m in a.modules})
+        if not modules:
+            return MergedAdapter({}, digest)
+        if not settings.norm_guard:
+            return self._merge(adapters, weights, modules, settings, digest, 1.0)
+        inner = self.inner_products(adapters) if inner is None else inner
+        given = np.array(weights, np.float64)
+        wanted = float(np.abs(given) @ np.sqrt(np.maximum(np.diag(inner), 0)))
+        if settings.row.name in ("product", "cat"):
+            found = math.sqrt(max(float(given @ inner @ given), 0.0))
+        else:
+            found = self.norm(self._merge(adapters, weights, modules, settings, digest, 1.0))
+        factor = wanted / found if found > 1e-6 * wanted else 1.0  # updates that cancel are not blown up
+        # every method is homogeneous in the weights, so the factor goes there
+        return self._merge(adapters, (factor * given).tolist(), modules, settings, digest, factor)
+
+    def inner_products(self, adapters: Sequence[Adapter]) -> Double:
+        """<ΔW_i, ΔW_j> of every pair, summed over modules and layers: (K, K), computed from factors."""
+        total = np.zeros((len(adapters), len(adapters)))
+        for module in sorted({m for a in adapters for m in a.modules}):
+            present = [i for i, a in enumerate(adapters) if module in a.modules]
+            parts = [_exact_part(adapters[i], module, 1.0) for i in present]
+            grams = self._mixer.gram_matrices({module: parts})[module]
+            total[np.ix_(present, present)] += core_space.inner_products(*grams, ranks_of(parts))
+        return total
+
+    def norm(self, merged: MergedAdapter) -> float:
+        """Frobenius norm of the whole update of a blend."""
+        total = 0.0
+        for name, module in merged.modules.items():
+            norms = self._device.empty((module.layers,))
+            views = {
+                side.lower(): View(merged.buffer, merged.address(name, side, 0)[0], module.place(side)[1])
+                for side in SIDES
+            }
+            self._runner.run("norm", views, norms.data_ptr(), (module.layers,))
+            total += float(norms.numpy().sum())
+        return math.sqrt(max(total, 0.0))
+
+    def _merge(
+        self,
+        adapters: Sequence[Adapter],
+        weights: Sequence[float],
+        modules: Sequence[str],
+        settings: MergeSettings,
+        digest: str,
+        norm_factor: float,
+    ) -> MergedAdapter:
+        chosen = list(zip(adapters, weights, strict=True))
+        if settings.row.family == "paper" and settings.row.ranks == "same":
+            found = self._runner.map(lambda module: self._paper_parts(module, chosen, settings), modules)
+            parts = dict(zip(modules, found, strict=True))
+            merged = self._allocate(parts, {m: p[0].a.rank for m, p in parts.items()}, digest, MergeReport(norm_factor))
+            kind = settings.method.removeprefix("dare_")
+            graph = f"ties_{settings.majority_sign}" if kind == "ties" else "linear"
+            copies = 1 if graph == "linear" else _COPIES_OF_A_VOTE
+            chunks = layer_chunks(parts, self._device, even_weights=True, copies=copies)
+            self._runner.map(lambda item: self._combine(graph, merged, parts, *item), chunks)
+        elif settings.method in ("product", "cat"):
+            parts = {m: [_exact_part(a, m, w) for a, w in chosen if m in a.modules] for m in modules}
+            ranks = {m: sum(ranks_of(p)) for m, p in parts.items()}
+            merged = self._allocate(parts, ranks, digest, MergeReport(norm_factor))
+            self._runner.map(lambda item: self._stack(merged, parts, *item), layer_chunks(parts, self._device))
+        else:
+            merged = self._merge_core(chosen, modules, settings, digest, norm_factor)
+        return merged
+
+    def _merge_core(
+        self,
+        chosen: Sequence[tuple[Adapter, float]],
+        modules: Sequence[str],
+        settings: MergeSettings,
+        digest: str,
+        norm_factor: float,
+    ) -> MergedAdapter:
+        """The svd and the methods in core space: Gram matrices, small matrices from them, and mixtures of the rows."""
+        members = {m: [(a, w) for a, w in chosen if m in a.modules] for m in modules}
+        parts = {m: [_exact_part(a, m, 1.0) for a, _ in found] for m, found in members.items()}
+        mixes = self._mixer.mixes(members, parts, settings)
+        total = sum(float(mix.energy.sum()) for mix in mixes.values())
+        kept = sum(float(mix.kept_energy.sum()) for mix in mixes.values())
+        report = MergeReport(norm_factor, max(0.0, 1 - kept / total) if total else 0.0)
+        if settings.method == "svd":
+            parts = {m: [_exact_part(a, m, w) for a, w in found] for m, found in members.items()}
+        ranks = {m: sum(ranks_of(parts[m])) if mix.b is None else mix.b.shape[1] for m, mix in mixes.items()}
+        merged = self._allocate(parts, ranks, digest, report)
+        self._runner.map(lambda item: self._mix(merged, parts, mixes, *item), layer_chunks(parts, self._device))
+        return merged
+
+    def _paper_parts(self, module: str, chosen: Sequence[tuple[Adapter, float]], settings: MergeSettings) -> list[Part]:
+        """Factors trimmed as the method wants them, and PEFT's weights: sqrt(|w s|) on both, the sign on A."""
+        members = [(a, w) for a, w in chosen if module in a.modules]
+        if len(members) > 1:
+            _check_common_rank(module, [a.modules[module] for a, _ in members])
+        rescale = 1 / settings.density if settings.row.trims == "drop" else 1.0
+        parts = []
+        for adapter, weight in members:
+            key, trimmed = self._trim(adapter, module, settings)
+            scale = np.float32(weight) * trimmed.scaling
+            root = (np.sqrt(np.abs(scale)) * np.float32(rescale)).astype(np.float32)
+            parts.append(Part(key, trimmed.a, trimmed.b, np.where(scale < 0, -root, root), root))
+        return parts
+
+    def _trim(self, adapter: Adapter, module: str, settings: MergeSettings) -> tuple[str, AdapterModule]:
+        """A module without the entries that the method drops, and the name of its content."""
+        found, key = adapter.modules[module], f"{adapter.digest}/{module}"
+        kind = settings.row.trims
+        if kind is None or settings.density == 1:
+            return key, found
+        key = f"{key}/{kind}/{settings.density}/{settings.seed if kind == 'drop' else ''}"
+        trimmed = self._trimmed.get(key)
+        if trimmed is None:
+            if kind == "prune":
+                a, b = (
+                    sparsify.prune(f, settings.density, t)
+                    for f, t in zip((found.a, found.b), found.thresholds, strict=True)
+                )
+            else:
+                a, b = (
+                    sparsify.drop(f, settings.density, f"{key}/{side}") for f, side in ((found.a, "A"), (found.b, "B"))
+                )
+            trimmed = replace(found, a=a, b=b)
+            self._trimmed.put(key, trimmed)
+        return key, trimmed
+
+    def _allocate(self, parts: Parts, ranks: Mapping[str, int], digest: str, report: MergeReport) -> MergedAdapter:
+        """A blend to be filled; its buffer goes back to the pool with it, so it is the buffer's only owner."""
+        modules, end = {}, 0
+        for name, members in parts.items():
+            layers, n_in, n_out = len(members[0].weight_a), members[0].a.width, members[0].b.width
+            start_b = end + aligned(layers * ranks[name] * n_in)
+            modules[name] = MergedModule(layers, ranks[name], n_in, n_out, end, start_b)
+            end = start_b + aligned(layers * ranks[name] * n_out)
+        buffer = self._pool.take(end)
+        merged = MergedAdapter(modules, digest, buffer, report)
+        weakref.finalize(merged, self._pool.give, buffer).atexit = False
+        return merged
+
+    def _stack(self, merged: MergedAdapter, parts: Parts, module: str, side: Side, layers: slice) -> None:
+        rows = self._gather(parts[module], side, layers, stacked=True)
+        self._runner.run(f"{rows.graph}stack", rows.feeds, merged.address(module, side, layers.start)[0], rows.shape)
+
+    def _combine(self, graph: str, merged: MergedAdapter, parts: Parts, module: str, side: Side, layers: slice) -> None:
+        rows = self._gather(parts[module], side, layers, stacked=False)
+        weights = np.array([[part.side(side)[1][layers.start] for part in parts[module]]], np.float32)
+        feeds = {**rows.feeds, "weights": weights}
+        if graph != "linear":
+            feeds["ones"] = np.ones_like(weights)
+        address, (rank, width) = merged.address(module, side, layers.start)
+        self._runner.run(f"{rows.graph}{graph}", feeds, address, (1, (layers.stop - layers.start) * rank * width))
+
+    def _mix(
+        self, merged: MergedAdapter, parts: Parts, mixes: Mapping[str, core_space.Mixes], module: str, side: Side,
+        layers: slice,
+    ) -> None:  # fmt: skip
+        mix = mixes[module].a if side == "A" else mixes[module].b
+        if mix is None:
+            self._stack(merged, parts, module, side, layers)
+            return
+        rows = self._gather(parts[module], side, layers, stacked=True)
+        address, (rank, width) = merged.address(module, side, layers.start)
+        count = layers.stop - layers.start
+        shape = np.array([count, mix.shape[2], width], np.int64)
+        feeds = {**rows.feeds, "mix": mix[layers].astype(np.float32), "shape": shape}
+        self._runner.run(f"{rows.graph}mix", feeds, address, (count, rank, width))
+
+    def _gather(self, parts: Sequence[Part], side: Side, layers: slice, *, stacked: bool) -> Rows:
+        if self._resident is not None and self._resident.takes(parts, side):
+            return self._resident.gather(parts, side, layers, stacked=stacked)
+        return self._host.gather(parts, side, layers, stacked=stacked)
+
+
+def _exact_part(adapter: Adapter, name: str, weight: float) -> Part:
+    """Weight and scale on A, as PEFT's 'cat' has them."""
+    module = adapter.modules[name]
+    scale = (np.float32(weight) * module.scaling).astype(np.float32)
+    return Part(f"{adapter.digest}/{name}", module.a, module.b, scale, np.ones_like(scale))
+
+
+def _named(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[tuple[str, float]]:
+    return [(a.name, float(w)) for a, w in zip(adapters, weights, strict=True)]
+
+
+def _check(adapters: Sequence[Adapter], weights: Sequence[float], settings: MergeSettings) -> None:
+    if len(adapters) != len(weights):
+        raise MergeError(f"{len(adapters)} adapters came with {len(weights)} weights; one for each is wanted")
+    bad = [f"{a.name}={w}" for a, w in zip(adapters, weights, strict=True) if not abs(w) <= _LARGEST_WEIGHT]
+    if bad:
+        raise MergeError(f"weights that are not finite, or beyond {_LARGEST_WEIGHT:g}: {', '.join(bad)}")
+    names = [a.name for a in adapters]
+    if len(set(names)) != len(names):
+        raise MergeError(f"an adapter is named twice in {', '.join(names)}; add its weights up instead")
+
+
+def _check_common_rank(module: str, parts: Sequence[AdapterModule]) -> None:
+    """The factor-wise methods need one rank of a module in all adapters and layers."""
+    ranks = {int(r) for m in parts for r, s in zip(m.ranks, m.scaling, strict=True) if s != 0}
+    ranks |= {m.rank for m in parts}
+    if len(ranks) != 1:
+        raise MergeError(
+            f"module '{module}' has ranks {sorted(ranks)}; factor-wise methods need one rank, use method product or cat"
+        )

@@ -1,0 +1,141 @@
+"""Drops entries of quantised factors, by magnitude or at random; knows nothing of weights or devices.
+
+What is dropped does not depend on the prompt: a trimmed factor is a quantised factor with more codes of 0.
+
+* `prune` keeps floor(density * entries) entries of each layer's factor, those of largest magnitude
+  (TIES, arXiv 2306.01708; PEFT `magnitude_prune`); of equal magnitudes the first in row-major order stay.
+* `drop` keeps each entry with probability `density` (DARE, arXiv 2311.03099). The caller divides by the density.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from edgecompose.bundle.adapter import DENSITIES
+from edgecompose.bundle.quantization import Codes, QuantizedFactor, dequantize, pack, unpack
+from edgecompose.errors import MergeError
+
+Float = npt.NDArray[np.float32]
+Mask = npt.NDArray[np.bool_]
+Indices = npt.NDArray[np.int64]
+#: A code that no block has: nothing of it is kept.
+_NO_CODE = 255
+
+
+def kept_entries(density: float, entries: int) -> int:
+    """How many entries of a tensor a density keeps: floor(density * entries), as PEFT counts.
+
+    Raises:
+        MergeError: none would be kept.
+    """
+    kept = int(density * entries)
+    if kept == 0:
+        least = math.ceil(1e6 / entries) / 1e6
+        raise MergeError(f"density {density} keeps none of {entries} entries; raise it to at least {least}")
+    return kept
+
+
+def thresholds(factor: QuantizedFactor) -> Float:
+    """Smallest magnitude that `prune` keeps, (9, L) float32, for each of DENSITIES and each layer.
+
+    0 where a density keeps nothing.
+    """
+    magnitudes = _magnitudes(factor)
+    ordered = np.sort(magnitudes, axis=-1)
+    found = np.zeros((len(DENSITIES), len(magnitudes)), np.float32)
+    for row, density in zip(found, DENSITIES, strict=True):
+        kept = int(density * magnitudes.shape[1])
+        if kept:
+            row[:] = ordered[:, -kept]
+    return found
+
+
+def prune(factor: QuantizedFactor, density: float, known: Float | None = None) -> QuantizedFactor:
+    """Keep the largest magnitudes of each layer.
+
+    Args:
+        density: in (0, 1]; 1 keeps everything.
+        known: `thresholds(factor)`, to save a partial sort where it holds the density.
+
+    Raises:
+        MergeError: the density keeps nothing.
+    """
+    entries = factor.rank * factor.width
+    kept = kept_entries(density, entries)
+    if kept == entries:
+        return factor
+    if known is not None and density in DENSITIES:
+        least = known[DENSITIES.index(density)]
+    else:
+        least = np.partition(_magnitudes(factor), -kept, axis=-1)[:, -kept]
+    codes = unpack(factor)
+    keep, equal = _reaching(factor, codes, least)
+    keep = keep.reshape(len(least), -1)
+    for layer, mask in enumerate(keep):
+        surplus = int(np.count_nonzero(mask)) - kept
+        if surplus > 0:  # equal magnitudes at the threshold: the first stay
+            mask[equal(layer)[-surplus:]] = False
+    return _masked(factor, codes, keep)
+
+
+def _reaching(factor: QuantizedFactor, codes: Codes, least: Float) -> tuple[Mask, Callable[[int], Indices]]:
+    """Which magnitudes reach `least` (L,), as (L, r, n), and for a layer the flat indices of those that equal it.
+
+    Integers are compared as they are: each block has a least code.
+    """
+    if factor.bits == 16:
+        magnitudes = _magnitudes(factor)
+        reached = (magnitudes >= least[:, None]).reshape(codes.shape)
+        return reached, lambda layer: np.flatnonzero(magnitudes[layer] == least[layer])
+    steps = np.abs(factor.scales.astype(np.float32) * np.float32(factor.gain))
+    wanted = np.broadcast_to(least[:, None, None], steps.shape)
+    first = np.divide(wanted, steps, out=np.full_like(steps, _NO_CODE), where=steps > 0)
+    first = np.minimum(np.ceil(first), np.float32(_NO_CODE))
+    first = np.where((first - 1) * steps >= wanted, first - 1, first)  # as the products round, not as the quotient does
+    first = np.where(first * steps < wanted, first + 1, first)
+    first = np.where(wanted <= 0, np.float32(0), np.minimum(first, np.float32(_NO_CODE)))
+    exact = first * steps == wanted
+    least_codes, zero = first.astype(np.uint8), np.uint8(factor.zero_point)
+    distance = np.maximum(codes, zero) - np.minimum(codes, zero)
+
+    def equal(layer: int) -> Indices:
+        rows, blocks = np.nonzero(exact[layer])
+        within = distance[layer].reshape(factor.rank, -1, factor.block)[rows, blocks]
+        hit, offset = np.nonzero(within == least_codes[layer][rows, blocks][:, None])
+        return np.asarray(rows[hit] * factor.width + blocks[hit] * factor.block + offset, np.int64)
+
+    return np.asarray(distance >= np.repeat(least_codes, factor.block, axis=-1)), equal
+
+
+def drop(factor: QuantizedFactor, density: float, seed: str) -> QuantizedFactor:
+    """Keep each entry with probability `density` in (0, 1], the same entries for the same seed."""
+    shape = (*factor.codes.shape[:2], factor.width)
+    return _masked(factor, unpack(factor), random_mask(shape, density, seed))
+
+
+def random_mask(shape: tuple[int, ...], density: float, seed: str) -> Mask:
+    """True with probability `density`, entry by entry, the same for the same seed on every machine."""
+    stream = np.random.Generator(np.random.PCG64(int.from_bytes(hashlib.sha256(seed.encode()).digest(), "little")))
+    return np.asarray(stream.random(shape, np.float32) < density)
+
+
+def _masked(factor: QuantizedFactor, codes: Codes, keep: Mask) -> QuantizedFactor:
+    """The factor with codes of 0 where nothing is kept; `codes` is written to. A product is faster than a choice."""
+    zero, kept = factor.zero_point, keep.reshape(codes.shape)
+    integers = codes.view(np.uint16) if factor.bits == 16 else codes  # the bits of 0.0 are 0
+    integers -= integers.dtype.type(zero)
+    integers *= kept
+    integers += integers.dtype.type(zero)
+    return replace(factor, codes=pack(codes, factor.bits))
+
+
+def _magnitudes(factor: QuantizedFactor) -> Float:
+    """(L, r n)."""
+    values = dequantize(factor)
+    return np.abs(values, out=values).reshape(len(values), -1)

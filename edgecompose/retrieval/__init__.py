@@ -1,0 +1,1 @@
+"""A prompt to weights of tasks and adapters."""

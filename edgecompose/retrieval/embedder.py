@@ -1,0 +1,107 @@
+"""Prompts to unit vectors with the bundle's sentence encoder; knows nothing of tasks or indexes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+
+from edgecompose.bundle.manifest import EmbedderSpec
+from edgecompose.engine.device import Device, host, open_session
+from edgecompose.errors import BundleError, RetrievalError
+
+Float = npt.NDArray[np.float32]
+
+
+class Embedder:
+    """A sentence encoder. One text at a time: int8 activations are scaled over a whole batch, so a text
+    embedded in company would not be the text embedded alone. It runs where `embedder_device` says.
+    """
+
+    def __init__(self, graph: Path, tokenizer: Path, spec: EmbedderSpec, device: Device) -> None:
+        self._spec = spec
+        self._session = open_session(graph, embedder_device(spec, device), name="embedder")
+        self._inputs = {i.name for i in self._session.get_inputs()}
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer))
+        except Exception as error:  # the library raises bare Exception on any malformed file
+            raise BundleError(f"the embedder's tokenizer cannot be read: {error}; export the bundle again") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    def embed(self, text: str) -> Float:
+        """The vector (dimension,) of a text, of unit norm when the encoder normalises.
+
+        A text longer than the encoder's window keeps its head and its tail: the question is often at the end.
+
+        Raises:
+            RetrievalError: the text is empty, or its vector is not finite.
+        """
+        return self.embed_tokens(self.tokens(text))
+
+    def embed_tokens(self, ids: list[int]) -> Float:
+        """The vector of a text by its ids, as `tokens` gives them."""
+        row = np.array([ids], np.int64)
+        feeds = {"input_ids": row, "attention_mask": np.ones_like(row), "token_type_ids": np.zeros_like(row)}
+        try:
+            (hidden, *_) = self._session.run(None, {k: v for k, v in feeds.items() if k in self._inputs})
+            parts = pool(np.asarray(hidden[0], np.float32), self._spec.pooling, self._spec.ends)
+        except Exception as error:  # a graph that is no encoder, or one of a shorter window
+            raise BundleError(f"the embedder's graph does not do what the manifest says: {error}") from error
+        vector = np.concatenate([normalize(part) if self._spec.normalize else part for part in parts])
+        if self._spec.normalize:
+            vector = normalize(vector)
+        if vector.shape != (self._spec.dimension,) or not np.isfinite(vector).all():
+            raise RetrievalError(
+                f"the encoder gave an unusable vector of shape {vector.shape}; export the bundle again"
+            )
+        return vector
+
+    def tokens(self, text: str) -> list[int]:
+        """The ids that are read of a text, special ones included.
+
+        Raises:
+            RetrievalError: the text is empty, or no Unicode.
+        """
+        if not text.strip():
+            raise RetrievalError("an empty prompt cannot be embedded; give some text")
+        try:
+            return head_and_tail(self._tokenizer.encode(text).ids, self._spec.max_length)
+        except TypeError as error:  # a lone surrogate, as bytes that are not UTF-8 give on the command line
+            raise RetrievalError("the prompt is not valid Unicode; give UTF-8 text") from error
+
+
+def embedder_device(spec: EmbedderSpec, device: Device) -> Device:
+    """Where an encoder runs: a float one on the device, an int8 one on the CPU.
+
+    DynamicQuantizeLinear and MatMulInteger, as the int8 graph has them, have no CUDA kernels: a third of its nodes
+    would run on the CPU all the same, between copies.
+    """
+    if spec.precision == "int8" and device.kind != "cpu":
+        return host(f"{device.kind} has no kernels for an int8 embedder")
+    return device
+
+
+def head_and_tail(ids: list[int], limit: int) -> list[int]:
+    """The first half and the last half of a sequence longer than `limit`, special tokens at both ends kept."""
+    if len(ids) <= limit:
+        return ids
+    head = limit // 2
+    return ids[:head] + ids[len(ids) - (limit - head) :]
+
+
+def pool(hidden: Float, pooling: str, ends: int = 0) -> list[Float]:
+    """Vectors (d,) from token vectors (t, d): their mean, or the first one for 'cls'; with `ends` > 0 also the means of
+    the first and of the last `ends` tokens, where a prompt usually says what is to be done.
+    """
+    whole = hidden[0] if pooling == "cls" else hidden.mean(axis=0)
+    parts = [whole, hidden[:ends].mean(axis=0), hidden[-ends:].mean(axis=0)] if ends else [whole]
+    return [np.asarray(part, np.float32) for part in parts]
+
+
+def normalize(vector: Float) -> Float:
+    """The vector at unit Euclidean norm (a zero vector stays zero)."""
+    norm = float(np.linalg.norm(vector))
+    return np.asarray(vector / norm, np.float32) if norm else vector

@@ -1,0 +1,159 @@
+"""Nearest training examples of a vector in a USearch index; knows nothing of prompts or adapters."""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from edgecompose.bundle.manifest import IndexSpec, TaskSpec
+from edgecompose.errors import RetrievalError, UnknownAdapter
+from edgecompose.retrieval.whitening import Whitening
+
+if TYPE_CHECKING:  # a blend by hand is answered without it, and it takes 14 MB
+    from usearch.index import Index
+
+Float = npt.NDArray[np.float32]
+#: Up to so many vectors every one is compared; beyond, USearch's graph is walked.
+EXACT_BELOW = 20_000
+#: The graph of larger indexes: neighbours of a vector, and how widely is looked for them when vectors are added and
+#: searched. Half as many neighbours miss 3 % of the nearest 100 of a million, these 0.01 % (benchmarks/retrieval.py).
+CONNECTIVITY, EXPANSION_ADD, EXPANSION_SEARCH = 32, 256, 192
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbour:
+    """One retrieved training example; `similarity` is the cosine, in [-1, 1]."""
+
+    task: str
+    key: int
+    similarity: float
+
+
+class ExampleIndex:
+    """The examples of a bundle. Safe between threads.
+
+    Args:
+        path: the index file, whose hash the caller has checked (USearch crashes on a damaged one).
+        whitening: from the embedder's vectors to those of the index; None where they are the same.
+
+    Raises:
+        RetrievalError: the file is not what the manifest says.
+    """
+
+    def __init__(
+        self, path: Path, spec: IndexSpec, tasks: Mapping[str, TaskSpec], whitening: Whitening | None = None
+    ) -> None:
+        self._tasks = dict(tasks)
+        self._whitening = whitening
+        self._dimension = spec.dimension if whitening is None else len(whitening.mean)
+        spans = sorted((task.first_key, name) for name, task in tasks.items() if task.examples)
+        self._starts = [start for start, _ in spans]
+        self._names = [name for _, name in spans]
+        self._index = open_index(path, spec)
+        self._lock = threading.Lock()  # USearch gives every search of one thread the same scratch memory
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def search(self, query: Float, count: int, *, exclude: Collection[str] = ()) -> list[Neighbour]:
+        """The `count` most similar examples, most similar first; fewer when the index holds fewer.
+
+        Args:
+            query: (dimension of the embedder,), finite, not zero.
+            exclude: tasks whose examples are passed over.
+
+        Raises:
+            RetrievalError: an unusable query, or nothing left to search.
+            UnknownAdapter: `exclude` names a task that the bundle does not have.
+        """
+        if query.shape != (self._dimension,) or not np.isfinite(query).all() or not query.any():
+            raise RetrievalError(
+                f"a query of shape {query.shape} cannot be searched; "
+                f"{self._dimension} finite numbers, not all zero, are wanted"
+            )
+        unknown = sorted(set(exclude) - set(self._tasks))
+        if unknown:
+            raise UnknownAdapter(f"no task '{', '.join(unknown)}' in the bundle; it has: {', '.join(self._tasks)}")
+        passed_over = sum(self._tasks[name].examples for name in set(exclude))
+        wanted = min(len(self._index), count + passed_over)
+        if wanted - passed_over < 1:
+            raise RetrievalError("no example is left to search; exclude fewer tasks, or add examples to the bundle")
+        unit = query / np.linalg.norm(query.astype(np.float64))  # float16 holds no long or short query
+        if self._whitening is not None:
+            unit = self._whitening(unit)
+        compare_all = len(self._index) <= EXACT_BELOW
+        with self._lock:
+            matches = self._index.search(unit.astype(np.float32), wanted, exact=compare_all, threads=1)
+        found = (
+            Neighbour(self._task_of(int(key)), int(key), float(np.clip(1 - distance, -1, 1)))
+            for key, distance in zip(matches.keys, matches.distances, strict=True)
+        )
+        return [n for n in found if n.task not in exclude][:count]
+
+    def _task_of(self, key: int) -> str:
+        name = self._names[max(0, bisect_right(self._starts, key) - 1)] if self._names else ""
+        task = self._tasks.get(name)
+        if task is None or not task.first_key <= key < task.first_key + task.examples:
+            raise RetrievalError(f"example {key} of the index belongs to no task; export the bundle again")
+        return name
+
+
+def new_index(dimension: int, dtype: str, *, vectors: int = 0, editable: bool = True) -> Index:
+    """An empty cosine index; one that is not `editable` cannot find vectors by key.
+
+    Args:
+        vectors: how many it is to hold; a large one gets a denser graph.
+    """
+    from usearch.index import Index
+
+    large = vectors > EXACT_BELOW
+    return Index(
+        ndim=dimension, metric="cos", dtype=dtype, enable_key_lookups=editable,
+        connectivity=CONNECTIVITY if large else None, expansion_add=EXPANSION_ADD if large else None,
+        expansion_search=EXPANSION_SEARCH if large else None,
+    )  # fmt: skip
+
+
+def open_index(path: Path, spec: IndexSpec, *, editable: bool = False) -> Index:
+    """Open an index and compare it with its description (USearch itself accepts any mismatch).
+
+    Args:
+        editable: read it into memory, for vectors to be added and fetched by key. Otherwise the file is mapped, read
+            as a search walks it, and only searched: finding vectors by key wants a table of all keys.
+
+    Raises:
+        RetrievalError: unreadable, or of another size, dimension or type than `spec` says.
+    """
+    from usearch.index import Index, MetricKind, ScalarKind
+
+    scalars = {"f16": ScalarKind.F16, "f32": ScalarKind.F32}
+    try:
+        described = Index.metadata(str(path)) or {}
+    except (RuntimeError, ValueError, OSError) as error:
+        raise RetrievalError(f"index '{path.name}' cannot be read: {error}; export the bundle again") from error
+    index = new_index(spec.dimension, spec.dtype, vectors=spec.vectors, editable=editable)
+    try:
+        if described:
+            (index.load if editable else index.view)(str(path))
+    except (RuntimeError, ValueError, OSError) as error:
+        raise RetrievalError(f"index '{path.name}' cannot be loaded: {error}; export the bundle again") from error
+    kinds = (described.get("kind_metric"), described.get("kind_scalar"))
+    if described and kinds != (MetricKind.Cos, scalars[spec.dtype]):
+        raise RetrievalError(
+            f"index '{path.name}' is of {kinds[0]} and {kinds[1]}, cosine in {spec.dtype} is wanted; "
+            "export the bundle again"
+        )
+    stored = int(described.get("dimensions", spec.dimension)) if described else -1
+    if stored != spec.dimension or len(index) != spec.vectors:
+        raise RetrievalError(
+            f"index '{path.name}' holds {len(index)} vectors of {stored} dimensions, "
+            f"{spec.vectors} of {spec.dimension} are wanted; export the bundle again"
+        )
+    return index

@@ -1,0 +1,166 @@
+"""A bundle behind standard input and output, for editors and tools that start a child process.
+
+One JSON-RPC 2.0 message a line. Methods: `chat` and `complete` take what the OpenAI API takes (see `protocol`) and
+give its response; with `stream` true, pieces come first, as notifications `piece` with the `id` of the call and the
+`text`. `compose` gives the blend alone, `models` the names, `cancel` with `id` ends an answer, `shutdown` the whole.
+Calls are answered one after another; `cancel` and `shutdown` do not wait for their turn.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from edgecompose.composer import Composer
+from edgecompose.errors import EdgeComposeError
+from edgecompose.serialize import composition_json
+from edgecompose.server import protocol
+from edgecompose.server.protocol import Asked, Json
+from edgecompose.streaming import Generation
+
+_PARSE, _REQUEST, _METHOD, _INTERNAL, _OURS, _CANCELLED = -32700, -32600, -32601, -32603, -32000, -32800
+
+
+class StdioServer:
+    """Answers the lines of one input.
+
+    Args:
+        lines: messages, UTF-8.
+        write: is given each message of ours, a whole line; called by one thread at a time.
+        max_tokens: the longest answer that may be asked for.
+    """
+
+    def __init__(
+        self, composer: Composer, lines: Iterable[bytes], write: Callable[[bytes], object], *, max_tokens: int = 4096
+    ) -> None:
+        self._composer, self._lines, self._write_line = composer, lines, write
+        self._max_tokens = max_tokens
+        self._writing = threading.Lock()
+        self._calls: dict[object, _Call] = {}
+
+    def serve(self) -> None:
+        """Answer until the input ends or `shutdown` is called; what is being written then is ended."""
+        with ThreadPoolExecutor(1, "edgecompose-stdio") as thread:
+            for line in self._lines:
+                if line.strip() and not self._take(line, thread):
+                    break
+            for call in list(self._calls.values()):
+                call.cancel()
+
+    def _take(self, line: bytes, thread: ThreadPoolExecutor) -> bool:
+        """Answer a line, or have it answered; False when that was the last."""
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            self._fail(None, _PARSE, f"the line is not JSON: {error}")
+            return True
+        if not isinstance(found, dict) or not isinstance(found.get("method"), str):
+            self._fail(None, _REQUEST, "an object with jsonrpc, id, method and params is wanted, one a line")
+            return True
+        name, method, params = found.get("id"), found["method"], found.get("params") or {}
+        if not _is_id(name) or not isinstance(params, dict) or not _is_id(params.get("id")):
+            self._fail(None, _REQUEST, "id has to be text or a number, and params an object")
+        elif method == "shutdown":
+            self._succeed(name, None)
+            return False
+        elif method == "cancel":
+            known = self._calls.get(params.get("id"))
+            if known is not None:
+                known.cancel()
+            self._succeed(name, {"cancelled": known is not None})
+        elif method not in self._methods():
+            self._fail(name, _METHOD, f"no method is called {method!r:.80}; use {', '.join(self._methods())}")
+        elif name in self._calls:
+            self._fail(name, _REQUEST, f"a call with the id {name!r:.80} is still being answered; use another")
+        else:
+            call = self._calls[name] = _Call()
+            answered = thread.submit(self._answer, name, method, params, call)
+            answered.add_done_callback(lambda _: self._calls.pop(name, None))
+        return True
+
+    def _methods(self) -> dict[str, Callable[[Mapping[str, Any], _Call, object], Json]]:
+        return {"chat": self._chat, "complete": self._complete, "compose": self._compose, "models": self._models}
+
+    def _answer(self, name: object, method: str, params: Mapping[str, Any], call: _Call) -> None:
+        try:
+            self._succeed(name, self._methods()[method](params, call, name))
+        except _Cancelled:
+            self._fail(name, _CANCELLED, "the call was cancelled")
+        except EdgeComposeError as error:
+            self._fail(name, _OURS, str(error))
+        except Exception as error:  # a fault of ours; whoever waits for an answer has to hear of it
+            self._fail(name, _INTERNAL, f"{type(error).__name__}: {error}")
+
+    def _chat(self, params: Mapping[str, Any], call: _Call, name: object) -> Json:
+        return self._write_answers(self._parse("chat", params), call, name)
+
+    def _complete(self, params: Mapping[str, Any], call: _Call, name: object) -> Json:
+        return self._write_answers(self._parse("text", params), call, name)
+
+    def _write_answers(self, asked: Asked, call: _Call, name: object) -> Json:
+        answers = []
+        for index, prompt in enumerate(asked.prompts):
+            with call.watched(self._composer.generate(prompt, asked.request)) as generation:
+                for piece in generation:
+                    if asked.stream:
+                        self._send({"method": "piece", "params": {"id": name, "index": index, "text": piece}})
+                if call.cancelled:
+                    raise _Cancelled
+                answers.append(generation.answer)
+        return protocol.response(asked, answers, protocol.new_id(asked.kind))
+
+    def _compose(self, params: Mapping[str, Any], call: _Call, name: object) -> Json:
+        asked = self._parse("chat", params)
+        return composition_json(self._composer.compose(asked.prompts[0], asked.request))
+
+    def _models(self, params: Mapping[str, Any], call: _Call, name: object) -> Json:
+        return {"models": protocol.model_names(self._composer)}
+
+    def _parse(self, kind: protocol.Kind, params: Mapping[str, Any]) -> Asked:
+        return protocol.asked_of(self._composer, kind, dict(params), max_tokens=self._max_tokens)
+
+    def _succeed(self, name: object, result: Json | None) -> None:
+        self._send({"id": name, "result": result})
+
+    def _fail(self, name: object, code: int, message: str) -> None:
+        self._send({"id": name, "error": {"code": code, "message": message}})
+
+    def _send(self, message: Json) -> None:
+        line = json.dumps({"jsonrpc": "2.0", **message}, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        with self._writing:
+            self._write_line(line)
+
+
+def _is_id(found: object) -> bool:
+    return not isinstance(found, (dict, list))
+
+
+class _Cancelled(Exception):
+    """A call was cancelled while it was answered."""
+
+
+class _Call:
+    """A call that is being answered, or waits for it."""
+
+    def __init__(self) -> None:
+        self.cancelled = False
+        self._generation: Generation | None = None
+        self._lock = threading.Lock()
+
+    def watched(self, generation: Generation) -> Generation:
+        """The same generation, which `cancel` closes."""
+        with self._lock:
+            self._generation = generation
+            if self.cancelled:
+                generation.close()
+        return generation
+
+    def cancel(self) -> None:
+        """End the answer at the token that it is at."""
+        with self._lock:
+            self.cancelled = True
+            if self._generation is not None:
+                self._generation.close()

@@ -1,0 +1,368 @@
+"""A blend that is folded into a float base decodes as an attached one, and leaves no trace in the base."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+pytest.importorskip("torch", reason="a package of edgecompose-export")
+pytest.importorskip("onnx", reason="a package of edgecompose-export")
+
+import onnx
+from onnx import numpy_helper
+
+from edgecompose import Composer, EdgeComposeError, Request, open_bundle
+from edgecompose.bundle.files import sha256_of, verify
+from edgecompose.bundle.manifest import MANIFEST_FILE, BaseSpec, FoldingSpec
+from edgecompose.engine.decoder import Decoder, Decoding, FoldedDecoder
+from edgecompose.engine.device import choose_device
+from edgecompose.engine.fusing import FoldedWeights, Folding, folded_bytes, require_folding
+from edgecompose.engine.merged import MergedAdapter
+from edgecompose.errors import BundleError, FileDamaged, GenerationError, ManifestInvalid
+from edgecompose.formats.architectures import PACKED
+from edgecompose.merging.merger import Merger
+from edgecompose.merging.methods import MergeSettings
+from edgecompose_export.bundles import add_task, remove_task
+from edgecompose_export.folding import DECODER_GRAPH, FOLD_GRAPH
+from tests import tiny
+from tests.fixtures_tiny import TASKS, Exported, TinyZoo
+from tests.test_base_export import IDS, NO_ADAPTER, difference, load_exported
+
+Float = npt.NDArray[np.float32]
+PROMPT = TASKS["animals"][0]
+#: Largest difference of a logit between attach and fold: both are float32, the sums are taken in another order.
+TOLERANCE = 1e-4
+BASES = (("llama", "fp32"), ("qwen2", "fp32"), ("phi3", "fp32"), ("llama", "fp16"))
+#: LoRA settings of a blend: mixed ranks, modules that are missing, a layer that is missing.
+BLEND: tuple[dict[str, Any], ...] = (
+    {"r": 4},
+    {"r": 2, "use_rslora": True, "target_modules": ["q_proj", "v_proj", "down_proj"]},
+    {"r": 3, "layers_to_transform": [1], "target_modules": ["k_proj", "up_proj"]},
+)
+PACKED_TARGETS = {part: whole for whole, parts in PACKED.items() for part in parts}
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """The three sessions of an exported float base."""
+
+    decoder: Decoder
+    folding: Folding
+    folded: FoldedDecoder
+
+    def attach(self, merged: MergedAdapter) -> Decoding:
+        return self.decoder.start(merged, len(IDS))
+
+    def fold(self, merged: MergedAdapter) -> Decoding:
+        return self.folded.start(self.folding.fold(merged), len(IDS))
+
+
+@pytest.fixture(params=BASES, ids="-".join)
+def base(request: pytest.FixtureRequest, zoo: TinyZoo) -> Exported:
+    return zoo.base(*request.param)
+
+
+@pytest.fixture
+def llama(zoo: TinyZoo) -> Exported:
+    return zoo.base("llama")
+
+
+def open_base(base: Exported, spec: BaseSpec | None = None) -> Opened:
+    spec, device = spec or base.spec, choose_device("cpu")
+    folding = require_folding(spec)
+    return Opened(
+        Decoder(base.folder / spec.graph, spec, device),
+        Folding(base.folder / folding.fold_graph, spec, device),
+        FoldedDecoder(base.folder / folding.decoder_graph, spec, device),
+    )
+
+
+def steps(decoding: Decoding) -> Float:
+    """Logits of all positions: a prefill, a chunk, then token by token."""
+    rows = [decoding.forward(IDS[:25], kept=25).copy(), decoding.forward(IDS[25:32], kept=7).copy()]
+    rows += [decoding.forward([token]).copy() for token in IDS[32:]]
+    return np.concatenate(rows)
+
+
+@pytest.fixture
+def blend(zoo: TinyZoo, merger: Merger, tmp_path: Path) -> Callable[..., MergedAdapter]:
+    """Makes blends of some of BLEND for a base."""
+
+    def make(base: Exported, weights: tuple[float, ...]) -> MergedAdapter:
+        architecture = base.folder.name.split("-")[0]
+        adapters = []
+        for i, settings in enumerate(BLEND[: len(weights)]):
+            targets = settings.get("target_modules")
+            if targets and architecture == "phi3":
+                targets = sorted({PACKED_TARGETS.get(target, target) for target in targets})
+            changed = settings if targets is None else {**settings, "target_modules": targets}
+            lora = zoo.lora(f"folded{i}", architecture, **changed)
+            file = tmp_path / f"{base.folder.name}-{i}.safetensors"
+            file.unlink(missing_ok=True)
+            adapters.append(load_exported(lora, base, file))
+        return merger.merge(adapters, weights, MergeSettings())
+
+    return make
+
+
+# The graphs
+
+
+@pytest.mark.parametrize("weights", [(0.8,), (0.7, -0.5, 1.2)], ids=["one", "three"])
+def test_fold_gives_the_logits_of_attach(
+    base: Exported, blend: Callable[..., MergedAdapter], weights: tuple[float, ...]
+) -> None:
+    opened, merged = open_base(base), blend(base, weights)
+    attached, folded = steps(opened.attach(merged)), steps(opened.fold(merged))
+    assert np.ptp(attached) > 1
+    assert difference(attached, folded) <= TOLERANCE
+    assert difference(folded, steps(opened.attach(NO_ADAPTER))) > 0.1
+
+
+def test_a_fold_leaves_no_trace(base: Exported, blend: Callable[..., MergedAdapter]) -> None:
+    opened, merged = open_base(base), blend(base, (0.8,))
+    before = [steps(opened.attach(adapter)) for adapter in (NO_ADAPTER, merged)]
+    data = sha256_of(base.folder / "decoder.onnx.data")
+    decoding = opened.fold(merged)
+    steps(decoding)
+    during = [steps(opened.attach(adapter)) for adapter in (NO_ADAPTER, merged)]
+    del decoding
+    after = [steps(opened.attach(adapter)) for adapter in (NO_ADAPTER, merged)]
+    for found in (during, after):
+        assert all(np.array_equal(one, other) for one, other in zip(before, found, strict=True))
+    assert sha256_of(base.folder / "decoder.onnx.data") == data
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi3"])
+def test_an_empty_blend_folds_to_the_very_weights(zoo: TinyZoo, architecture: str) -> None:
+    base = zoo.base(architecture)
+    folded = open_base(base).folding.fold(NO_ADAPTER)
+    stored = onnx.load(base.folder / base.spec.graph).graph
+    matrices = [numpy_helper.to_array(t) for t in stored.initializer]
+    sought = {matrix.T.shape + (matrix.T.tobytes(),) for matrix in matrices if matrix.ndim == 2}
+    for offset, (panels, n_in, width) in folded.places.values():
+        values = folded.buffer.numpy()[offset : offset + panels * n_in * width].reshape(panels, n_in, width)
+        matrix = values.transpose(1, 0, 2).reshape(n_in, panels * width)
+        assert matrix.shape + (matrix.tobytes(),) in sought
+
+
+def test_only_float_bases_get_the_graphs_and_no_weight_is_stored_twice(zoo: TinyZoo, base: Exported) -> None:
+    folding = require_folding(base.spec)
+    assert (folding.fold_graph, folding.decoder_graph) == (FOLD_GRAPH, DECODER_GRAPH)
+    for name in (FOLD_GRAPH, DECODER_GRAPH):
+        assert not (base.folder / f"{name}.data").exists()
+        places = {
+            entry.value
+            for tensor in onnx.load(base.folder / name, load_external_data=False).graph.initializer
+            for entry in tensor.external_data
+            if entry.key == "location"
+        }
+        assert places == {"decoder.onnx.data"}
+    groups = ("q_proj+k_proj+v_proj", "o_proj", "gate_proj+up_proj", "down_proj")
+    assert set(folding.weights) == {f"layers.{layer}.{group}.weight" for layer in (0, 1) for group in groups}
+    near = zoo.base("llama", "int8")
+    assert near.spec.folding is None
+    assert not (near.folder / FOLD_GRAPH).exists()
+
+
+def test_weights_that_do_not_divide_into_panels_are_one(zoo: TinyZoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgecompose_export import folding
+    from edgecompose_export.weight_source import open_weights
+
+    config = dataclasses.replace(open_weights(zoo.model("llama")).config, hidden=50)
+    assert folding._panels(config, ("o_proj",)) == (1, 64, 50)
+    monkeypatch.setattr(folding, "PANEL", 10)
+    assert folding._panels(config, ("o_proj",)) == (5, 64, 10)
+
+
+@pytest.mark.parametrize("change", ["fold", "folded decoder"])
+def test_a_graph_that_is_not_the_described_one_is_refused(llama: Exported, change: str) -> None:
+    folding = require_folding(llama.spec)
+    name = "layers.1.o_proj.weight"
+    wrong = dataclasses.replace(folding, weights={**folding.weights, name: (9, 9, 9)})
+    device, spec = choose_device("cpu"), dataclasses.replace(llama.spec, folding=wrong)
+    with pytest.raises(BundleError, match=f"the {change} graph is not the one that the manifest describes: {name}"):
+        if change == "fold":
+            Folding(llama.folder / FOLD_GRAPH, spec, device)
+        else:
+            FoldedDecoder(llama.folder / DECODER_GRAPH, spec, device)
+
+
+# Values of their own
+
+
+def test_folds_in_turn_and_in_threads_give_what_each_gives_alone(
+    llama: Exported, blend: Callable[..., MergedAdapter]
+) -> None:
+    opened = open_base(llama)
+    blends = [blend(llama, weights) for weights in ((1.0,), (-1.0,), (0.7, -0.5, 1.2))]
+    wanted = [steps(opened.fold(merged)) for merged in blends]
+    assert difference(wanted[0], wanted[1]) > 0.1
+    decodings = [opened.fold(merged) for merged in blends]
+    rows: list[list[Float]] = [[] for _ in blends]
+    for token in IDS:
+        for decoding, found in zip(decodings, rows, strict=True):
+            found.append(decoding.forward([token]).copy())
+    for found, one in zip(rows, wanted, strict=True):
+        assert difference(np.concatenate(found), one) <= TOLERANCE
+    with ThreadPoolExecutor(4) as threads:
+        results = threads.map(lambda merged: steps(opened.fold(merged)), blends * 4)
+        for result, one in zip(results, wanted * 4, strict=True):
+            assert np.array_equal(result, one)
+
+
+def test_memory_is_used_again_only_when_nobody_reads_it(llama: Exported, blend: Callable[..., MergedAdapter]) -> None:
+    opened, merged = open_base(llama), blend(llama, (0.8,))
+    first = opened.folding.fold(merged)
+    decoding, place = opened.folded.start(first, len(IDS)), first.buffer.data_ptr()
+    del first
+    second = opened.folding.fold(merged)
+    assert second.buffer.data_ptr() != place
+    assert (second.digest, second.bytes) == (merged.digest, folded_bytes(require_folding(llama.spec)))
+    del decoding
+    assert opened.folding.fold(merged).buffer.data_ptr() == place
+
+
+@pytest.mark.parametrize(
+    ("precision", "message"),
+    [
+        ("int4", "fold wants a float base; this bundle's base is int4; export the base with --precision fp32 or fp16"),
+        ("fp32", "this bundle's fp32 base was exported without them; export base and bundle again, or use attach"),
+    ],
+)
+def test_a_base_that_cannot_be_folded_is_refused_by_name(llama: Exported, precision: str, message: str) -> None:
+    spec = dataclasses.replace(llama.spec, precision=precision, folding=None)
+    with pytest.raises(GenerationError, match=message):
+        require_folding(spec)
+
+
+@pytest.mark.parametrize("weights", [{}, {"w": (2, 3)}, {"w": (2, 3, 0)}, {"w": (1, 2, 3, 4)}], ids=str)
+def test_weights_without_panels_are_refused(weights: dict[str, tuple[int, ...]]) -> None:
+    with pytest.raises(ManifestInvalid, match="folding names no weight"):
+        FoldingSpec(FOLD_GRAPH, DECODER_GRAPH, weights)
+
+
+# In a bundle
+
+
+@pytest.fixture
+def composer(bundle: Path) -> Iterator[Composer]:
+    with open_bundle(bundle, device="cpu") as opened:
+        yield opened
+
+
+def both(root: Path, weights: dict[str, float]) -> list[dict[str, float]]:
+    """Scores of choices under attach and under fold."""
+    found = []
+    with open_bundle(root, device="cpu") as opened:
+        for attachment in ("attach", "fold"):
+            request = Request(weights=weights, choices=("yes", "no", "maybe so"), attachment=attachment)
+            answer = opened.run(PROMPT, request)
+            assert answer.attachment == attachment
+            assert answer.choices is not None
+            found.append(dict(answer.choices))
+    return found
+
+
+def test_a_bundle_keeps_folding_as_tasks_come_and_go(
+    zoo: TinyZoo, bundle_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    attached, folded = both(bundle_copy, {"animals": 0.6, "numbers": -0.4, "colours": 1.0})
+    assert folded == pytest.approx(attached, abs=TOLERANCE)
+    travel = zoo.lora("travel", r=2, target_modules=["o_proj"])
+    add_task(bundle_copy, "travel", travel, tiny.write_task(tmp_path / "travel.jsonl", ("a ticket to the sea",)))
+    assert verify(bundle_copy) == []
+    attached, folded = both(bundle_copy, {"animals": 0.6, "travel": 2.0})
+    assert folded == pytest.approx(attached, abs=TOLERANCE)
+    remove_task(bundle_copy, "animals")
+    assert verify(bundle_copy) == []
+    attached, folded = both(bundle_copy, {"travel": 2.0})
+    assert folded == pytest.approx(attached, abs=TOLERANCE)
+
+
+def test_a_whole_answer_is_the_same_under_fold(composer: Composer) -> None:
+    attached, folded = (composer.run(PROMPT, Request(attachment=a)) for a in ("attach", "fold"))
+    assert (folded.text, folded.composition, folded.generated_tokens) == (
+        attached.text, attached.composition, attached.generated_tokens,
+    )  # fmt: skip
+    assert (attached.attachment, folded.attachment) == ("attach", "fold")
+    assert attached.timings_ms["fold"] == 0 < folded.timings_ms["fold"]
+    alone = composer.run(PROMPT, Request(weights={}, attachment="fold"))
+    assert (alone.attachment, alone.timings_ms["fold"]) == ("attach", 0)
+    with pytest.raises(EdgeComposeError, match="attachment 'melt' is unknown; use attach or fold"):
+        Request(attachment="melt")  # type: ignore[arg-type]
+
+
+def test_the_last_folded_base_is_kept_and_its_memory_used_again(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    fold = Folding.fold
+
+    def watch(folding: Folding, adapter: MergedAdapter) -> FoldedWeights:
+        folded = fold(folding, adapter)
+        made.append(folded.buffer.data_ptr())
+        return folded
+
+    monkeypatch.setattr(Folding, "fold", watch)
+    with open_bundle(bundle, device="cpu") as composer:
+        for name in ("animals", "animals", "numbers", "numbers", "animals"):
+            composer.run(PROMPT, Request(weights={name: 1.0}, attachment="fold", max_tokens=1))
+        assert len(made) == 3
+        assert len(set(made)) == 1
+        keeps_none = Composer(composer.bundle, composer.device, folded_cache_bytes=0)
+        for _ in range(2):
+            keeps_none.run(PROMPT, Request(weights={"animals": 1.0}, attachment="fold", max_tokens=1))
+        assert len(made) == 5
+        composer.close()
+        assert composer.run(PROMPT, Request(weights={"animals": 1.0}, attachment="fold")).attachment == "fold"
+
+
+def change_base(root: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = root / MANIFEST_FILE
+    found = json.loads(path.read_text(encoding="utf-8"))
+    change(found["base"])
+    path.write_text(json.dumps(found), encoding="utf-8")
+
+
+def test_a_bundle_of_a_quantised_base_attaches_and_refuses_to_fold(bundle_copy: Path) -> None:
+    change_base(bundle_copy, lambda base: base.update(precision="int4", folding=None))
+    with open_bundle(bundle_copy, device="cpu") as opened:
+        assert opened.run(PROMPT).attachment == "attach"
+        with pytest.raises(EdgeComposeError, match="this bundle's base is int4"):
+            opened.run(PROMPT, Request(attachment="fold"))
+
+
+def test_a_bundle_from_before_folding_opens(bundle_copy: Path) -> None:
+    change_base(bundle_copy, lambda base: base.pop("folding"))
+    with open_bundle(bundle_copy, device="cpu") as opened:
+        assert opened.run(PROMPT).text
+        with pytest.raises(EdgeComposeError, match="exported without them"):
+            opened.run(PROMPT, Request(attachment="fold"))
+
+
+@pytest.mark.parametrize("name", [f"base/{FOLD_GRAPH}", f"base/{DECODER_GRAPH}", "base/decoder.onnx.data"])
+def test_a_damaged_or_missing_graph_is_refused_by_name(bundle: Path, tmp_path: Path, name: str) -> None:
+    root = shutil.copytree(bundle, tmp_path / "copy")
+    path = root / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with (
+        open_bundle(root, device="cpu") as opened,
+        pytest.raises(FileDamaged, match=rf"file '{name}' has sha256 .*copy or export the bundle again"),
+    ):
+        opened.run(PROMPT, Request(attachment="fold"))
+    assert any(name in problem for problem in verify(root))
+    path.unlink()
+    with pytest.raises(FileDamaged, match=f"file '{name}' is missing"):
+        open_bundle(root, device="cpu")

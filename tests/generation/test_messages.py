@@ -1,0 +1,56 @@
+"""Conversations: what they may be, what retrieval reads of them, what goes first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from edgecompose.errors import GenerationError
+from edgecompose.generation.messages import Message, conversation, query_text, shortened
+
+TALK = [
+    ("system", "be brief"),
+    ("user", "one"),
+    ("assistant", "1"),
+    ("user", "two"),
+    ("assistant", "2"),
+    ("user", "3?"),
+]
+MESSAGES = tuple(Message(role, content) for role, content in TALK)  # type: ignore[arg-type]
+
+
+def test_text_is_one_message_of_the_user() -> None:
+    assert conversation("hello") == (Message("user", "hello"),)
+    assert conversation([{"role": role, "content": content} for role, content in TALK]) == MESSAGES
+    assert conversation(MESSAGES) == MESSAGES
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ([], "has to end with a message of the user's"),
+        ([Message("user", "a"), Message("assistant", "b")], "has to end with a message of the user's"),
+        ([Message("user", "a"), Message("system", "b"), Message("user", "c")], "has to be the first"),
+        ([{"role": "robot", "content": "a"}], "role 'robot'; use system, user, assistant"),
+        ([{"role": "user"}], "an object with role and content is wanted"),
+        ([{"role": "user", "content": ["a"]}], "content is list; text is wanted"),
+        ([["user", "a"]], "an object with role and content is wanted"),
+    ],
+)
+def test_what_is_no_conversation_is_refused(prompt: Any, words: str) -> None:
+    with pytest.raises(GenerationError, match=words):
+        conversation(prompt)
+
+
+def test_retrieval_reads_a_message_of_the_user() -> None:
+    assert query_text(MESSAGES, "last") == "3?"
+    assert query_text(MESSAGES, "first") == "one"
+
+
+def test_the_oldest_turn_goes_first_and_the_system_message_stays() -> None:
+    left = shortened(MESSAGES)
+    assert left == (MESSAGES[0], *MESSAGES[3:])
+    assert left is not None and shortened(left) == (MESSAGES[0], MESSAGES[5])
+    assert shortened((MESSAGES[0], MESSAGES[5])) is None
+    assert shortened(MESSAGES[5:]) is None

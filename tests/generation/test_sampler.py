@@ -1,0 +1,88 @@
+"""Draws against transformers' own processors, and what they must hold."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgecompose.generation.sampler import Sampler, Sampling, candidates, penalised
+
+Float = npt.NDArray[np.float32]
+
+
+def _logits(seed: int, size: int = 2000, scale: float = 4) -> Float:
+    return np.asarray(np.random.default_rng(seed).normal(size=size) * scale, np.float32)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 1000), st.floats(0.2, 3), st.sampled_from([0, 1, 7, 600, 5000]),
+    st.sampled_from([1.0, 0.9, 0.3, 1e-3]), st.sampled_from([0.0, 0.05, 0.5, 1.0]), st.sampled_from([1.0, 1.3, 0.8]),
+)  # fmt: skip
+def test_the_distribution_is_that_of_transformers(
+    seed: int, temperature: float, top_k: int, top_p: float, min_p: float, penalty: float
+) -> None:
+    torch = pytest.importorskip("torch", reason="a package of edgecompose-export")
+    transformers = pytest.importorskip("transformers.generation.logits_process")
+    logits, seen = _logits(seed), np.random.default_rng(seed).integers(0, 2000, 50)
+    scores = torch.tensor(logits[None].astype(np.float64))
+    steps = [
+        transformers.RepetitionPenaltyLogitsProcessor(penalty),
+        transformers.TemperatureLogitsWarper(temperature),
+        *([transformers.TopKLogitsWarper(top_k)] if top_k else []),
+        transformers.TopPLogitsWarper(top_p),
+        transformers.MinPLogitsWarper(min_p),
+    ]
+    for step in steps:
+        scores = step(torch.tensor(seen[None]), scores)
+    wanted = torch.softmax(scores, -1)[0].numpy()
+    sampling = Sampling(temperature, top_p, 0, top_k, min_p, penalty)
+    kept, shares = candidates(penalised(logits, set(seen.tolist()), penalty), sampling)
+    found = np.zeros(len(logits))
+    found[kept] = shares
+    differ = np.flatnonzero((found > 0) != (wanted > 0))
+    if len(differ):  # rounding: one token at the very border of top-p or min-p, and tokens too unlikely to count
+        mass = np.maximum(found, wanted)[differ]
+        border = differ[mass.argmax()]
+        assert mass.sum() - mass.max() < 1e-9
+        assert max(found[border], wanted[border]) <= shares.min() * (1 + 1e-6)
+        found[border], wanted[border] = 0, 0
+        found, wanted = found / found.sum(), wanted / wanted.sum()
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    assert shares.sum() == pytest.approx(1)
+    assert (np.diff(shares) <= 0).all()
+
+
+def test_draws_follow_the_distribution() -> None:
+    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
+    draw = Sampler(Sampling(temperature=1.0, top_p=1.0, seed=7))
+    counts = np.bincount([draw(logits) for _ in range(4000)], minlength=4)
+    expected = np.array([2000, 1200, 600, 200])
+    assert (np.abs(counts - expected) < 5 * np.sqrt(expected)).all()
+    assert len({tuple(Sampler(Sampling(seed=seed))(logits) for _ in range(1)) for seed in range(50)}) > 1
+
+
+def test_a_penalty_leaves_the_logits_of_the_sequence_as_they_were() -> None:
+    logits = np.array([2, -2, 1], np.float32)
+    assert penalised(logits, {0, 1}, 2).tolist() == [1, -4, 1]
+    assert logits.tolist() == [2, -2, 1]
+
+
+def test_what_was_drawn_is_less_likely_afterwards() -> None:
+    logits = np.array([1.0, 0.9, 0.8], np.float32)
+    draw = Sampler(Sampling(temperature=0, repetition_penalty=1.5), seen=[0])
+    assert [draw(logits) for _ in range(3)] == [1, 2, 0]
+    assert [Sampler(Sampling(temperature=0))(logits) for _ in range(3)] == [0, 0, 0]
+
+
+def test_draws_do_not_depend_on_how_many_tokens_were_sorted_first() -> None:
+    flat = _logits(1, 49_152, 0.1)  # no 512 tokens reach 0.9 here
+    kept, shares = candidates(flat, Sampling(1.0, 0.9))
+    weights = np.exp((flat - flat.max()).astype(np.float64))
+    order = np.argsort(-weights, kind="stable")
+    wanted = order[: int(np.searchsorted(np.cumsum(weights[order]), 0.9 * weights.sum())) + 1]
+    np.testing.assert_array_equal(kept, wanted)
+    assert shares == pytest.approx(weights[wanted] / weights[wanted].sum())

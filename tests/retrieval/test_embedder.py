@@ -1,0 +1,48 @@
+"""The pure steps around the sentence encoder."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgecompose.retrieval.embedder import head_and_tail, normalize, pool
+
+
+@given(st.integers(0, 60), st.integers(1, 30))
+def test_a_long_sequence_keeps_both_ends_and_exactly_the_limit(length: int, limit: int) -> None:
+    ids = list(range(length))
+    kept = head_and_tail(ids, limit)
+    assert len(kept) == min(length, limit)
+    head = limit // 2
+    assert kept == ids if length <= limit else kept == ids[:head] + ids[length - limit + head :]
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(8, [0, 1, 2, 3, 16, 17, 18, 19]), (9, [0, 1, 2, 3, 15, 16, 17, 18, 19])])
+def test_an_odd_limit_gives_the_tail_one_more(limit: int, kept: list[int]) -> None:
+    assert head_and_tail(list(range(20)), limit) == kept
+
+
+def test_pooling() -> None:
+    hidden = np.array([[1, 2], [3, 6], [5, 1]], np.float32)
+    assert np.array_equal(pool(hidden, "mean"), [[3, 3]])
+    assert np.array_equal(pool(hidden, "cls"), [[1, 2]])
+    assert pool(hidden, "mean")[0].dtype == np.float32
+
+
+@pytest.mark.parametrize(("ends", "first", "last"), [(1, [1, 2], [5, 1]), (2, [2, 4], [4, 3.5]), (9, [3, 3], [3, 3])])
+def test_both_ends_are_pooled_once_more(ends: int, first: list[float], last: list[float]) -> None:
+    hidden = np.array([[1, 2], [3, 6], [5, 1]], np.float32)
+    assert np.array_equal(pool(hidden, "mean", ends), np.array([[3, 3], first, last]))
+
+
+@pytest.mark.parametrize("length", [1e-6, 1.0, 1e6])
+def test_normalizing_keeps_the_direction(length: float) -> None:
+    vector = np.array([3, 0, -4], np.float32) * np.float32(length)
+    assert normalize(vector) == pytest.approx([0.6, 0, -0.8], rel=1e-6)
+    assert normalize(vector).dtype == np.float32
+
+
+def test_a_zero_vector_stays_zero() -> None:
+    assert normalize(np.zeros(3, np.float32)).tolist() == [0, 0, 0]

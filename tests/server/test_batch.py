@@ -1,0 +1,104 @@
+"""Files of calls in the form of OpenAI's batch API: answered in order, gone on with after a stop, never damaged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch", reason="exports want the packages of edgecompose-export")
+
+from edgecompose import Composer, Request, open_bundle
+from edgecompose.errors import ApiError
+from edgecompose.server.batch import answer_calls, read_calls
+from tests.fixtures_tiny import TASKS
+
+
+@pytest.fixture(scope="module")
+def opened(bundle: Path) -> Iterator[Composer]:
+    with open_bundle(bundle, device="cpu") as composer:
+        yield composer
+
+
+def chat(name: str, prompt: str, **fields: Any) -> dict[str, Any]:
+    body = {"messages": [{"role": "user", "content": prompt}], "max_tokens": 6, **fields}
+    return {"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": body}
+
+
+CALLS = [
+    chat("one", TASKS["animals"][0]),
+    chat("two", TASKS["numbers"][0], adapters={"animals": 0.5}),
+    {"custom_id": "three", "url": "/v1/completions", "body": {"prompt": ["a dog", "two and two"], "max_tokens": 4}},
+    chat("four", "no such", model="gpt-4"),
+    chat("five", "nobody reads this", stream=True),
+    chat("six", "the cat " * 4000),
+]
+
+
+def write(path: Path, calls: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(call) + "\n" for call in calls) + "\n", encoding="utf-8")
+    return path
+
+
+def results(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_call_has_its_result_in_order(opened: Composer, tmp_path: Path) -> None:
+    calls, output = read_calls(write(tmp_path / "calls.jsonl", CALLS)), tmp_path / "out" / "results.jsonl"
+    steps: list[float] = []
+    assert answer_calls(opened, calls, output, max_tokens=100, advance=steps.append) == (6, 3)
+    found = results(output)
+    assert [r["custom_id"] for r in found] == [c["custom_id"] for c in CALLS]
+    assert [r["response"]["status_code"] for r in found] == [200, 200, 200, 404, 400, 400]
+    assert [r["error"] is None for r in found] == [True] * 3 + [False] * 3
+    assert "'stream' is true" in found[4]["error"]["message"]
+    assert found[5]["response"]["body"]["error"]["code"] == "context_length_exceeded"
+    one = opened.run(TASKS["animals"][0], Request(max_tokens=6))
+    assert found[0]["response"]["body"]["choices"][0]["message"]["content"] == one.text
+    assert found[0]["response"]["body"]["edgecompose"]["composition"] == one.composition
+    texts = [c["text"] for c in found[2]["response"]["body"]["choices"]]
+    assert texts == [opened.run(p, Request(max_tokens=4, raw=True)).text for p in ("a dog", "two and two")]
+    assert sum(steps) == 6
+
+
+@pytest.mark.parametrize("torn", [b"", b"{", b'{"id": "cmpl-9", "custom_id": "thr'], ids=["whole", "begun", "torn"])
+def test_a_stopped_run_goes_on(opened: Composer, tmp_path: Path, torn: bytes) -> None:
+    calls, output = read_calls(write(tmp_path / "calls.jsonl", CALLS)), tmp_path / "results.jsonl"
+    answer_calls(opened, calls[:2], output, max_tokens=100)
+    before = output.read_bytes()
+    output.write_bytes(before + torn)
+    assert answer_calls(opened, calls, output, max_tokens=100) == (4, 3)
+    assert output.read_bytes().startswith(before)
+    assert [r["custom_id"] for r in results(output)] == [c["custom_id"] for c in CALLS]
+    assert answer_calls(opened, calls, output, max_tokens=100) == (0, 0)
+
+
+@pytest.mark.parametrize("content", [b"my notes\n", b'{"a": 1}\n', b"[]\n", b"notes without an end"])
+def test_another_file_is_left_alone(opened: Composer, tmp_path: Path, content: bytes) -> None:
+    output = tmp_path / "results.jsonl"
+    output.write_bytes(content)
+    with pytest.raises(ApiError, match="no result of a batch"):
+        answer_calls(opened, read_calls(write(tmp_path / "calls.jsonl", CALLS)), output, max_tokens=100)
+    assert output.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "is no call"), ("[]", "is no call"), ('{"custom_id": "x"}', "is no call"), ("\x00", "is no call"),
+        ('{"custom_id": 3, "url": "/v1/completions", "body": {}}', "is no call"),
+        ('{"custom_id": "x", "url": "/v1/embeddings", "body": {}}', "use POST and /v1/chat/completions"),
+        ('{"custom_id": "x", "method": "GET", "url": "/v1/completions", "body": {}}', "is GET"),
+        (json.dumps(CALLS[0]), "of another line"), ("[" * 100_000, "is no call"),
+    ],
+)  # fmt: skip
+def test_a_malformed_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+    path = write(tmp_path / "calls.jsonl", CALLS[:1])
+    path.write_text(path.read_text() + line + "\n", encoding="utf-8")
+    with pytest.raises(ApiError, match=message) as caught:
+        read_calls(path)
+    assert "calls.jsonl:3" in str(caught.value)
