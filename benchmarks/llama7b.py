@@ -10,7 +10,6 @@ with the ChatML template of the tests' tiny models.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import sys
@@ -21,25 +20,26 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found as a script, however edgecompose is installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees only its own folder
 
 import transformers
 
+from benchmarks.measuring.arguments import command_parser
 from edgecompose.bundle.atomic import new_folder
 from edgecompose.cli.console import counting_bytes
 from tests.tiny import CHAT_TEMPLATE, END, SPECIAL
 
 VOCABULARY, HIDDEN, INNER, LAYERS, HEADS = 32_000, 4096, 11_008, 32, 32
 SHARD_BYTES = 4 << 30
-#: Values that are drawn at once.
+#: Values of one draw.
 _BLOCK = 1 << 24
 _SPREAD = 0.02
 Shape = tuple[int, ...]
 
 
 def main() -> None:
-    """Parse, write, say where."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Parse, write, print the path."""
+    parser = command_parser(__doc__)
     parser.add_argument("output", type=Path, help="folder to write")
     parser.add_argument("--layers", type=int, default=LAYERS, help="fewer make a smaller model for a trial")
     parser.add_argument("--seed", type=int, default=0)
@@ -57,16 +57,16 @@ def tensor_shapes(layers: int) -> dict[str, Shape]:
     """Every tensor of the checkpoint by name."""
     shapes: dict[str, Shape] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
     for layer in range(layers):
-        place = f"model.layers.{layer}"
-        shapes |= {f"{place}.self_attn.{name}_proj.weight": (HIDDEN, HIDDEN) for name in "qkvo"}
-        shapes |= {f"{place}.mlp.{name}_proj.weight": (INNER, HIDDEN) for name in ("gate", "up")}
-        shapes[f"{place}.mlp.down_proj.weight"] = (HIDDEN, INNER)
-        shapes |= {f"{place}.{name}_layernorm.weight": (HIDDEN,) for name in ("input", "post_attention")}
+        prefix = f"model.layers.{layer}"
+        shapes |= {f"{prefix}.self_attn.{name}_proj.weight": (HIDDEN, HIDDEN) for name in "qkvo"}
+        shapes |= {f"{prefix}.mlp.{name}_proj.weight": (INNER, HIDDEN) for name in ("gate", "up")}
+        shapes[f"{prefix}.mlp.down_proj.weight"] = (HIDDEN, INNER)
+        shapes |= {f"{prefix}.{name}_layernorm.weight": (HIDDEN,) for name in ("input", "post_attention")}
     return shapes | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
 
 
 def write_weights(folder: Path, layers: int, seed: int) -> int:
-    """Write the shards and their index; the bytes of all tensors."""
+    """Write the shards and their index; returns the bytes of all tensors."""
     shapes = tensor_shapes(layers)
     shards, total = split(shapes), sum(map(tensor_bytes, shapes.values()))
     rng, index = np.random.default_rng(seed), dict[str, str]()
@@ -134,11 +134,21 @@ def write_config(folder: Path, layers: int) -> None:
     """The configuration of Llama-2-7B, with the end token of our tokenizer."""
     end = VOCABULARY - 1
     config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=layers,
-        num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=4096, rms_norm_eps=1e-5,
-        tie_word_embeddings=False, bos_token_id=None, eos_token_id=end, pad_token_id=end - 2,
-        architectures=["LlamaForCausalLM"], torch_dtype="bfloat16",
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=layers,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=end,
+        pad_token_id=end - 2,
+        architectures=["LlamaForCausalLM"],
+        torch_dtype="bfloat16",
+    )
     config.save_pretrained(folder)
 
 

@@ -6,7 +6,7 @@ DATA_DIR holds `<task>.train.jsonl`. Each step goes on where it was stopped. The
 training prompts of each task twice: as the dataset words them, and in one of the wordings of `rewordings.AUGMENT`,
 drawn at random, so that a prompt is known by more than its dataset's template. `plain` makes `build/plain`, a bundle of
 the same adapters that retrieves as arXiv 2602.21222 does: the cosine of whole prompts, every training prompt once.
-`table` writes the rows of `models/SOURCES.md` once `models/admission.json` is there; what an adapter was trained on
+`table` writes the rows of `models/SOURCES.md` once `models/validation.json` is there; what an adapter was trained on
 stays as it stands where its training was not done here. Training takes two hours on two cores.
 """
 
@@ -25,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.rewordings import AUGMENT, reword
 from edgecompose_export.adapters import export_adapter
-from edgecompose_export.admission import read_admission
 from edgecompose_export.base import read_base_spec
 from edgecompose_export.base_source import open_base
 from edgecompose_export.bundles import build_bundle
@@ -33,6 +32,7 @@ from edgecompose_export.datasets import Example, read_examples
 from edgecompose_export.embedder import export_embedder, open_embedder
 from edgecompose_export.examples import write_examples
 from edgecompose_export.train import REPORT_FILE, TrainSettings, train_adapter
+from edgecompose_export.validation_gate import read_validation
 
 STEPS = ("train", "adapters", "examples", "plain", "table")
 #: Training prompts of a task that the index holds, in each of two wordings.
@@ -139,13 +139,13 @@ def build_plain(data: Path, models: Path, build: Path) -> None:
 
 def write_table(models: Path, work: Path) -> None:
     """Put what each adapter was trained on and what it is worth into the table of `SOURCES.md`."""
-    page, admission = models / "SOURCES.md", models / "admission.json"
+    page, admission = models / "SOURCES.md", models / "validation.json"
     lines = page.read_text(encoding="utf-8").splitlines()
     known = {cells[1].strip(" `"): cells[2:9] for cells in (line.split("|") for line in lines) if len(cells) > 9}
     kept = [line for line in lines if not line.startswith("| `")]
     at = next(number for number, line in enumerate(kept) if line.startswith("| adapter")) + 2
     rows = []
-    for task, found in sorted(read_admission(admission).items()):
+    for task, found in sorted(read_validation(admission).items()):
         low, high = (f"{100 * bound:+.1f}" for bound in found.ci95)
         worth = f"{100 * (found.accuracy - found.base):+.1f} ({low} to {high}, n = {found.examples})"
         trained = _training(known[task], work / task / REPORT_FILE)

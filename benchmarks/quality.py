@@ -30,15 +30,19 @@ from edgecompose import Composer, Request, open_bundle
 from edgecompose.cli.console import counting
 from edgecompose.engine.device import usable_cores
 from edgecompose.evaluation.examples import EvalExample, read_eval_examples
-from edgecompose.evaluation.results import Evaluation, Judgement
-from edgecompose.evaluation.runner import Contender, Kind, evaluate
+from edgecompose.evaluation.results import Evaluation, Result
+from edgecompose.evaluation.runner import Kind, Variant, evaluate
 from edgecompose.evaluation.table import describe_evaluation, evaluation_json, settings_json
-from edgecompose.merging.methods import MergeSettings
+from edgecompose.settings import MergeSettings, RetrievalSettings
 
 Setting = Literal["in-pool", "left-out", "unseen", "reworded"]
 SETTINGS: tuple[Setting, ...] = get_args(Setting)
 #: The paper's rule: 100 neighbours, T = 1, nucleus over tasks with p = 0.9.
-PAPER = Request(neighbours=100, temperature=1.0, nucleus=0.9, size_correction=0.0, shortcut=1.0, fallback=0.0)
+PAPER = Request(
+    retrieval=RetrievalSettings(
+        neighbours=100, routing_temperature=1.0, nucleus=0.9, class_size_exponent=0.0, shortcut=1.0, fallback=0.0
+    )
+)
 MAIN = "ours"
 
 
@@ -46,21 +50,21 @@ MAIN = "ours"
 class Entry:
     """A contender, whether it is a main row (answers all examples), and whether it answers from the plain bundle."""
 
-    contender: Contender
+    contender: Variant
     main: bool = False
     plain: bool = False
 
 
 def _paper(method: str) -> Entry:
-    return Entry(Contender(f"paper {method}", "retrieved", replace(PAPER, merge=MergeSettings(method))), plain=True)
+    return Entry(Variant(f"paper {method}", "retrieved", replace(PAPER, merge=MergeSettings(method))), plain=True)
 
 
 def _ours(name: str, *, main: bool = False, **settings: Any) -> Entry:
-    return Entry(Contender(name, "retrieved", Request(merge=MergeSettings(**settings))), main)
+    return Entry(Variant(name, "retrieved", Request(merge=MergeSettings(**settings))), main)
 
 
 def _kind(kind: Kind) -> Entry:
-    return Entry(Contender(kind, kind), main=True)
+    return Entry(Variant(kind, kind), main=True)
 
 
 CONTENDERS: tuple[Entry, ...] = (
@@ -68,7 +72,7 @@ CONTENDERS: tuple[Entry, ...] = (
     *(_paper(method) for method in ("linear", "cat", "ties", "magnitude_prune")),
     _ours("ours, linear", main=True, method="linear"), _ours("ours, svd", method="svd", energy=0.99),
     _ours("ours, core_ties", method="core_ties"), _ours("ours, core_prune", method="core_prune"),
-    _ours("ours, core_dare", method="core_dare"), Entry(Contender(MAIN, "retrieved"), main=True),
+    _ours("ours, core_dare", method="core_dare"), Entry(Variant(MAIN, "retrieved"), main=True),
 )  # fmt: skip
 
 
@@ -138,13 +142,13 @@ def measure(
     outcomes: Path | None,
 ) -> Evaluation:
     """Have the contenders answer, each from its bundle."""
-    judged: dict[str, tuple[Judgement, ...]] = {}
+    judged: dict[str, tuple[Result, ...]] = {}
     for source, uses_plain in ((plain, True), (composer, False)):
         contenders = [e.contender for e in entries if e.plain == uses_plain]
         if source is None or not contenders:
             continue
         with counting("plain" if uses_plain else "main", len(examples) * len(contenders)) as advance:
-            judged |= evaluate(source, examples, contenders, outcomes=outcomes, advance=advance).judgements
+            judged |= evaluate(source, examples, contenders, answer_cache=outcomes, advance=advance).results
     if not judged.get(MAIN):
         sys.exit("quality: no example of this setting was found; check DATA_DIR and --split")
     return Evaluation(MAIN, {e.contender.name: judged[e.contender.name] for e in entries})

@@ -64,7 +64,7 @@ def setting(result: Mapping[str, Any]) -> str:
         "| contender | tasks | mean | 95 % interval | less than `ours` by | ms an answer |",
         "|---|---|---|---|---|---|",
     ]
-    for name, found in result["contenders"].items():
+    for name, found in result["variants"].items():
         low, high = found["mean_ci95"]
         against = result["against"].get(name)
         less = ""
@@ -75,11 +75,11 @@ def setting(result: Mapping[str, Any]) -> str:
         lines.append(
             f"| {label} | {len(found['tasks'])} | {mean} | {percent(low)} to {percent(high)} | {less} | {spent:.0f} |"
         )
-    lines += ["", *routing(result["contenders"][main]["routing"]["confusion"])]
-    names = list(result["contenders"])
+    lines += ["", *routing(result["variants"][main]["routing"]["confusion"])]
+    names = list(result["variants"])
     lines += ["", f"| task | n | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
-    for task, score in result["contenders"][main]["tasks"].items():
-        cells = [result["contenders"][name]["tasks"].get(task) for name in names]
+    for task, score in result["variants"][main]["tasks"].items():
+        cells = [result["variants"][name]["tasks"].get(task) for name in names]
         row = " | ".join("" if cell is None else percent(cell["accuracy"]) for cell in cells)
         lines.append(f"| {task} | {score['n']} | {row} |")
     return "\n".join(lines) + "\n"

@@ -30,7 +30,7 @@ import numpy.typing as npt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found as a script, however edgecompose is installed
 
-from benchmarks.speed import machine
+from benchmarks.measuring.machine import machine
 from edgecompose.bundle.files import Bundle
 from edgecompose.retrieval.index import open_index
 
@@ -45,7 +45,7 @@ NOISE = 0.32
 
 
 @dataclass(frozen=True, slots=True)
-class Contender:
+class Variant:
     """A library and its settings; `connectivity` 0 compares every vector."""
 
     library: str
@@ -121,10 +121,10 @@ def timed(search: Search, queries: Float) -> tuple[list[Keys], Float]:
     return found, spent
 
 
-def measure(contenders: Sequence[Contender], vectors: Float, queries: Float, wanted: Keys) -> list[Result]:
+def measure(contenders: Sequence[Variant], vectors: Float, queries: Float, wanted: Keys) -> list[Result]:
     """A row for each contender; those that differ in `expansion_search` alone share one graph."""
     rows = []
-    built: dict[Contender, tuple[Any, float]] = {}
+    built: dict[Variant, tuple[Any, float]] = {}
     for contender in contenders:
         key = replace(contender, expansion_search=0)
         if key not in built:
@@ -168,7 +168,7 @@ def resident() -> int | None:
 
 
 class _USearch:
-    def build(self, contender: Contender, vectors: Float) -> Any:
+    def build(self, contender: Variant, vectors: Float) -> Any:
         index = importlib.import_module("usearch.index").Index(
             ndim=vectors.shape[1], metric="cos", dtype=contender.dtype, connectivity=contender.connectivity or 16,
             expansion_add=contender.expansion_add, expansion_search=contender.expansion_search,
@@ -176,7 +176,7 @@ class _USearch:
         index.add(np.arange(len(vectors), dtype=np.uint64), vectors, threads=os.cpu_count() or 1)
         return index
 
-    def searcher(self, contender: Contender, index: Any) -> Search:
+    def searcher(self, contender: Variant, index: Any) -> Search:
         index.expansion_search = contender.expansion_search
         flat = contender.connectivity == 0
         return lambda query: np.asarray(index.search(query, COUNT, threads=1, exact=flat).keys, np.int64)
@@ -184,7 +184,7 @@ class _USearch:
     def save(self, index: Any, path: Path) -> None:
         index.save(str(path))
 
-    def reopen(self, contender: Contender, path: Path, query: Float) -> Reopened:
+    def reopen(self, contender: Variant, path: Path, query: Float) -> Reopened:
         kind = importlib.import_module("usearch.index").Index
 
         def load(*, view: bool) -> Any:
@@ -197,10 +197,10 @@ class _USearch:
 
 
 class _Numpy:
-    def build(self, contender: Contender, vectors: Float) -> Float:
+    def build(self, contender: Variant, vectors: Float) -> Float:
         return vectors
 
-    def searcher(self, contender: Contender, index: Float) -> Search:
+    def searcher(self, contender: Variant, index: Float) -> Search:
         def search(query: Float) -> Keys:
             scores = index @ query
             return np.asarray(np.argpartition(-scores, COUNT - 1)[:COUNT], np.int64)
@@ -210,25 +210,25 @@ class _Numpy:
     def save(self, index: Float, path: Path) -> None:
         """Nothing: its file is the vectors."""
 
-    def reopen(self, contender: Contender, path: Path, query: Float) -> Reopened:
+    def reopen(self, contender: Variant, path: Path, query: Float) -> Reopened:
         return None, None, None
 
 
 class _Hnswlib:
-    def build(self, contender: Contender, vectors: Float) -> Any:
+    def build(self, contender: Variant, vectors: Float) -> Any:
         index = importlib.import_module("hnswlib").Index(space="cosine", dim=vectors.shape[1])
         index.init_index(len(vectors), ef_construction=contender.expansion_add, M=contender.connectivity)
         index.add_items(vectors, num_threads=os.cpu_count() or 1)
         return index
 
-    def searcher(self, contender: Contender, index: Any) -> Search:
+    def searcher(self, contender: Variant, index: Any) -> Search:
         index.set_ef(max(contender.expansion_search, COUNT))
         return lambda query: np.asarray(index.knn_query(query, COUNT, num_threads=1)[0][0], np.int64)
 
     def save(self, index: Any, path: Path) -> None:
         index.save_index(str(path))
 
-    def reopen(self, contender: Contender, path: Path, query: Float) -> Reopened:
+    def reopen(self, contender: Variant, path: Path, query: Float) -> Reopened:
         def load() -> Any:
             index = importlib.import_module("hnswlib").Index(space="cosine", dim=len(query))
             index.load_index(str(path))
@@ -239,7 +239,7 @@ class _Hnswlib:
 
 
 class _Faiss:
-    def build(self, contender: Contender, vectors: Float) -> Any:
+    def build(self, contender: Variant, vectors: Float) -> Any:
         faiss = importlib.import_module("faiss")
         if contender.connectivity == 0:
             index = faiss.IndexFlatIP(vectors.shape[1])
@@ -249,7 +249,7 @@ class _Faiss:
         index.add(vectors)
         return index
 
-    def searcher(self, contender: Contender, index: Any) -> Search:
+    def searcher(self, contender: Variant, index: Any) -> Search:
         importlib.import_module("faiss").omp_set_num_threads(1)
         if contender.connectivity:
             index.hnsw.efSearch = max(contender.expansion_search, COUNT)
@@ -258,7 +258,7 @@ class _Faiss:
     def save(self, index: Any, path: Path) -> None:
         importlib.import_module("faiss").write_index(index, str(path))
 
-    def reopen(self, contender: Contender, path: Path, query: Float) -> Reopened:
+    def reopen(self, contender: Variant, path: Path, query: Float) -> Reopened:
         def load() -> Any:
             index = importlib.import_module("faiss").read_index(str(path))
             index.search(query[None], COUNT)
@@ -270,16 +270,16 @@ class _Faiss:
 _LIBRARIES: dict[str, Any] = {"usearch": _USearch(), "numpy": _Numpy(), "hnswlib": _Hnswlib(), "faiss": _Faiss()}
 
 
-def contenders(quick: bool) -> list[Contender]:
+def contenders(quick: bool) -> list[Variant]:
     """What is measured; the rivals where they are installed."""
-    rows = [Contender("numpy", connectivity=0), *(Contender("usearch", dtype, 0) for dtype in ("f32", "f16", "i8"))]
+    rows = [Variant("numpy", connectivity=0), *(Variant("usearch", dtype, 0) for dtype in ("f32", "f16", "i8"))]
     settings = [("f16", 16), ("i8", 16)] if quick else [("f32", 16), ("f16", 16), ("i8", 16), ("f16", 32)]
     for dtype, connectivity in settings:
-        rows += [Contender("usearch", dtype, connectivity, 128, ef) for ef in (128, 256, 512)]
-    rows += [Contender("usearch", "f16", 32, 256, ef) for ef in (128, 192, 256, 512)]
+        rows += [Variant("usearch", dtype, connectivity, 128, ef) for ef in (128, 256, 512)]
+    rows += [Variant("usearch", "f16", 32, 256, ef) for ef in (128, 192, 256, 512)]
     for library in ("hnswlib", "faiss"):
         if importlib.util.find_spec(library) is not None:
-            rows += [Contender(library, "f32", 16, 128, ef) for ef in (128, 256, 512)]
+            rows += [Variant(library, "f32", 16, 128, ef) for ef in (128, 256, 512)]
     return rows
 
 

@@ -6,9 +6,8 @@ from edgecompose.chat import Chat
 from edgecompose.composer import Composer, open_bundle
 from edgecompose.errors import EdgeComposeError
 from edgecompose.generation.messages import Message
-from edgecompose.generation.sampler import Sampling
-from edgecompose.merging.methods import MergeSettings
 from edgecompose.request import Answer, Composition, Request, Retrieval
+from edgecompose.settings import MergeSettings, RetrievalSettings, Sampling
 from edgecompose.streaming import Generation
 
 if TYPE_CHECKING:  # asyncio takes a tenth of the time that importing this package takes
@@ -37,6 +36,7 @@ __all__ = [
     "Message",
     "Request",
     "Retrieval",
+    "RetrievalSettings",
     "Sampling",
     "open_bundle",
 ]

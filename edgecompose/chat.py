@@ -13,7 +13,7 @@ from edgecompose.request import Answer, Request
 class Chat:
     """A conversation with a composer. Not for use by two threads at once.
 
-    Every turn is composed for anew, from the user's last message (or the first, as the request's `query` says), and
+    Every turn is composed for anew, from the user's last message (or the first, as the request's `route_by` says), and
     reads only what the turn before has not read where the blend is the same.
 
     Args:
@@ -23,7 +23,7 @@ class Chat:
 
     def __init__(self, composer: Composer, request: Request | None = None, *, system: str | None = None) -> None:
         self._composer = composer
-        self._request = dataclasses.replace(request or Request(overflow="truncate"), reuse=True)
+        self._request = dataclasses.replace(request or Request(overflow="truncate"), prompt_cache=True)
         self._opening = () if system is None else (Message("system", system),)
         self.messages: tuple[Message, ...] = self._opening
 

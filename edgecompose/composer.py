@@ -15,24 +15,24 @@ import numpy.typing as npt
 
 from edgecompose.bundle.adapter import Adapter, load_adapter
 from edgecompose.bundle.files import Bundle
-from edgecompose.bundle.manifest import Defaults
 from edgecompose.caching import LruCache
 from edgecompose.engine.device import Device, DeviceRequest, choose_device, usable_cores
-from edgecompose.engine.fusing import FoldedWeights, require_folding
+from edgecompose.engine.fusing import FusedWeights, require_fusing
 from edgecompose.engine.memory import release_freed_memory
 from edgecompose.engine.merged import MergedAdapter
-from edgecompose.errors import EdgeComposeError, GenerationError
+from edgecompose.errors import EdgeComposeError, GenerationError, MergeError, RetrievalError
 from edgecompose.generation.decode import Finish
 from edgecompose.generation.language_model import Blend, Encoded, LanguageModel
 from edgecompose.generation.messages import Message, Prompt, conversation, query_text
 from edgecompose.generation.tokenizer import Tokenizer
 from edgecompose.merging.merger import Merger
-from edgecompose.merging.methods import MergeSettings, composition_digest
-from edgecompose.request import WEIGH_NAMES, Answer, Composition, Request, Retrieval, given
+from edgecompose.merging.methods import composition_digest
+from edgecompose.request import Answer, Composition, Request, Retrieval
 from edgecompose.retrieval.embedder import Embedder, embedder_device
 from edgecompose.retrieval.index import ExampleIndex
-from edgecompose.retrieval.routing import WeighSettings, adapter_weights, weigh
+from edgecompose.retrieval.routing import adapter_weights, weigh
 from edgecompose.retrieval.whitening import load_whitening
+from edgecompose.settings import MergeSettings, override, resolve
 from edgecompose.streaming import Generation, write_all
 from edgecompose.timing import Clock
 
@@ -62,11 +62,11 @@ class Composer:
     """An opened bundle on a device. Parts are loaded when first needed; `close` lets go of them.
 
     Safe between threads: answers of several threads are those of one. Blends are kept up to `cache_bytes`; folded bases
-    up to `folded_cache_bytes`, by default the last one that was used.
+    up to `fused_cache_bytes`, by default the last one that was used.
     """
 
     def __init__(
-        self, bundle: Bundle, device: Device, *, cache_bytes: int = CACHE_BYTES, folded_cache_bytes: int | None = None
+        self, bundle: Bundle, device: Device, *, cache_bytes: int = CACHE_BYTES, fused_cache_bytes: int | None = None
     ) -> None:
         self.bundle = bundle
         self.device = device
@@ -76,7 +76,7 @@ class Composer:
         self._retrievals: LruCache[Retrieval] = LruCache(
             _RETRIEVAL_BYTES, lambda found: _NEIGHBOUR_BYTES * len(found.neighbours)
         )
-        self.model = LanguageModel(bundle, device, folded_cache_bytes=folded_cache_bytes)
+        self.model = LanguageModel(bundle, device, fused_cache_bytes=fused_cache_bytes)
         self._loading = threading.RLock()
 
     def __enter__(self) -> Composer:
@@ -151,7 +151,7 @@ class Composer:
             spent: is given the milliseconds of each stage.
         """
         clock, request = Clock(), request or Request()
-        found = self._retrieve(query_text(conversation(prompt), request.query), request, clock)
+        found = self._retrieve(query_text(conversation(prompt), request.route_by), request, clock)
         if spent is not None:
             spent.update(clock.spent)
         return found
@@ -170,7 +170,7 @@ class Composer:
     def compose(self, prompt: Prompt, request: Request | None = None) -> Composition:
         """The blend for a prompt, on the device (embed, retrieve, weigh, merge)."""
         request = request or Request()
-        return self._compose(query_text(conversation(prompt), request.query), request, Clock())
+        return self._compose(query_text(conversation(prompt), request.route_by), request, Clock())
 
     def run(
         self, prompt: Prompt, request: Request | None = None, *, on_text: Callable[[str], None] = lambda text: None
@@ -211,7 +211,7 @@ class Composer:
         if len(asked) != len(prompts):
             raise GenerationError(f"{len(prompts)} prompts and {len(asked)} requests were given; give one for each")
         if parallel is not None and parallel < 1:
-            raise GenerationError(f"parallel is {parallel}; 1 or more is wanted")
+            raise GenerationError(f"parallel is {parallel}; expected 1 or more")
         begin = [functools.partial(self.generate, *pair) for pair in zip(prompts, asked, strict=True)]
         return write_all(begin, parallel or min(usable_cores(), _PARALLEL))
 
@@ -238,20 +238,20 @@ class Composer:
         """
         request, messages = request or Request(), conversation(prompt)
         clock = Clock()
-        if request.attachment == "fold":
-            require_folding(self.bundle.manifest.base)
+        if request.attachment == "fuse":
+            require_fusing(self.bundle.manifest.base)
         with clock.stage("total"):
-            query = query_text(messages, request.query)
+            query = query_text(messages, request.route_by)
             composition = self._compose(query, request, clock)
             with clock.stage("load"):
                 tokenizer = self.model.tokenizer
             raw = self.sends_raw(request, composition.retrieval, messages)
             choices = _encode_choices(tokenizer, request.choices, raw=raw)
-            limit = given(request.max_tokens, self.bundle.manifest.defaults.max_tokens)
+            limit = resolve(request.max_tokens, self.bundle.manifest.defaults.max_tokens)
             room = max(map(len, choices), default=limit)
             encode = functools.partial(self.model.encode, messages, room, overflow=request.overflow)
             encoded = encode(raw=raw)
-            blend = self.model.attach(composition.merged, fold=request.attachment == "fold", clock=clock)
+            blend = self.model.attach(composition.merged, fuse=request.attachment == "fuse", clock=clock)
         in_template = None
         if raw and request.raw is None and tokenizer.has_chat_template:
             in_template = functools.partial(encode, raw=False)
@@ -288,7 +288,7 @@ class Composer:
         return Answer(
             asked.query, text, composition.retrieval, composition.settings, composition.merged.digest,
             self.device, clock.spent, len(encoded.ids), count, scores, composition.merged.report,
-            "fold" if isinstance(asked.blend, FoldedWeights) else "attach",
+            "fuse" if isinstance(asked.blend, FusedWeights) else "attach",
             None if request.weights is not None else embedder_device(self.bundle.manifest.embedder, self.device),
             finish, encoded.dropped, encoded.form,
         )  # fmt: skip
@@ -298,7 +298,7 @@ class Composer:
         request = asked.request
         pieces, written = [], self.model.write(
             encoded, asked.blend, asked.clock, max_tokens=asked.limit, sampling=request.sampling, stop=request.stop,
-            reuse=request.reuse,
+            reuse=request.prompt_cache,
         )  # fmt: skip
         try:
             while True:
@@ -314,11 +314,8 @@ class Composer:
         if request.weights is not None:
             return Retrieval((), {}, {}, dict(request.weights))
         manifest = self.bundle.manifest
-        count = given(request.neighbours, manifest.defaults.neighbours)
-        settings = WeighSettings(
-            **{name: given(getattr(request, name), getattr(manifest.defaults, name)) for name in WEIGH_NAMES}
-        )
-        key = _key(repr((prompt, count, settings, sorted(request.exclude))))
+        settings = override(manifest.defaults.retrieval, request.retrieval, RetrievalError)
+        key = _key(repr((prompt, settings, sorted(request.exclude))))
         known = self._retrievals.get(key)
         if known is not None:
             return known
@@ -327,7 +324,7 @@ class Composer:
         with clock.stage("embed"):
             query = self._embed(embedder, prompt)
         with clock.stage("retrieve"):
-            neighbours = index.search(query, count, exclude=request.exclude)
+            neighbours = index.search(query, settings.neighbours, exclude=request.exclude)
         with clock.stage("weigh"):
             sizes = {name: task.examples for name, task in manifest.tasks.items()}
             distribution, kept = weigh(neighbours, settings, sizes)
@@ -358,7 +355,7 @@ class Composer:
     def _harmful(self) -> frozenset[str]:
         """Adapters that their validation examples speak against."""
         found = self.bundle.manifest.adapters.items()
-        return frozenset(n for n, a in found if a.admission is not None and a.admission.verdict == "harms")
+        return frozenset(n for n, a in found if a.validation is not None and a.validation.verdict == "hurts")
 
     def sends_raw(self, request: Request, retrieval: Retrieval, messages: Sequence[Message] = ()) -> bool:
         """Whether a prompt is sent without the chat template, given what retrieval found for it.
@@ -376,7 +373,7 @@ class Composer:
 
     def _compose(self, prompt: str, request: Request, clock: Clock) -> Composition:
         retrieval = self._retrieve(prompt, request, clock)
-        settings = request.merge or self.default_merge
+        settings = override(self.default_merge, request.merge, MergeError)
         with clock.stage("load"):
             adapters = [self.adapter(name) for name in retrieval.weights]
         with clock.stage("merge"):
@@ -408,16 +405,7 @@ class Composer:
     @property
     def default_merge(self) -> MergeSettings:
         """The bundle's method and parameters."""
-        return merge_settings(self.bundle.manifest.defaults)
-
-
-def merge_settings(defaults: Defaults) -> MergeSettings:
-    """How a bundle merges where a request names nothing.
-
-    Raises:
-        MergeError: an unknown method, or a parameter out of range.
-    """
-    return MergeSettings(**{item.name: getattr(defaults, item.name) for item in dataclasses.fields(MergeSettings)})
+        return self.bundle.manifest.defaults.merge
 
 
 def _encode_choices(tokenizer: Tokenizer, choices: Sequence[str], *, raw: bool) -> list[list[int]]:

@@ -16,10 +16,10 @@
     ├── GenerationError                 the prompt or the settings cannot be generated from
     │   └── PromptTooLong               prompt and answer exceed the context of the base
     ├── ApiError                        a call to the server is malformed or not supported
-    ├── EvaluationError                 examples, outcomes or a report of an evaluation cannot be used
+    ├── EvaluationError                 examples, cached answers or a report of an evaluation cannot be used
     └── ExportError                     input of a build-time command that cannot be exported
 
-A message says what failed, what was found, what was wanted and what to do.
+A message says what failed, what was found, what was expected and what to do.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class ApiError(EdgeComposeError):
 
 
 class EvaluationError(EdgeComposeError):
-    """Examples, outcomes or a report of an evaluation cannot be used."""
+    """Examples, cached answers or a report of an evaluation cannot be used."""
 
 
 class ExportError(EdgeComposeError):

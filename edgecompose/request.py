@@ -2,87 +2,73 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
-from edgecompose.bundle.manifest import PromptForm
+from edgecompose.bundle.specs import PromptForm
 from edgecompose.engine.device import Device
 from edgecompose.engine.merged import MergedAdapter, MergeReport
-from edgecompose.errors import GenerationError, RetrievalError
+from edgecompose.errors import GenerationError, MergeError, RetrievalError
 from edgecompose.generation.decode import Finish
-from edgecompose.generation.messages import Overflow, Query
-from edgecompose.generation.sampler import Sampling
-from edgecompose.merging.methods import MergeSettings
+from edgecompose.generation.messages import Overflow, RouteBy
+from edgecompose.merging.methods import method_of
 from edgecompose.retrieval.index import Neighbour
-from edgecompose.retrieval.routing import WeighSettings
+from edgecompose.settings import MergeSettings, RetrievalSettings, Sampling, override
 
-#: How a blend meets the base: as low-rank inputs beside its weights, or written into a copy of them.
-Attachment = Literal["attach", "fold"]
-ATTACHMENTS: tuple[Attachment, ...] = get_args(Attachment)
-#: Fields of a request, and of a bundle's defaults, that are those of `WeighSettings`.
-WEIGH_NAMES = tuple(item.name for item in dataclasses.fields(WeighSettings))
-
-
-T = TypeVar("T")
-
-
-def given(wanted: T | None, default: T) -> T:
-    """What a request says, or else the bundle's default."""
-    return default if wanted is None else wanted
+#: How a blend meets the base: as low-rank inputs beside its weights, or fused into a copy of them.
+Attachment = Literal["attach", "fuse"]
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
     """What a caller may decide; None takes the bundle's default.
 
-    `weights` composes by hand and skips retrieval; `exclude` leaves tasks out of it;
-    `neighbours`, `temperature` and `nucleus` are the paper's N, T and p, `size_correction`, `shortcut` and `fallback`
-    those of `weighting.WeighSettings`; `raw` sends the prompt as it is (True) or in the chat template (False), None as
-    the bundle's adapters were trained, and in the chat template where the base answers alone for lack of anything near,
-    or where a prompt that was sent as it is got no token for an answer;
-    `choices` are scored instead of generating; `sampling` None takes the likeliest token always; `stop` are texts that
-    the answer ends before; `query` is which message of a conversation retrieval reads; `overflow` 'truncate' leaves out
-    the oldest part of a prompt that the context has no room for, and the answer says how much; `reuse` lets a prompt
-    begin where an earlier answer under the same blend left off, as far as they agree: a chat reads only what is new,
-    and logits may differ in the last bits from those of a prompt that is read at once;
-    `attachment` is how the blend meets the base, 'fold' being for float bases only.
+    Attributes:
+        weights: adapter -> weight; composes by hand and skips retrieval.
+        exclude: tasks that retrieval leaves out.
+        retrieval, merge: settings; a mapping changes some of the bundle's, an object replaces all.
+        sampling: how tokens are drawn; None is greedy.
+        max_tokens: longest answer.
+        choices: answers to score instead of generating one.
+        raw: send the prompt as it is (True) or in the chat template (False). None sends it as the bundle's adapters
+            were trained, and in the chat template where the base answers alone or a raw prompt got no answer.
+        attachment: how the blend meets the base; 'fuse' needs a float base.
+        stop: texts that the answer ends before.
+        route_by: the user's message that retrieval reads, the last or the first.
+        overflow: 'truncate' leaves out the oldest part of a prompt that does not fit; the answer tells how much.
+        prompt_cache: reuse the keys and values of an earlier sequence under the same blend, as far as the prompt
+            begins with it. Logits may differ in the last bits from those of a prompt that is read at once.
+
+    Raises:
+        GenerationError, RetrievalError, MergeError: an unknown setting or value, or one out of range.
     """
 
     weights: Mapping[str, float] | None = None
     exclude: tuple[str, ...] = ()
-    neighbours: int | None = None
-    temperature: float | None = None
-    nucleus: float | None = None
-    size_correction: float | None = None
-    shortcut: float | None = None
-    fallback: float | None = None
-    merge: MergeSettings | None = None
+    retrieval: RetrievalSettings | Mapping[str, Any] | None = None
+    merge: MergeSettings | Mapping[str, Any] | None = None
     max_tokens: int | None = None
     sampling: Sampling | None = None
     choices: tuple[str, ...] = ()
     raw: bool | None = None
     attachment: Attachment = "attach"
     stop: tuple[str, ...] = ()
-    query: Query = "last"
+    route_by: RouteBy = "last"
     overflow: Overflow = "refuse"
-    reuse: bool = False
+    prompt_cache: bool = False
 
     def __post_init__(self) -> None:
-        for name, found, known in (
-            ("query", self.query, get_args(Query)), ("overflow", self.overflow, get_args(Overflow))
-        ):  # fmt: skip
-            if found not in known:
-                raise GenerationError(f"{name} '{found}' is unknown; use {' or '.join(known)}")
+        for name, choices in (("route_by", RouteBy), ("overflow", Overflow), ("attachment", Attachment)):
+            value, known = getattr(self, name), get_args(choices)
+            if value not in known:
+                raise GenerationError(f"{name} is {value!r:.80}; expected {' or '.join(known)}")
+        override(RetrievalSettings(), self.retrieval, RetrievalError)
+        method_of(override(MergeSettings(), self.merge, MergeError))
         if not all(self.stop):
             raise GenerationError("a stop string is empty; give some text for each")
-        if self.attachment not in ATTACHMENTS:
-            raise GenerationError(f"attachment '{self.attachment}' is unknown; use {' or '.join(ATTACHMENTS)}")
-        if self.neighbours is not None and self.neighbours < 1:
-            raise RetrievalError(f"{self.neighbours} neighbours were asked for; 1 or more is wanted")
         if self.max_tokens is not None and self.max_tokens < 1:
-            raise GenerationError(f"max_tokens is {self.max_tokens}; 1 or more is wanted")
+            raise GenerationError(f"max_tokens is {self.max_tokens}; expected 1 or more")
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,10 @@ from edgecompose.engine import device as devices
 from edgecompose.engine.device import Device
 from edgecompose.engine.merged import MergeReport
 from edgecompose.errors import DeviceError
-from edgecompose.merging.methods import MergeSettings
+from edgecompose.merging.methods import parameters_of
 from edgecompose.request import Answer, Composition, Retrieval
 from edgecompose.retrieval.index import Neighbour
+from edgecompose.settings import MergeSettings
 from edgecompose.timing import STAGES
 
 _BAR_WIDTH = 24
@@ -73,7 +74,7 @@ def composition_json(composition: Composition) -> Json:
 
 def merge_json(settings: MergeSettings, report: MergeReport) -> Json:
     """Parameters that the method read, and what it did to the sum."""
-    return {**settings.parameters(), "norm_factor": report.norm_factor, "discarded_energy": report.discarded_energy}
+    return {**parameters_of(settings), "norm_factor": report.norm_factor, "discarded_energy": report.discarded_energy}
 
 
 def compatibility_json(names: Sequence[str], inner: npt.NDArray[np.float64]) -> Json:
@@ -108,7 +109,7 @@ def manifest_json(manifest: Manifest) -> Json:
             "source": base.source, "identity": base.identity, "precision": base.precision, "layers": base.layers,
             "context": base.context, "slots": {g.name: [g.n_in, g.n_out] for g in base.slots},
             "distance": None if distance is None else {"kl": distance.kl, "top1": distance.top1},
-            "fold": base.folding is not None,
+            "fuse": base.fusing is not None,
         },
         "embedder": {
             "source": embedder.source, "precision": embedder.precision, "dimension": embedder.dimension,
@@ -119,13 +120,11 @@ def manifest_json(manifest: Manifest) -> Json:
             name: {
                 "rank": a.rank, "bits": a.bits, "bytes": manifest.files[a.file].bytes,
                 "quantization_error": a.error, "source": a.source,
-                "admission": None if a.admission is None else dataclasses.asdict(a.admission),
+                "validation": None if a.validation is None else dataclasses.asdict(a.validation),
             }
             for name, a in sorted(manifest.adapters.items())
         },
-        "defaults": {
-            field: getattr(manifest.defaults, field) for field in manifest.defaults.__dataclass_fields__
-        },
+        "defaults": dataclasses.asdict(manifest.defaults),
     }  # fmt: skip
 
 
@@ -190,7 +189,7 @@ def explain_answer(answer: Answer) -> list[str]:
     return [
         *lines,
         f"method        {_described_method(answer)}, composition {answer.composition[:12]}, "
-        f"{'folded' if answer.attachment == 'fold' else 'attached'}",
+        f"{'fused' if answer.attachment == 'fuse' else 'attached'}",
         f"device        {answer.device.kind} ({answer.device.reason})",
         *elsewhere,
         f"tokens        {answer.prompt_tokens} in the prompt{template}, {answer.generated_tokens} in the answer{speed}",
@@ -203,14 +202,14 @@ def describe_manifest(manifest: Manifest) -> list[str]:
     shown = manifest_json(manifest)
     base, embedder = shown["base"], shown["embedder"]
     distance = base["distance"]
-    fold = ", can be folded" if base["fold"] else ""
+    fuse = ", can be fused" if base["fuse"] else ""
     quality = "" if distance is None else f", KL {distance['kl']:.4f} and top-1 {distance['top1']:.1%} against float32"
     lines = [
         f"bundle        {shown['name']} (schema {shown['schema_version']}), {shown['files']} files, "
         f"{shown['bytes'] / 1e6:.1f} MB",
         f"base          {base['source']}, {base['precision']}, {base['layers']} layers, context {base['context']}"
         + quality
-        + fold,
+        + fuse,
         f"embedder      {embedder['source']}, {embedder['precision']}, {embedder['dimension']} dimensions",
         f"slots         {', '.join(base['slots'])}",
         "task                  examples  served by",
@@ -227,7 +226,7 @@ def _described_adapter(name: str, adapter: Mapping[str, Any]) -> str:
         f"{name:20}  {adapter['rank']:4}  {adapter['bits']:4}  {adapter['bytes'] / 1e3:5.0f}  "
         f"{adapter['quantization_error']:.3f}"
     )
-    found = adapter["admission"]
+    found = adapter["validation"]
     if found is None:
         return line
     return f"{line}  {found['base']:5.1%}  {found['accuracy']:7.1%}  {found['verdict']} ({found['examples']})"
@@ -267,7 +266,7 @@ def describe_doctor(found: Mapping[str, Any]) -> list[str]:
 
 
 def _described_method(answer: Answer) -> str:
-    parameters = [f"{name} {value}" for name, value in answer.settings.parameters().items() if value is not None]
+    parameters = [f"{name} {value}" for name, value in parameters_of(answer.settings).items() if value is not None]
     if answer.settings.method == "svd":
         parameters.append(f"{answer.report.discarded_energy:.1%} of the squared norm cut off")
     if answer.settings.norm_guard:

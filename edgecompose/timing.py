@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 #: In the order of the data flow; `load` is files read on first use, `total` all of it.
-STAGES = ("load", "embed", "retrieve", "weigh", "merge", "fold", "prefill", "decode", "total")
+STAGES = ("load", "embed", "retrieve", "weigh", "merge", "fuse", "prefill", "decode", "total")
 
 
 @dataclass(slots=True)

@@ -15,21 +15,12 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from edgecompose.bundle.adapter import Adapter, AdapterModule, adapter_to_bytes
 from edgecompose.bundle.files import describe_file
-from edgecompose.bundle.manifest import (
-    MANIFEST_FILE,
-    AdapterSpec,
-    BaseSpec,
-    Defaults,
-    EmbedderSpec,
-    IndexSpec,
-    Manifest,
-    SlotGroup,
-    TaskSpec,
-    manifest_to_json,
-)
+from edgecompose.bundle.manifest import MANIFEST_FILE, Defaults, Manifest, manifest_to_json
 from edgecompose.bundle.quantization import Bits, QuantizedFactor, block_for, pack, quantize
+from edgecompose.bundle.specs import AdapterSpec, BaseSpec, EmbedderSpec, IndexSpec, SlotGroup, TaskSpec
 from edgecompose.merging.sparsify import thresholds
 from edgecompose.retrieval.index import new_index
+from edgecompose.settings import RetrievalSettings
 
 Float = npt.NDArray[np.float32]
 BASE = "b" * 64
@@ -132,7 +123,7 @@ def write_bundle(root: Path) -> Manifest:
             "one": AdapterSpec("adapters/one.safetensors", 4, 8, BASE, 0.005, {"task": "alpha"}),
             "two": AdapterSpec("adapters/two.safetensors", 4, 4, BASE, 0.08),
         },
-        defaults=Defaults(neighbours=3),
+        defaults=Defaults(retrieval=RetrievalSettings(neighbours=3)),
         files={name: describe_file(root / name) for name in names},
     )  # fmt: skip
     (root / MANIFEST_FILE).write_text(manifest_to_json(manifest), encoding="utf-8")

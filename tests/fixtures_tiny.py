@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from edgecompose.bundle.manifest import BaseSpec, EmbedderSpec
+from edgecompose.bundle.specs import BaseSpec, EmbedderSpec
 
 _REASON = "exports want the packages of edgecompose-export"
 #: Prompts of the tiny bundle's tasks. A prompt is its own nearest neighbour, whatever the encoder's weights.
@@ -112,7 +112,7 @@ class TinyZoo:
         base, (embedder, _) = self.base("llama").folder, self.embedder()
         lines = [
             'name = "tiny"', f'base = "{base.name}"', f'embedder = "embedders/{embedder.name}"', "bits = 8",
-            "keep_text = true", "[defaults]", "neighbours = 4", "max_tokens = 6",
+            "keep_text = true", "[defaults]", "max_tokens = 6", "[defaults.retrieval]", "neighbours = 4",
         ]  # fmt: skip
         for name in TASKS:
             adapter, examples = self.lora(name, **ADAPTERS[name]), self.task(name)

@@ -9,7 +9,8 @@ import numpy.typing as npt
 
 from edgecompose.bundle.adapter import AdapterModule
 from edgecompose.bundle.quantization import dequantize
-from edgecompose.merging.methods import MergeSettings
+from edgecompose.merging.methods import method_of
+from edgecompose.settings import MergeSettings
 
 Double = npt.NDArray[np.float64]
 Part = tuple[AdapterModule, float]
@@ -30,7 +31,7 @@ def merge(parts: Sequence[Part], settings: MergeSettings) -> tuple[Double, Doubl
     """Merged A (L, in, R) and B (L, R, out)."""
     weights = [w * module.scaling.astype(np.float64)[:, None, None] for module, w in parts]
     both = [factors(module) for module, _ in parts]
-    if settings.row.ranks == "sum":
+    if method_of(settings).ranks == "sum":
         a = np.concatenate([w * a for w, (a, _) in zip(weights, both, strict=True)], axis=2)
         return a, np.concatenate([b for _, b in both], axis=1)
     roots = [np.sqrt(np.abs(w)) for w in weights]
@@ -48,10 +49,10 @@ def prune(values: Double, density: float) -> Double:
 
 
 def _combine(tensors: Sequence[Double], weights: Sequence[Double], settings: MergeSettings) -> Double:
-    if settings.row.trims:
+    if method_of(settings).trims:
         tensors = [np.stack([prune(layer, settings.density) for layer in tensor]) for tensor in tensors]
     weighted = np.array([w * tensor for w, tensor in zip(weights, tensors, strict=True)])
-    if "majority_sign" not in settings.row.parameters:
+    if "majority_sign" not in method_of(settings).parameters:
         return np.asarray(weighted.sum(axis=0), np.float64)
     votes = np.array(tensors) if settings.majority_sign == "total" else np.sign(tensors)
     elected = np.where(votes.sum(axis=0) >= 0, 1, -1)

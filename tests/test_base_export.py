@@ -31,7 +31,7 @@ from edgecompose.errors import ExportError, GenerationError, PromptTooLong
 from edgecompose.formats.architectures import PACKED
 from edgecompose.generation.tokenizer import Tokenizer
 from edgecompose.merging.merger import Merger
-from edgecompose.merging.methods import MergeSettings
+from edgecompose.settings import MergeSettings
 from edgecompose_export.adapters import export_adapter
 from edgecompose_export.base import calibration_prompts, export_base, read_base_spec
 from edgecompose_export.decoder_graph import write_decoder
@@ -208,9 +208,9 @@ def test_a_quantised_base_records_its_distance(zoo: TinyZoo, precision: str, tie
     assert 0 <= distance.kl < {"fp16": 1e-5, "int8": 0.01, "int4": 0.2}[precision]
     assert {"fp16": 0.99, "int8": 0.9, "int4": 0.5}[precision] < distance.top1 <= 1
     assert near.spec.precision == precision
-    alike = dataclasses.replace(near.spec, precision="fp32", distance=own, folding=exact.spec.folding)
+    alike = dataclasses.replace(near.spec, precision="fp32", distance=own, fusing=exact.spec.fusing)
     assert alike == exact.spec
-    assert near.spec.folding == (exact.spec.folding if precision == "fp16" else None)
+    assert near.spec.fusing == (exact.spec.fusing if precision == "fp16" else None)
     sizes = [sum(path.stat().st_size for path in base.folder.glob("decoder.onnx*")) for base in (exact, near)]
     assert sizes[1] < 0.6 * sizes[0]
 

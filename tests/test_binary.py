@@ -139,7 +139,7 @@ def test_it_evaluates_inspects_and_verifies(tmp_path: Path) -> None:
     data.write_text(json.dumps(row), encoding="utf-8")
     done = call(EXECUTABLES["folder"], "eval", BUNDLE, data, "--methods", "base,own", "--json", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert list(json.loads(done.stdout)["contenders"]) == ["base", "own"]
+    assert list(json.loads(done.stdout)["variants"]) == ["base", "own"]
     reported = call(EXECUTABLES["folder"], "eval", BUNDLE, data, "--report", tmp_path / "report", cwd=tmp_path)
     assert reported.returncode == 1 and "this executable does not hold" in reported.stderr
     for command in ("inspect", "verify"):

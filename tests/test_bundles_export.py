@@ -22,6 +22,7 @@ from edgecompose import Composer, EdgeComposeError, MergeSettings, Request, Samp
 from edgecompose.bundle.files import Bundle, read_manifest, verify
 from edgecompose.bundle.manifest import MANIFEST_FILE
 from edgecompose.errors import ExportError, FileDamaged, ManifestInvalid, RetrievalError, UnknownAdapter
+from edgecompose.settings import RetrievalSettings
 from edgecompose_export import bundles
 from edgecompose_export.bundles import add_task, build_bundle, remove_task
 from edgecompose_export.datasets import read_examples
@@ -32,6 +33,7 @@ from tests import tiny
 from tests.fixtures_tiny import ADAPTERS, TASKS, TinyZoo
 
 PROMPT = TASKS["animals"][0]
+NEAREST = Request(retrieval=RetrievalSettings(neighbours=1))
 NEW_PROMPTS = ("where is the station?", "which train is late?", "a ticket to the sea")
 ALONE = Request(weights={})
 
@@ -76,14 +78,14 @@ def test_a_built_bundle_is_sound_and_says_what_is_in_it(bundle: Path) -> None:
     assert {name: task.examples for name, task in manifest.tasks.items()} == {n: len(p) for n, p in TASKS.items()}
     assert {name: spec.rank for name, spec in manifest.adapters.items()} == {n: a["r"] for n, a in ADAPTERS.items()}
     assert all(spec.bits == 8 and 0 < spec.error < 0.02 for spec in manifest.adapters.values())
-    assert (manifest.defaults.neighbours, manifest.defaults.max_tokens) == (4, 6)
+    assert (manifest.defaults.retrieval.neighbours, manifest.defaults.max_tokens) == (4, 6)
     assert set(contents(bundle)) == {*manifest.files, MANIFEST_FILE}
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_prompt_of_a_task_finds_its_task(composer: Composer, task: str) -> None:
     for prompt in TASKS[task]:
-        retrieval = composer.retrieve(prompt, Request(neighbours=1))
+        retrieval = composer.retrieve(prompt, NEAREST)
         assert [n.task for n in retrieval.neighbours] == [task]
         assert retrieval.neighbours[0].similarity == pytest.approx(1, abs=2e-3)
         assert retrieval.weights == {task: pytest.approx(1)}
@@ -124,7 +126,7 @@ def test_choices_are_ranked(composer: Composer) -> None:
 
 
 def test_an_excluded_task_is_left_out(composer: Composer) -> None:
-    retrieval = composer.retrieve(PROMPT, Request(exclude=("animals",), neighbours=50))
+    retrieval = composer.retrieve(PROMPT, Request(exclude=("animals",), retrieval=RetrievalSettings(neighbours=50)))
     assert {n.task for n in retrieval.neighbours} == {"numbers", "colours"}
     assert len(retrieval.neighbours) == 9
     assert "animals" not in retrieval.weights
@@ -212,14 +214,15 @@ BAD_RECIPES: dict[str, tuple[Callable[[str, TinyZoo], str], str]] = {
     "not TOML": (lambda text, zoo: text + "[", r"recipe\.toml' cannot be read"),
     "unknown key": (lambda text, zoo: f"colour = 1\n{text}", "unknown fields: colour"),
     "unknown key of a task": (lambda text, zoo: text + "weight = 2\n", r"tasks\.\w+ has unknown fields: weight"),
-    "unknown default": (lambda text, zoo: text.replace("neighbours =", "neighbors ="), "defaults has unknown fields"),
+    "unknown default": (lambda text, zoo: text.replace("neighbours =", "neighbors ="), "retrieval has unknown fields"),
     "bad default": (lambda text, zoo: text.replace("neighbours = 4", "neighbours = 0"), "neighbours"),
     "unknown method": (
-        lambda text, zoo: text.replace("[defaults]", '[defaults]\nmethod = "average"'), "method 'average' is unknown"
+        lambda text, zoo: text.replace("[defaults]", '[defaults]\nmerge = {method = "average"}'),
+        "method 'average' is unknown",
     ),
     "no name": (lambda text, zoo: text.replace('name = "tiny"', ""), "lacks fields: name"),
-    "wrong type": (lambda text, zoo: text.replace('name = "tiny"', "name = 3"), r"name is 3; str is wanted"),
-    "bits": (lambda text, zoo: text.replace("bits = 8", "bits = 5"), "bits is 5; one of 4, 8, 16"),
+    "wrong type": (lambda text, zoo: text.replace('name = "tiny"', "name = 3"), r"name is 3; expected str"),
+    "bits": (lambda text, zoo: text.replace("bits = 8", "bits = 5"), "bits is 5; expected one of 4, 8, 16"),
     "no tasks": (lambda text, zoo: text.split("[tasks.")[0] + "[tasks]", "names no task"),
     "no task table": (lambda text, zoo: text.split("[tasks.")[0], "lacks fields: tasks"),
     "bad name": (lambda text, zoo: text.replace("[tasks.animals]", '[tasks."../x"]'), r"'\.\./x' is not allowed"),
@@ -250,8 +253,10 @@ def test_a_bad_recipe_is_refused_by_name(zoo: TinyZoo, tmp_path: Path, case: str
     [
         ("bits = 5", "bits is 5"),
         ('colour = "red"', "unknown fields: colour"),
-        ('defaults = {method = "average"}', "merge method 'average' is unknown"),
-        ("defaults = {density = 0}", "density"),
+        ('defaults = {merge = {method = "average"}}', "merge method 'average' is unknown"),
+        ("defaults = {merge = {density = 0}}", "density is 0"),
+        ("defaults = {temperature = 0.1}", "called 'routing_temperature' in [defaults.retrieval] now"),
+        ('admission = "a.json"', "called 'validation' now"),
         ('tasks = {"../up" = {adapter = "a"}}', "name '../up' is not allowed"),
     ],
 )
@@ -407,8 +412,8 @@ def test_an_added_task_is_found(bundle_copy: Path, new_task: tuple[Path, Path]) 
     assert (manifest.adapters["travel"].rank, manifest.adapters["travel"].bits) == (2, 4)
     with open_bundle(bundle_copy, device="cpu") as opened:
         for prompt in NEW_PROMPTS:
-            assert opened.retrieve(prompt, Request(neighbours=1)).weights == {"travel": pytest.approx(1)}
-        assert opened.retrieve(PROMPT, Request(neighbours=1)).weights == {"animals": pytest.approx(1)}
+            assert opened.retrieve(prompt, NEAREST).weights == {"travel": pytest.approx(1)}
+        assert opened.retrieve(PROMPT, NEAREST).weights == {"animals": pytest.approx(1)}
         opened.run(NEW_PROMPTS[0])
 
 
@@ -457,10 +462,10 @@ def test_a_removed_task_leaves_no_trace(bundle_copy: Path) -> None:
     assert manifest.index.vectors == 9
     assert not (bundle_copy / "adapters/numbers.safetensors").exists()
     with open_bundle(bundle_copy, device="cpu") as opened:
-        found = opened.retrieve(TASKS["numbers"][0], Request(neighbours=50)).neighbours
+        found = opened.retrieve(TASKS["numbers"][0], Request(retrieval=RetrievalSettings(neighbours=50))).neighbours
         assert {n.task for n in found} == {"animals", "colours"}
         for task in ("animals", "colours"):
-            assert opened.retrieve(TASKS[task][1], Request(neighbours=1)).neighbours[0].task == task
+            assert opened.retrieve(TASKS[task][1], NEAREST).neighbours[0].task == task
     remove_task(bundle_copy, "animals")
     with pytest.raises(ExportError, match="'colours' is the only task"):
         remove_task(bundle_copy, "colours")
@@ -616,7 +621,7 @@ def test_a_cleaning_up_that_fails_leaves_the_new_bundle(
         with pytest.raises(OSError, match="disk full"):
             add_task(bundle_copy, "travel", *new_task)
     assert "travel" in Bundle(bundle_copy).manifest.tasks
-    assert run(bundle_copy, NEW_PROMPTS[0], Request(neighbours=1)).retrieval.weights == {"travel": pytest.approx(1)}
+    assert run(bundle_copy, NEW_PROMPTS[0], NEAREST).retrieval.weights == {"travel": pytest.approx(1)}
     assert all("is not in the manifest" in fault for fault in verify(bundle_copy))
 
 
@@ -647,7 +652,7 @@ def test_one_flipped_bit_anywhere_is_one_error(bundle_copy: Path, part: str, pla
     content[round(place * (len(content) - 1))] ^= 0x10
     (bundle_copy / name).write_bytes(content)
     with pytest.raises(FileDamaged, match=f"'{name}' has sha256"):
-        run(bundle_copy, PROMPT, Request(neighbours=1))
+        run(bundle_copy, PROMPT, NEAREST)
     (fault,) = verify(bundle_copy)
     assert name in fault
 
@@ -675,7 +680,7 @@ def test_a_manifest_that_disagrees_with_a_graph_is_one_error(bundle_copy: Path, 
 def test_damage_to_what_is_not_used_does_not_matter(bundle_copy: Path) -> None:
     path = bundle_copy / "adapters/colours.safetensors"
     path.write_bytes(bytes(len(path.read_bytes())))
-    assert run(bundle_copy, PROMPT, Request(neighbours=1)).text == run(bundle_copy, PROMPT, Request(neighbours=1)).text
+    assert run(bundle_copy, PROMPT, NEAREST).text == run(bundle_copy, PROMPT, NEAREST).text
     with pytest.raises(FileDamaged, match="colours"):
         run(bundle_copy, PROMPT, Request(weights={"colours": 1.0}))
 
@@ -712,60 +717,67 @@ def test_a_prompt_seen_before_is_neither_embedded_nor_searched_again(
 
         monkeypatch.setattr(opened.embedder, "embed", refuse)
         assert opened.retrieve(prompt) == first
-        for other in (Request(exclude=("numbers",)), Request(temperature=0.1), Request(nucleus=0.5)):
+        for other in (
+            Request(exclude=("numbers",)),
+            Request(retrieval=RetrievalSettings(routing_temperature=0.1)),
+            Request(retrieval=RetrievalSettings(nucleus=0.5)),
+        ):
             assert opened.retrieve(prompt, other) != first
         with pytest.raises(AssertionError, match="embedded again"):
             opened.retrieve(TASKS["colours"][0])
 
 
-def test_a_task_is_served_by_whom_the_recipe_names(zoo: TinyZoo, tmp_path: Path) -> None:
+def test_a_task_is_adapters_whom_the_recipe_names(zoo: TinyZoo, tmp_path: Path) -> None:
     tasks = {name: task_lines(zoo, name) for name in TASKS}
-    tasks["animals"] += "\nserved_by = { numbers = 0.75, animals = 0.25 }"
-    tasks["colours"] += "\nserved_by = {}"
+    tasks["animals"] += "\nadapters = { numbers = 0.75, animals = 0.25 }"
+    tasks["colours"] += "\nadapters = {}"
     manifest = build_bundle(write_recipe(zoo, tmp_path, tasks=tasks), tmp_path / "out")
     assert manifest.tasks["animals"].adapters == {"numbers": 0.75, "animals": 0.25}
     with open_bundle(tmp_path / "out", device="cpu") as opened:
-        found = opened.retrieve(TASKS["animals"][0], Request(neighbours=1))
+        found = opened.retrieve(TASKS["animals"][0], NEAREST)
         assert found.weights == {"numbers": 0.75, "animals": 0.25}
-        alone = opened.run(TASKS["colours"][0], Request(neighbours=1, max_tokens=4))
+        alone = opened.run(TASKS["colours"][0], dataclasses.replace(NEAREST, max_tokens=4))
         assert alone.retrieval.nucleus == {"colours": 1.0} and alone.retrieval.weights == {}
         assert alone.text == opened.run(TASKS["colours"][0], Request(weights={}, max_tokens=4)).text
-        left_out = opened.retrieve(TASKS["animals"][0], Request(neighbours=1, exclude=("numbers",)))
+        left_out = opened.retrieve(TASKS["animals"][0], dataclasses.replace(NEAREST, exclude=("numbers",)))
         assert left_out.weights == {"animals": 1.0}  # whose other part goes with the task that is left out
 
 
-def test_a_task_served_by_an_unknown_one_is_refused(zoo: TinyZoo, tmp_path: Path) -> None:
-    recipe = write_recipe(zoo, tmp_path, tasks={"animals": task_lines(zoo) + "\nserved_by = { birds = 1.0 }"})
-    with pytest.raises(ExportError, match="served by unknown tasks: birds"):
+def test_a_task_adapters_an_unknown_one_is_refused(zoo: TinyZoo, tmp_path: Path) -> None:
+    recipe = write_recipe(zoo, tmp_path, tasks={"animals": task_lines(zoo) + "\nadapters = { birds = 1.0 }"})
+    with pytest.raises(ExportError, match="mapped to unknown tasks: birds"):
         build_bundle(recipe, tmp_path / "out")
 
 
-def test_the_admission_test_bars_what_harms(zoo: TinyZoo, tmp_path: Path) -> None:
+def test_the_validation_gate_excludes_what_hurts(zoo: TinyZoo, tmp_path: Path) -> None:
     gains = {"animals": [0.1, 0.2], "numbers": [-0.3, -0.1]}
     tasks = {name: {"n": 9, "accuracy": 0.5} for name in gains}
-    tiny.write_json(tmp_path / "admission.json", {
-        "main": "own", "contenders": {"base": {"tasks": tasks}, "own": {"tasks": tasks}},
+    tiny.write_json(tmp_path / "validation.json", {
+        "main": "own", "variants": {"base": {"tasks": tasks}, "own": {"tasks": tasks}},
         "against": {"base": {"by_task": {name: {"ci95": ci95} for name, ci95 in gains.items()}}},
     })  # fmt: skip
-    manifest = build_bundle(write_recipe(zoo, tmp_path, 'admission = "admission.json"'), tmp_path / "out")
-    verdicts = {name: a.admission and a.admission.verdict for name, a in manifest.adapters.items()}
-    assert verdicts == {"animals": "helps", "numbers": "harms", "colours": None}
+    manifest = build_bundle(write_recipe(zoo, tmp_path, 'validation = "validation.json"'), tmp_path / "out")
+    verdicts = {name: a.validation and a.validation.verdict for name, a in manifest.adapters.items()}
+    assert verdicts == {"animals": "helps", "numbers": "hurts", "colours": None}
     with open_bundle(tmp_path / "out", device="cpu") as opened:
-        assert opened.retrieve(TASKS["animals"][0], Request(neighbours=1)).weights == {"animals": 1.0}
-        barred = opened.retrieve(TASKS["numbers"][0], Request(neighbours=1))
+        assert opened.retrieve(TASKS["animals"][0], NEAREST).weights == {"animals": 1.0}
+        barred = opened.retrieve(TASKS["numbers"][0], NEAREST)
         assert (dict(barred.nucleus), dict(barred.weights)) == ({"numbers": 1.0}, {})
         assert opened.compose("", Request(weights={"numbers": 1.0})).merged.modules  # by hand it can be had
 
 
 def test_where_no_task_stands_out_the_base_answers_in_its_chat_template(zoo: TinyZoo, tmp_path: Path) -> None:
     recipe = write_recipe(zoo, tmp_path)
-    text = recipe.read_text(encoding="utf-8").replace("[defaults]", '[defaults]\nprompt_form = "raw"\nfallback = 0.9')
+    text = recipe.read_text(encoding="utf-8").replace(
+        "[defaults]", '[defaults]\nprompt_form = "raw"\nretrieval = {neighbours = 4, fallback = 0.9}'
+    )
+    text = text.replace("[defaults.retrieval]\nneighbours = 4\n", "")
     recipe.write_text(text, encoding="utf-8")
     build_bundle(recipe, tmp_path / "out")
     prompt, sure, unsure = (
         TASKS["animals"][0],
-        Request(neighbours=1, max_tokens=2),
-        Request(neighbours=13, max_tokens=2),
+        Request(retrieval={"neighbours": 1}, max_tokens=2),
+        Request(retrieval={"neighbours": 13}, max_tokens=2),
     )
     with open_bundle(tmp_path / "out", device="cpu") as opened:
         plain = len(opened.model.tokenizer.encode(prompt))

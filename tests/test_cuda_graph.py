@@ -21,18 +21,18 @@ from onnx import TensorProto, helper
 
 from edgecompose import Composer, Request, open_bundle
 from edgecompose.bundle.files import Bundle, sha256_of, verify
-from edgecompose.bundle.manifest import BaseSpec, EmbedderSpec
+from edgecompose.bundle.specs import BaseSpec, EmbedderSpec
 from edgecompose.engine import decoder as decoders
 from edgecompose.engine import device as devices
-from edgecompose.engine.decoder import Decoder, Decoding, FoldedDecoder, decoder_graph
+from edgecompose.engine.decoder import Decoder, Decoding, FusedDecoder, decoder_graph
 from edgecompose.engine.device import Device, choose_device, host
-from edgecompose.engine.fusing import Folding, require_folding
+from edgecompose.engine.fusing import Fuser, require_fusing
 from edgecompose.engine.merged import MergedAdapter
 from edgecompose.errors import BundleError, ExportError, GenerationError
 from edgecompose.merging.merger import Merger
-from edgecompose.merging.methods import MergeSettings
 from edgecompose.retrieval.embedder import embedder_device
 from edgecompose.serialize import explain_answer
+from edgecompose.settings import MergeSettings
 from edgecompose_export import base as base_export
 from edgecompose_export.base import export_base
 from edgecompose_export.bundles import add_task, remove_task
@@ -95,8 +95,8 @@ def test_attention_in_float16_stays_near_float32(
 
 def test_a_folded_base_with_attention_in_float16(base: Exported, zoo: TinyZoo, merger: Merger, tmp_path: Path) -> None:
     merged, spec = blend_for(base, zoo, merger, tmp_path), base.spec
-    weights = Folding(base.folder / require_folding(spec).fold_graph, spec, CPU).fold(merged)
-    exact, half = (FoldedDecoder(base.folder / decoder_graph(spec, d, folded=True), spec, CPU) for d in (CPU, CUDA))
+    weights = Fuser(base.folder / require_fusing(spec).fuse_graph, spec, CPU).fuse(merged)
+    exact, half = (FusedDecoder(base.folder / decoder_graph(spec, d, folded=True), spec, CPU) for d in (CPU, CUDA))
     check_near(*(steps(decoder.start(weights, len(IDS))) for decoder in (half, exact)))
 
 
@@ -126,7 +126,7 @@ def test_greedy_tokens_are_the_same(zoo: TinyZoo, merger: Merger, tmp_path: Path
 
 
 def test_only_attention_changes_and_no_weight_is_stored_twice(base: Exported) -> None:
-    folding = require_folding(base.spec)
+    folding = require_fusing(base.spec)
     pairs = ((base.spec.graph, base.spec.cuda_graph), (folding.decoder_graph, folding.cuda_decoder_graph))
     for name, cuda_name in pairs:
         assert cuda_name == name.replace(".onnx", "_cuda.onnx")
@@ -175,7 +175,7 @@ def test_a_base_whose_keys_are_too_large_for_float16_gets_no_graph(
     monkeypatch.setattr(base_export, "LARGEST_HALF", 0.0)
     spec = export_base(zoo.model("llama"), tmp_path / "base", "fp32")
     assert spec.cuda_graph is None
-    assert require_folding(spec).cuda_decoder_graph is None
+    assert require_fusing(spec).cuda_decoder_graph is None
     assert not list((tmp_path / "base").glob("*cuda*"))
 
 
@@ -187,11 +187,11 @@ def test_the_graph_is_picked_by_the_device(zoo: TinyZoo) -> None:
     assert [decoder_graph(spec, d) for d in (CPU, CUDA)] == ["decoder.onnx", "decoder_cuda.onnx"]
     folded = [decoder_graph(spec, d, folded=True) for d in (CPU, CUDA)]
     assert folded == ["decoder_folded.onnx", "decoder_folded_cuda.onnx"]
-    folding = dataclasses.replace(require_folding(spec), cuda_decoder_graph=None)
-    old = dataclasses.replace(spec, cuda_graph=None, folding=folding)
+    folding = dataclasses.replace(require_fusing(spec), cuda_decoder_graph=None)
+    old = dataclasses.replace(spec, cuda_graph=None, fusing=folding)
     assert (decoder_graph(old, CUDA), decoder_graph(old, CUDA, folded=True)) == ("decoder.onnx", "decoder_folded.onnx")
-    with pytest.raises(GenerationError, match="fold wants a float base"):
-        decoder_graph(dataclasses.replace(spec, precision="int4", folding=None), CUDA, folded=True)
+    with pytest.raises(GenerationError, match="fusing needs a float base"):
+        decoder_graph(dataclasses.replace(spec, precision="int4", fusing=None), CUDA, folded=True)
 
 
 class Placed:
@@ -307,7 +307,7 @@ def test_a_bundle_keeps_the_graphs_as_tasks_come_and_go(
         assert manifest.files[name].sha256 == sha256_of(bundle_copy / name)
 
 
-@pytest.mark.parametrize("attachment", ["attach", "fold"])
+@pytest.mark.parametrize("attachment", ["attach", "fuse"])
 def test_the_composer_takes_the_graph_of_its_device(
     bundle_copy: Path, monkeypatch: pytest.MonkeyPatch, attachment: Any
 ) -> None:
@@ -326,12 +326,12 @@ def test_the_composer_takes_the_graph_of_its_device(
         found = composer.run(PROMPT, request).choices
     assert found is not None
     assert found == pytest.approx(wanted, abs=1e-2)
-    assert picked == [f"base/decoder{'_folded' if attachment == 'fold' else ''}_cuda.onnx"]
+    assert picked == [f"base/decoder{'_folded' if attachment == 'fuse' else ''}_cuda.onnx"]
 
 
 def test_a_bundle_from_before_opens_and_runs_the_float32_graph(bundle_copy: Path) -> None:
     def forget(base: dict[str, Any]) -> None:
-        del base["cuda_graph"], base["folding"]["cuda_decoder_graph"]
+        del base["cuda_graph"], base["fusing"]["cuda_decoder_graph"]
 
     change_base(bundle_copy, forget)
     with open_bundle(bundle_copy, device="cpu") as composer:

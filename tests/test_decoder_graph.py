@@ -17,7 +17,7 @@ pytest.importorskip("peft", reason="a package of edgecompose-export")
 import torch
 import transformers
 
-from edgecompose.bundle.manifest import BaseSpec
+from edgecompose.bundle.specs import BaseSpec
 from edgecompose.engine.decoder import Decoder, Decoding
 from edgecompose.engine.device import choose_device
 from edgecompose.engine.merged import MergedAdapter

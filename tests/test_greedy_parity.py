@@ -20,6 +20,7 @@ from edgecompose.engine.merged import MergedAdapter
 from edgecompose.formats.peft import write_peft_folder
 from edgecompose.generation.decode import generate
 from edgecompose.request import Attachment
+from edgecompose.settings import RetrievalSettings
 from edgecompose.timing import Clock
 from edgecompose_export.base import calibration_prompts
 from edgecompose_export.base_source import open_base
@@ -36,7 +37,7 @@ pytestmark = [
 PROMPTS = calibration_prompts()[:20]
 TOKENS = 16
 #: Every prompt gets the adapters that it is nearest to, however far those are.
-REQUEST = Request(fallback=0.0, max_tokens=TOKENS)
+REQUEST = Request(retrieval=RetrievalSettings(fallback=0.0), max_tokens=TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +72,12 @@ def cases(composer: Composer, tmp_path_factory: pytest.TempPathFactory) -> list[
     return found
 
 
-@pytest.mark.parametrize("attachment", ["attach", "fold"])
+@pytest.mark.parametrize("attachment", ["attach", "fuse"])
 def test_twenty_prompts(composer: Composer, cases: list[Case], attachment: Attachment) -> None:
     tokenizer, adapters, differ = composer.model.tokenizer, 0, []
     for case in cases:
-        blend = composer.model.attach(case.merged, fold=attachment == "fold", clock=Clock())
-        decoder: Any = composer.model.folded_decoder if attachment == "fold" else composer.model.decoder
+        blend = composer.model.attach(case.merged, fuse=attachment == "fuse", clock=Clock())
+        decoder: Any = composer.model.fused_decoder if attachment == "fuse" else composer.model.decoder
         decoding = decoder.start(blend, len(case.ids) + TOKENS)
         logits, ends = decoding.forward(case.ids)[0], composer.bundle.manifest.base.end_tokens
         ours = list(generate(decoding, logits, max_tokens=TOKENS, end_tokens=ends))

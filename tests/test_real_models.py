@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("gguf", reason="a package of edgecompose-export")
 
-from edgecompose.bundle.manifest import BaseSpec
+from edgecompose.bundle.specs import BaseSpec
 from edgecompose.engine.decoder import Decoder
 from edgecompose.engine.device import choose_device
 from edgecompose.engine.merged import MergedAdapter

@@ -485,6 +485,7 @@ def test_an_interrupt_of_the_command(whole: Path, tmp_path: Path) -> None:
     """By the signal, in a process of its own, as the weights are written."""
     program = (
         "import os, signal; from edgecompose_export import graph_writer as g, cli\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it\n"
         "g.DataFile.write = lambda *a: os.kill(os.getpid(), signal.SIGINT)\n"
         f"cli.main(['base', {str(whole)!r}, '-o', {str(tmp_path / 'out')!r}])"
     )

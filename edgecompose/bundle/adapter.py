@@ -21,8 +21,8 @@ import numpy.typing as npt
 import safetensors
 from safetensors.numpy import save
 
-from edgecompose.bundle.manifest import SlotGroup
 from edgecompose.bundle.quantization import BITS, Bits, QuantizedFactor, block_for
+from edgecompose.bundle.specs import SlotGroup
 from edgecompose.errors import AdapterError, SlotMismatch
 
 Float = npt.NDArray[np.float32]
@@ -117,7 +117,7 @@ def load_adapter(path: Path, name: str, groups: Iterable[SlotGroup], base: str) 
         raise AdapterError(f"adapter '{name}' cannot be read: {error}; export it again") from error
     if metadata.get("format") != FORMAT or metadata.get("bits") not in [str(b) for b in BITS]:
         raise AdapterError(
-            f"adapter '{name}' has format {metadata.get('format')!r}, {FORMAT!r} is wanted; "
+            f"expected adapter '{name}' has format {metadata.get('format')!r}, {FORMAT!r}; "
             "make it with 'edgecompose-export adapter'"
         )
     bits = cast(Bits, int(metadata["bits"]))
@@ -147,11 +147,11 @@ def _module(adapter: str, module: str, tensors: Mapping[str, npt.NDArray[Any]], 
         raise AdapterError(f"{place}: tensors missing: {', '.join(missing)}; export it again")
     a_codes, a_scales, b_codes, b_scales, gains, scaling, ranks, limits = (tensors[f"{module}.{p}"] for p in _PARTS)
     kind = np.float16 if bits == 16 else np.uint8
-    wanted = [
+    expected = [
         (a_codes, kind, 3), (b_codes, kind, 3), (a_scales, np.float16, 3), (b_scales, np.float16, 3),
         (gains, np.float32, 1), (scaling, np.float32, 1), (ranks, np.int32, 1), (limits, np.float32, 3),
     ]  # fmt: skip
-    if any(t.dtype != dtype or t.ndim != dims for t, dtype, dims in wanted) or gains.shape != (2,):
+    if any(t.dtype != dtype or t.ndim != dims for t, dtype, dims in expected) or gains.shape != (2,):
         raise AdapterError(f"{place}: a tensor has another type or number of dimensions than the format says")
     layers = scaling.shape[0]
     outer = {t.shape[:2] for t in (a_codes, b_codes, a_scales, b_scales)}

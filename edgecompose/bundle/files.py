@@ -6,8 +6,9 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-from edgecompose.bundle.manifest import MANIFEST_FILE, FileEntry, Manifest, check_path, manifest_from_json
-from edgecompose.errors import FileDamaged, ManifestInvalid, UnknownAdapter
+from edgecompose.bundle.manifest import MANIFEST_FILE, Manifest, check_path, manifest_from_json
+from edgecompose.bundle.specs import FileEntry
+from edgecompose.errors import FileDamaged, ManifestInvalid, UnknownAdapter, UnsupportedSchema
 
 _CHUNK = 1 << 20
 _MANIFEST_LIMIT = 64 << 20
@@ -71,18 +72,30 @@ def read_manifest(root: Path) -> Manifest:
         ManifestInvalid: no such directory, no manifest, or one that breaks its contract.
         UnsupportedSchema: written by another major version.
     """
+    text = read_manifest_text(root)
+    try:
+        return manifest_from_json(text)
+    except UnsupportedSchema as error:
+        raise UnsupportedSchema(str(error).replace("upgrade BUNDLE", f"upgrade {root}")) from error
+
+
+def read_manifest_text(root: Path) -> str:
+    """The text of `manifest.json` of the bundle at `root`.
+
+    Raises:
+        ManifestInvalid: no such directory, no manifest, or one that is too large or no UTF-8.
+    """
     path = root / MANIFEST_FILE
     if not root.is_dir():
         raise ManifestInvalid(f"bundle '{root}' is not a directory; give the directory that holds {MANIFEST_FILE}")
     try:
         if path.stat().st_size > _MANIFEST_LIMIT:
             raise ManifestInvalid(f"bundle '{root}': {MANIFEST_FILE} is larger than {_MANIFEST_LIMIT >> 20} MiB")
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise ManifestInvalid(f"bundle '{root}' has no {MANIFEST_FILE}; is it an edgecompose bundle?") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestInvalid(f"bundle '{root}': {MANIFEST_FILE} cannot be read: {error}") from error
-    return manifest_from_json(text)
 
 
 def verify(root: Path, *, advance: Callable[[int], None] = lambda count: None) -> list[str]:

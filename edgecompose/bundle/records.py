@@ -5,63 +5,95 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
-from edgecompose.errors import ManifestInvalid
+from edgecompose.errors import EdgeComposeError, ManifestInvalid
 
 _T = TypeVar("_T")
+_Error = type[EdgeComposeError]
 
 
-def value_from_json(kind: type[_T], found: Any, place: str) -> _T:
-    """A frozen dataclass (or a plain value) from parsed JSON, checked field by field."""
-    return typing.cast(_T, _convert(kind, found, place))
+class _Mismatch(Exception):
+    """A value is not what its type says; becomes an error of the caller's kind."""
 
 
-def _convert(kind: Any, found: Any, place: str) -> Any:
+def value_from_json(kind: type[_T], value: Any, place: str, error: _Error = ManifestInvalid) -> _T:
+    """A frozen dataclass (or a plain value) from parsed JSON, checked field by field.
+
+    Args:
+        place: what the value is, for messages.
+        error: the class of error to raise.
+
+    Raises:
+        error: a field is missing, unknown, of the wrong type or out of range; the message names it.
+    """
+    try:
+        return typing.cast(_T, _convert(kind, value, place))
+    except _Mismatch as mismatch:
+        raise error(str(mismatch)) from mismatch
+
+
+def replace_from_json(record: _T, values: Mapping[str, Any], place: str, error: _Error = ManifestInvalid) -> _T:
+    """A frozen dataclass with some fields set from parsed JSON, checked as `value_from_json` checks them."""
+    hints = typing.get_type_hints(type(record))
+    try:
+        _refuse_unknown(values, hints, place)
+        changes = {name: _convert(hints[name], value, f"{place}.{name}") for name, value in values.items()}
+    except _Mismatch as mismatch:
+        raise error(str(mismatch)) from mismatch
+    return dataclasses.replace(record, **changes)  # type: ignore[type-var]
+
+
+def _convert(kind: Any, value: Any, place: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        return _convert_dataclass(kind, found, place)
+        return _convert_dataclass(kind, value, place)
     if origin in (typing.Union, types.UnionType):
         (inner,) = [a for a in arguments if a is not type(None)]
-        return None if found is None else _convert(inner, found, place)
+        return None if value is None else _convert(inner, value, place)
     if origin is Literal:
         for choice in arguments:
-            if found == choice and type(found) is type(choice):
+            if value == choice and type(value) is type(choice):
                 return choice
-        raise ManifestInvalid(f"{place} is {found!r}; one of {', '.join(map(repr, arguments))} is wanted")
-    if origin is tuple and isinstance(found, list):
-        return tuple(_convert(arguments[0], item, f"{place}[{i}]") for i, item in enumerate(found))
-    if origin is dict and isinstance(found, dict):
-        return {key: _convert(arguments[1], item, f"{place}.{key}") for key, item in found.items()}
+        raise _Mismatch(f"{place} is {value!r:.80}; expected one of {', '.join(map(repr, arguments))}")
+    if origin is tuple and isinstance(value, list):
+        return tuple(_convert(arguments[0], item, f"{place}[{i}]") for i, item in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {key: _convert(arguments[1], item, f"{place}.{key}") for key, item in value.items()}
     if kind is Any:
-        return found
-    if kind is float and isinstance(found, (int, float)) and not isinstance(found, bool):
+        return value
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         try:
-            return float(found)
+            return float(value)
         except OverflowError as error:
-            raise ManifestInvalid(f"{place} is an integer beyond float range") from error
-    if isinstance(kind, type) and isinstance(found, kind) and not (isinstance(found, bool) and kind is int):
-        return found
-    wanted = getattr(kind, "__name__", str(kind))
-    raise ManifestInvalid(f"{place} is {found!r:.80}; {wanted} is wanted")
+            raise _Mismatch(f"{place} is an integer beyond float range") from error
+    if isinstance(kind, type) and isinstance(value, kind) and not (isinstance(value, bool) and kind is int):
+        return value
+    raise _Mismatch(f"{place} is {value!r:.80}; expected {getattr(kind, '__name__', str(kind))}")
 
 
-def _convert_dataclass(kind: type[Any], found: Any, place: str) -> Any:
-    if not isinstance(found, dict):
-        raise ManifestInvalid(f"{place} is {found!r:.80}; an object is wanted")
+def _convert_dataclass(kind: type[Any], value: Any, place: str) -> Any:
+    if not isinstance(value, dict):
+        raise _Mismatch(f"{place} is {value!r:.80}; expected an object")
     hints = typing.get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    unknown = sorted(set(found) - set(fields))
-    if unknown:
-        raise ManifestInvalid(f"{place} has unknown fields: {', '.join(unknown)}")
+    _refuse_unknown(value, hints, place)
     required = {
-        n for n, f in fields.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        item.name
+        for item in dataclasses.fields(kind)
+        if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
     }
-    missing = sorted(required - set(found))
+    missing = sorted(required - set(value))
     if missing:
-        raise ManifestInvalid(f"{place} lacks fields: {', '.join(missing)}")
-    values = {name: _convert(hints[name], item, f"{place}.{name}") for name, item in found.items()}
+        raise _Mismatch(f"{place} lacks fields: {', '.join(missing)}")
+    values = {name: _convert(hints[name], item, f"{place}.{name}") for name, item in value.items()}
     try:
         return kind(**values)
-    except ManifestInvalid as error:
-        raise ManifestInvalid(f"{place}: {error}") from error
+    except EdgeComposeError as error:
+        raise _Mismatch(f"{place}: {error}") from error
+
+
+def _refuse_unknown(value: Mapping[str, Any], fields: Mapping[str, Any], place: str) -> None:
+    unknown = sorted(set(value) - set(fields))
+    if unknown:
+        raise _Mismatch(f"{place} has unknown fields: {', '.join(unknown)}")

@@ -15,6 +15,7 @@ from edgecompose.cli.options import (
     form_option,
     json_option,
     merge_options,
+    no_sampling,
     open_composer,
     parse_weights,
     print_json,
@@ -26,7 +27,7 @@ from edgecompose.evaluation import table
 from edgecompose.evaluation.charts import require_matplotlib
 from edgecompose.evaluation.examples import merge_examples, read_eval_examples
 from edgecompose.evaluation.page import write_report
-from edgecompose.evaluation.runner import KINDS, MAX_TOKENS, Contender, evaluate, parse_contenders
+from edgecompose.evaluation.runner import KINDS, MAX_TOKENS, Variant, evaluate, parse_variants
 from edgecompose.merging.methods import METHODS
 
 
@@ -64,7 +65,7 @@ def _parse_methods(context: click.Context, parameter: click.Parameter, value: st
 @click.option("--max-tokens", type=click.IntRange(min=1), default=MAX_TOKENS, show_default=True, help="Of free text.")
 @form_option
 @click.option(
-    "--outcomes",
+    "--answer-cache",
     type=click.Path(path_type=Path, dir_okay=False),
     help="Keep every answer in this file; run again, and only what is missing is computed.",
 )
@@ -72,9 +73,10 @@ def _parse_methods(context: click.Context, parameter: click.Parameter, value: st
     "--report",
     "report_folder",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Write a report with charts to this folder (wants edgecompose[report]), and --outcomes there.",
+    help="Write a report with charts to this folder (wants edgecompose[report]), and --answer-cache there.",
 )
 @retrieval_options
+@no_sampling
 @merge_options
 @device_option
 @json_option
@@ -85,7 +87,7 @@ def evaluate_examples(
     by_hand: tuple[str, ...],
     limit: int | None,
     exclude_own: bool,
-    outcomes: Path | None,
+    answer_cache: Path | None,
     report_folder: Path | None,
     device: str,
     as_json: bool,
@@ -103,16 +105,16 @@ def evaluate_examples(
     examples = merge_examples((read_eval_examples(path) for path in data), limit)
     if report_folder is not None:
         require_matplotlib()
-        outcomes = outcomes or report_folder / "outcomes.jsonl"
+        answer_cache = answer_cache or report_folder / "answers.jsonl"
     with open_composer(bundle, device) as composer:
-        request = request_of(composer, options)
-        contenders = parse_contenders(methods, request, exclude_own)
+        request = request_of(composer, options, methods=[name for name in methods if name in METHODS])
+        variants = parse_variants(methods, request, exclude_own)
         weights = parse_weights(by_hand)
         if weights is not None:
-            contenders.insert(0, Contender("by hand", "fixed", dataclasses.replace(request, weights=weights)))
-        with counting("answering", len(examples) * len(contenders)) as advance:
-            found = evaluate(composer, examples, contenders, outcomes=outcomes, advance=advance)
-        settings = table.settings_json(composer.bundle.manifest, composer.device, contenders)
+            variants.insert(0, Variant("by hand", "fixed", dataclasses.replace(request, weights=weights)))
+        with counting("answering", len(examples) * len(variants)) as advance:
+            found = evaluate(composer, examples, variants, answer_cache=answer_cache, advance=advance)
+        settings = table.settings_json(composer.bundle.manifest, composer.device, variants)
     settings |= {"files": [path.name for path in data], "limit": limit}
     summary = found.summary()
     result = table.evaluation_json(summary, settings)

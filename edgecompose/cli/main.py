@@ -11,7 +11,7 @@ import click
 
 from edgecompose import __version__, serialize
 from edgecompose.bundle import files as bundles
-from edgecompose.bundle.manifest import BaseSpec
+from edgecompose.bundle.specs import BaseSpec
 from edgecompose.chat import Chat
 from edgecompose.cli.console import ErrorGroup, counting_bytes
 from edgecompose.cli.options import (
@@ -22,6 +22,7 @@ from edgecompose.cli.options import (
     generation_options,
     json_option,
     merge_options,
+    no_sampling,
     open_composer,
     print_json,
     print_lines,
@@ -46,7 +47,7 @@ class _Commands(ErrorGroup):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names, in the alphabet's order."""
-        return sorted([*super().list_commands(ctx), "batch", "eval", "serve"])
+        return sorted([*super().list_commands(ctx), "batch", "bundle", "eval", "serve"])
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command of that name."""
@@ -54,6 +55,10 @@ class _Commands(ErrorGroup):
             from edgecompose.cli.evaluate import evaluate_examples
 
             return evaluate_examples
+        if cmd_name == "bundle":
+            from edgecompose.cli.bundle import bundle
+
+            return bundle
         if cmd_name in ("batch", "serve"):
             from edgecompose.cli import serve as commands
 
@@ -78,7 +83,7 @@ def main() -> None:
 @generation_options
 @click.option("--truncate", is_flag=True, help="Leave out the beginning of a prompt that is too long, and say so.")
 @form_option
-@click.option("--fold", is_flag=True, help="Write the blend into a copy of the base's weights (float bases only).")
+@click.option("--fuse", "--fold", is_flag=True, help="Fuse the blend into a copy of the base's weights (float bases).")
 @click.option("--explain", is_flag=True, help="Show on stderr how the answer came about.")
 @device_option
 @json_option
@@ -112,7 +117,7 @@ def run(bundle: Path, prompt: str, explain: bool, device: str, as_json: bool, **
 @bundle_argument
 @click.option("--system", metavar="TEXT", help="Message that the conversation begins with.")
 @click.option(
-    "--query", type=click.Choice(["last", "first"]), default="last", show_default=True,
+    "--route-by", type=click.Choice(["last", "first"]), default="last", show_default=True,
     help="The message that adapters are chosen by: the last, anew at each turn, or the first.",
 )  # fmt: skip
 @retrieval_options
@@ -178,6 +183,7 @@ def _explain(answer: Answer) -> None:
 @bundle_argument
 @prompt_argument
 @retrieval_options
+@no_sampling
 @device_option
 @json_option
 def retrieve(bundle: Path, prompt: str, device: str, as_json: bool, **options: Any) -> None:
@@ -209,6 +215,7 @@ def retrieve(bundle: Path, prompt: str, device: str, as_json: bool, **options: A
     help="Of --format merged: the Hugging Face folder of the float base that the blend is written into.",
 )  # fmt: skip
 @retrieval_options
+@no_sampling
 @adapter_option
 @merge_options
 @device_option

@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import click
 
 from edgecompose.composer import Composer, open_bundle
 from edgecompose.engine.device import DeviceRequest, has_cuda_provider
 from edgecompose.errors import EdgeComposeError, MergeError
-from edgecompose.generation.sampler import Sampling
-from edgecompose.merging.methods import METHODS, MergeSettings
+from edgecompose.merging.methods import METHODS, require_parameters
 from edgecompose.request import Request
+from edgecompose.settings import MergeSettings, RetrievalSettings, Sampling, Setting, names_of, settings_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 _STANDARD_INPUT = "-"
@@ -34,91 +34,103 @@ form_option = click.option(
 )  # fmt: skip
 
 
-def retrieval_options(command: F) -> F:
-    """Options of every command that retrieves and weighs."""
-    options = [
-        click.option("--top-n", type=click.IntRange(min=1), help="Neighbours to retrieve (N)."),
-        click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Nucleus over tasks (p)."),
-        click.option(
-            "--temperature", type=click.FloatRange(0, min_open=True),
-            help="T of exp(-(1-cos)/T): smaller trusts the nearest neighbours more.",
-        ),
-        click.option(
-            "--size-correction", type=click.FloatRange(0, 1),
-            help="Power of a task's number of examples that its votes are divided by.",
-        ),
-        click.option(
-            "--shortcut", type=click.FloatRange(0, 1, min_open=True),
-            help="Share of the likeliest task at which it is taken alone.",
-        ),
-        click.option(
-            "--fallback", type=click.FloatRange(0, 1),
-            help="Share of the likeliest task below which the base answers alone.",
-        ),
-        click.option("--exclude", multiple=True, metavar="TASK", help="Leave a task out; repeatable."),
-    ]  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
 adapter_option = click.option(
     "--adapter", "adapters", multiple=True, metavar="NAME=WEIGHT",
     help="Compose by hand instead of by retrieval; repeatable.",
 )  # fmt: skip
 
+#: Options that had another name, or another meaning, until 0.1: they are refused with the new name for one release.
+_RENAMED = {
+    "--top-n": "--neighbours",
+    "--size-correction": "--class-size-exponent",
+    "--sample-temperature": "--temperature",
+    "--sample-top-p": "--top-p",
+    "--query": "--route-by",
+    "--outcomes": "--answer-cache",
+}
+#: Names that are sampling's now, on commands that do not sample.
+_MOVED = {"--temperature": "--routing-temperature", "--top-p": "--nucleus"}
+
+
+def retrieval_options(command: F) -> F:
+    """Options of every command that retrieves and weighs."""
+    exclude = click.option("--exclude", multiple=True, metavar="TASK", help="Leave a task out; repeatable.")
+    return _refuse_renamed(_RENAMED)(_settings_options(RetrievalSettings)(exclude(command)))
+
 
 def merge_options(command: F) -> F:
     """Options of every command that merges."""
-    options = [
-        click.option("--method", type=click.Choice(list(METHODS)), help="How adapters are merged."),
-        click.option("--density", type=click.FloatRange(0, 1, min_open=True), help="Share of entries the prunes keep."),
-        click.option("--majority-sign", type=click.Choice(["total", "frequency"]), help="How ties elects a sign."),
-        click.option("--rank", type=click.IntRange(min=1), help="Largest rank that svd leaves."),
-        click.option(
-            "--energy", type=click.FloatRange(0, 1, min_open=True), help="Share of the squared norm that svd keeps."
-        ),
-        click.option("--dare-seed", type=click.IntRange(min=0), help="Which entries the dare methods keep."),
-        click.option(
-            "--norm-guard/--no-norm-guard", default=None, help="Rescale the blend to the mean norm of its parts."
-        ),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return _settings_options(MergeSettings)(command)
 
 
 def generation_options(command: F) -> F:
     """Options of every command that generates."""
-    options = [
-        click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer, in tokens."),
+    sample = click.option(
+        "--sample", is_flag=True, help="Draw tokens at random; the options below do so as well, --seed included."
+    )
+    for option in (
+        _settings_options(Sampling, defaults=True),
+        sample,
         click.option("--stop", multiple=True, metavar="TEXT", help="Text that the answer ends before; repeatable."),
-        click.option("--sample", is_flag=True, help="Draw tokens at random instead of taking the likeliest."),
-        click.option(
-            "--sample-temperature", type=click.FloatRange(0), default=0.8, show_default=True,
-            help="Of --sample: divides the logits.",
-        ),
-        click.option(
-            "--sample-top-p", type=click.FloatRange(0, 1, min_open=True), default=0.95, show_default=True,
-            help="Of --sample: the fewest tokens whose probabilities reach it.",
-        ),
-        click.option(
-            "--top-k", type=click.IntRange(0), default=0, show_default=True,
-            help="Of --sample: the k likeliest tokens; 0 all.",
-        ),
-        click.option(
-            "--min-p", type=click.FloatRange(0, 1), default=0.0, show_default=True,
-            help="Of --sample: tokens at least that times as likely as the likeliest.",
-        ),
-        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of --sample."),
-        click.option(
-            "--repetition-penalty", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True,
-            help="Above 1, what was said before is less likely; with or without --sample.",
-        ),
-    ]  # fmt: skip
-    for option in reversed(options):
+        click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer, in tokens."),
+    ):
         command = option(command)
     return command
+
+
+def no_sampling(command: F) -> F:
+    """Refuse the names that sampling took over from retrieval, on commands that retrieve and do not sample."""
+    return _refuse_renamed(_MOVED)(command)
+
+
+def _refuse_renamed(names: Mapping[str, str]) -> Callable[[F], F]:
+    """Hidden options that refuse old names."""
+
+    def add(command: F) -> F:
+        for old, new in names.items():
+            command = click.option(old, hidden=True, expose_value=False, callback=_refusal(old, new))(command)
+        return command
+
+    return add
+
+
+def _refusal(old: str, new: str) -> Callable[[click.Context, click.Parameter, object], None]:
+    def refuse(context: click.Context, parameter: click.Parameter, value: object) -> None:
+        if value is not None:
+            raise click.UsageError(f"{old} is called {new} now; use that name", context)
+
+    return refuse
+
+
+def _settings_options(kind: type[Any], *, defaults: bool = False) -> Callable[[F], F]:
+    """One option a field of a class of settings; None where a caller does not use it.
+
+    Args:
+        defaults: the help shows the defaults of the class, which hold where no bundle has its own.
+    """
+    hints = get_type_hints(kind)
+
+    def add(command: F) -> F:
+        for name, item in reversed(settings_of(kind).items()):
+            flag = f"--{name.replace('_', '-')}"
+            shown = f"{item.help}  [default: {getattr(kind(), name)}]" if defaults else item.help
+            flags = f"{flag}/--no-{flag[2:]}" if hints[name] is bool else flag
+            option_type = None if hints[name] is bool else _option_type(name, hints[name], item)
+            command = click.option(flags, type=option_type, default=None, help=shown)(command)
+        return command
+
+    return add
+
+
+def _option_type(name: str, hint: Any, item: Setting) -> click.ParamType[Any]:
+    if name == "method":
+        return click.Choice(list(METHODS))
+    if get_origin(hint) is Literal:
+        return click.Choice(get_args(hint))
+    low, is_open = (item.low, False) if item.above is None else (item.above, True)
+    if hint is int or int in get_args(hint):
+        return click.IntRange(min=None if low is None else int(low))
+    return click.FloatRange(min=low, min_open=is_open, max=item.high)
 
 
 def open_composer(bundle: Path, device: str) -> Composer:
@@ -129,32 +141,65 @@ def open_composer(bundle: Path, device: str) -> Composer:
     return composer
 
 
-def request_of(composer: Composer, options: dict[str, Any]) -> Request:
-    """The request that a command's options describe."""
-    given = {**options, "seed": options.get("dare_seed")}
-    names = [item.name for item in dataclasses.fields(MergeSettings)]
-    merge = dataclasses.replace(
-        composer.default_merge, **{name: given[name] for name in names if given.get(name) is not None}
-    )
+def request_of(composer: Composer, options: Mapping[str, Any], *, methods: Collection[str] = ()) -> Request:
+    """The request that a command's options describe.
+
+    Args:
+        methods: merge methods that are used beside the one of the options, as `eval` does.
+
+    Raises:
+        click.UsageError: an option has no effect beside the others.
+    """
+    defaults = composer.bundle.manifest.defaults
+    retrieval, merge, sampling = (_used(options, kind) for kind in (RetrievalSettings, MergeSettings, Sampling))
+    weights = parse_weights(options.get("adapters", ()))
+    choices = (*_parse_choices(options.get("choices")), *options.get("more_choices", ()))
+    merge_settings = dataclasses.replace(defaults.merge, **merge)
+    if weights is not None:
+        _refuse({**retrieval, "exclude": options["exclude"]}, "beside --adapter, which composes by hand")
+    if choices:
+        written = {name: options.get(name) for name in ("max_tokens", "stop", "sample")}
+        _refuse({**sampling, **written}, "beside --choices, which are scored and not written")
+    if sampling.get("temperature") == 0:
+        drawn = {name: value for name, value in sampling.items() if name not in ("temperature", "repetition_penalty")}
+        _refuse(drawn, "at --temperature 0, which is greedy")
+    try:
+        require_parameters(merge, {merge_settings.method, *methods})
+    except MergeError as error:
+        raise click.UsageError(str(error)) from error
     return Request(
-        weights=parse_weights(options.get("adapters", ())), exclude=options["exclude"],
-        neighbours=options["top_n"], temperature=options["temperature"], nucleus=options["top_p"], merge=merge,
-        max_tokens=options.get("max_tokens"), sampling=_sampling(options), stop=options.get("stop", ()),
-        query=options.get("query", "last"), overflow="truncate" if options.get("truncate") else "refuse",
-        choices=(*_parse_choices(options.get("choices")), *options.get("more_choices", ())),
-        raw=options.get("raw"), attachment="fold" if options.get("fold") else "attach",
-    )  # fmt: skip
+        weights=weights,
+        exclude=options["exclude"],
+        retrieval=dataclasses.replace(defaults.retrieval, **retrieval) if retrieval else None,
+        merge=merge_settings,
+        max_tokens=options.get("max_tokens"),
+        sampling=_sampling(sampling, bool(options.get("sample"))),
+        stop=options.get("stop", ()),
+        route_by=options.get("route_by", "last"),
+        overflow="truncate" if options.get("truncate") else "refuse",
+        choices=choices,
+        raw=options.get("raw"),
+        attachment="fuse" if options.get("fuse") else "attach",
+    )
 
 
-def _sampling(options: dict[str, Any]) -> Sampling | None:
-    """How tokens are drawn; None for the likeliest, always."""
-    penalty = options.get("repetition_penalty", 1.0)
-    if options.get("sample"):
-        return Sampling(
-            options["sample_temperature"], options["sample_top_p"], options["seed"], options["top_k"],
-            options["min_p"], penalty,
-        )  # fmt: skip
-    return Sampling(temperature=0, repetition_penalty=penalty) if penalty != 1 else None
+def _used(options: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:
+    """The settings of a class that the caller named."""
+    return {name: options[name] for name in names_of(kind) if options.get(name) is not None}
+
+
+def _refuse(values: Mapping[str, Any], where: str) -> None:
+    """Refuse options that would be taken in silence and have no effect."""
+    idle = [f"--{name.replace('_', '-')}" for name, value in values.items() if value not in (None, (), False)]
+    if idle:
+        raise click.UsageError(f"{', '.join(idle)} has no effect {where}; leave it out")
+
+
+def _sampling(values: Mapping[str, Any], sample: bool) -> Sampling | None:
+    """How tokens are drawn; None is greedy. A penalty alone does not draw."""
+    if sample or set(values) - {"repetition_penalty"}:
+        return Sampling(**values)
+    return Sampling(temperature=0, **values) if values else None
 
 
 def parse_weights(pairs: tuple[str, ...]) -> dict[str, float] | None:

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from edgecompose.bundle.manifest import BaseSpec
+from edgecompose.bundle.specs import BaseSpec
 from edgecompose.engine.device import Device, IOBinding, OrtValue, Session, host, open_session
-from edgecompose.engine.fusing import FoldedWeights, require_folding, weight_axes
+from edgecompose.engine.fusing import FusedWeights, require_fusing, weight_axes
 from edgecompose.engine.merged import MergedAdapter
 from edgecompose.engine.slots import bind_slots, check_graph, slot_axes
 from edgecompose.errors import BundleError, GenerationError, PromptTooLong
@@ -36,7 +36,7 @@ def decoder_graph(spec: BaseSpec, device: Device, *, folded: bool = False) -> st
         GenerationError: `folded`, and the base cannot be folded.
     """
     if folded:
-        folding = require_folding(spec)
+        folding = require_fusing(spec)
         graph, cuda_graph = folding.decoder_graph, folding.cuda_decoder_graph
     else:
         graph, cuda_graph = spec.graph, spec.cuda_graph
@@ -88,18 +88,18 @@ class Decoder:
             self._idle = [seat, *self._idle][:_IDLE_SEATS]
 
 
-class FoldedDecoder:
+class FusedDecoder:
     """A session of the decoder graph without slots, whose linear weights are fed. It holds no weights of its own."""
 
     def __init__(self, graph: Path, spec: BaseSpec, device: Device) -> None:
         self.spec = spec
         self.device = device
         self._session = open_session(graph, device, name="folded decoder")
-        inputs = {**_sequence_axes(spec), **weight_axes(require_folding(spec).weights)}
+        inputs = {**_sequence_axes(spec), **weight_axes(require_fusing(spec).weights)}
         check_graph(self._session, "folded decoder", inputs, {"logits": {2: spec.vocabulary}})
         _cache_dtype(self._session)
 
-    def start(self, weights: FoldedWeights, capacity: int, *, reserve: int | None = None) -> Decoding:
+    def start(self, weights: FusedWeights, capacity: int, *, reserve: int | None = None) -> Decoding:
         """Begin a sequence of at most `capacity` tokens with weights that a blend was folded into.
 
         Args:
@@ -118,7 +118,7 @@ class FoldedDecoder:
 class _Seat:
     """A binding of a decoder's session, the caches bound to it, and the blend whose memory it reads."""
 
-    def __init__(self, session: Session, spec: BaseSpec, device: Device, blend: MergedAdapter | FoldedWeights) -> None:
+    def __init__(self, session: Session, spec: BaseSpec, device: Device, blend: MergedAdapter | FusedWeights) -> None:
         self.binding: IOBinding = session.io_binding()
         self.blend = blend
         self.capacity = 0
@@ -135,8 +135,8 @@ class _Seat:
         """Make room for `capacity` tokens at least, of which the first `kept` stay in the caches."""
         if capacity <= self.capacity:
             return
-        wanted = max(capacity, 2 * self.capacity)
-        self.capacity = min(-(-wanted // _CAPACITY_STEP) * _CAPACITY_STEP, self._spec.context)
+        tokens = max(capacity, 2 * self.capacity)
+        self.capacity = min(-(-tokens // _CAPACITY_STEP) * _CAPACITY_STEP, self._spec.context)
         for layer in range(self._spec.layers):
             for part in ("key", "value"):
                 name = f"{layer}.{part}"

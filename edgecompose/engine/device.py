@@ -161,7 +161,7 @@ def open_session(
     landed = session.get_providers()[0]
     if landed != device.providers[0]:
         raise DeviceError(
-            f"the {name} graph landed on {landed} though {device.providers[0]} was wanted; "
+            f"the {name} graph landed on {landed}, expected {device.providers[0]}; "
             "use --device cpu, or see 'edgecompose doctor'"
         )
     return session

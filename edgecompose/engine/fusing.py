@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgecompose.bundle.manifest import BaseSpec, FoldingSpec
+from edgecompose.bundle.specs import BaseSpec, FusingSpec
 from edgecompose.engine.buffers import BufferPool, aligned
 from edgecompose.engine.device import Device, IOBinding, OrtValue, open_session
 from edgecompose.engine.merged import MergedAdapter
@@ -23,7 +23,7 @@ from edgecompose.errors import GenerationError
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
-class FoldedWeights:
+class FusedWeights:
     """A base's linear weights with a blend in them, float32, in one buffer on the device that it alone owns.
 
     `digest` names the blend's content; `places` are the weights: name -> (offset in values, shape).
@@ -44,22 +44,22 @@ class FoldedWeights:
             binding.bind_input(name, device.kind, 0, np.float32, list(shape), self.buffer.data_ptr() + 4 * offset)
 
 
-class Folding:
+class Fuser:
     """The session of a bundle's fold graph. Holds no blend; safe between threads."""
 
     def __init__(self, graph: Path, spec: BaseSpec, device: Device) -> None:
         self._device = device
         self._session = open_session(graph, device, name="fold")
-        weights = require_folding(spec).weights
+        weights = require_fusing(spec).weights
         check_graph(self._session, "fold", slot_axes(spec.slots), weight_axes(weights))
         self._places, self._values = _lay_out(weights)
         # the memory of one folded base is kept for the next: fresh pages cost more than folding does
         self._pool = BufferPool(device, idle_bytes=4 * self._values)
 
-    def fold(self, adapter: MergedAdapter) -> FoldedWeights:
+    def fuse(self, adapter: MergedAdapter) -> FusedWeights:
         """The base's weights with a blend in them: W + A^T B of every linear module, products and sum in float32."""
         buffer = self._pool.take(self._values)
-        folded = FoldedWeights(adapter.digest, self._places, buffer)
+        folded = FusedWeights(adapter.digest, self._places, buffer)
         weakref.finalize(folded, self._pool.give, buffer).atexit = False
         binding = self._session.io_binding()
         bind_slots(binding, adapter, self._device)
@@ -71,21 +71,21 @@ class Folding:
         return folded
 
 
-def require_folding(spec: BaseSpec) -> FoldingSpec:
+def require_fusing(spec: BaseSpec) -> FusingSpec:
     """How a base is folded.
 
     Raises:
         GenerationError: a quantised base, or a float one that was exported without the graphs.
     """
-    if spec.folding is not None:
-        return spec.folding
+    if spec.fusing is not None:
+        return spec.fusing
     if spec.precision in ("fp32", "fp16"):
         raise GenerationError(
-            f"fold wants the graphs fold and decoder_folded; this bundle's {spec.precision} base was exported without "
-            "them; export base and bundle again, or use attach"
+            f"fusing needs the graphs fold and decoder_folded; this bundle's {spec.precision} base was exported "
+            "without them; export base and bundle again, or use attach"
         )
     raise GenerationError(
-        f"fold wants a float base; this bundle's base is {spec.precision}; "
+        f"fusing needs a float base; this bundle's base is {spec.precision}; "
         "export the base with --precision fp32 or fp16, or use attach"
     )
 
@@ -95,7 +95,7 @@ def weight_axes(weights: Mapping[str, tuple[int, ...]]) -> dict[str, dict[int, i
     return {name: dict(enumerate(shape)) for name, shape in weights.items()}
 
 
-def folded_bytes(spec: FoldingSpec) -> int:
+def fused_bytes(spec: FusingSpec) -> int:
     """Memory that one folded base takes."""
     return 4 * _lay_out(spec.weights)[1]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from edgecompose.bundle.manifest import SlotGroup
+from edgecompose.bundle.specs import SlotGroup
 from edgecompose.engine.device import Device, IOBinding, Session
 from edgecompose.engine.merged import SIDES, MergedAdapter, Side
 from edgecompose.errors import BundleError
@@ -68,8 +68,8 @@ def check_graph(session: Session, name: str, inputs: Axes, outputs: Axes) -> Non
     taken = {v.name: v.shape for v in (*session.get_inputs(), *session.get_overridable_initializers())}
     given = {v.name: v.shape for v in session.get_outputs()}
     wrong = sorted((set(taken) ^ set(inputs)) | (set(outputs) - set(given)))
-    for found, wanted in ((taken, inputs), (given, outputs)):
-        wrong += [n for n, axes in wanted.items() if n in found and not _fits(found[n], axes)]
+    for actual, expected in ((taken, inputs), (given, outputs)):
+        wrong += [n for n, axes in expected.items() if n in actual and not _fits(actual[n], axes)]
     if wrong:
         shown = ", ".join(wrong[:4]) + (" ..." if len(wrong) > 4 else "")
         raise BundleError(f"the {name} graph is not the one that the manifest describes: {shown}; export it again")

@@ -18,7 +18,7 @@ _START = b'{"key": {"base": '
 
 
 @dataclass(frozen=True, slots=True)
-class OutcomeKey:
+class AnswerKey:
     """All that an answer depends on: base, example, blend (its content hash), and how the answer was asked for.
 
     `base` names the model, `max_tokens` is None where choices were scored.
@@ -33,7 +33,7 @@ class OutcomeKey:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class CachedAnswer:
     """An answer, whether it is right, and the milliseconds of each stage of its computation."""
 
     answer: str
@@ -43,30 +43,30 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class _Line:
-    key: OutcomeKey
+    key: AnswerKey
     task: str
-    outcome: Outcome
+    cached: CachedAnswer
 
 
 @dataclass(slots=True)
-class Outcomes:
-    """Outcomes by key, appended to `file` where there is one, each as soon as it is known."""
+class AnswerCache:
+    """AnswerCache by key, appended to `file` where there is one, each as soon as it is known."""
 
-    known: dict[OutcomeKey, Outcome] = field(default_factory=dict)
+    known: dict[AnswerKey, CachedAnswer] = field(default_factory=dict)
     file: IO[bytes] | None = None
 
-    def add(self, key: OutcomeKey, task: str, outcome: Outcome) -> None:
-        """Keep an outcome; `task` is for whoever reads the file."""
-        self.known[key] = outcome
+    def add(self, key: AnswerKey, task: str, cached: CachedAnswer) -> None:
+        """Keep an answer; `task` is for whoever reads the file."""
+        self.known[key] = cached
         if self.file is not None:
-            line = dataclasses.asdict(_Line(key, task, outcome))
+            line = dataclasses.asdict(_Line(key, task, cached))
             self.file.write(json.dumps(line).encode() + b"\n")
             self.file.flush()
 
 
 @contextmanager
-def open_outcomes(path: Path | None) -> Iterator[Outcomes]:
-    """The outcomes of a file, which is made where it is absent; None keeps them in memory only.
+def open_answer_cache(path: Path | None) -> Iterator[AnswerCache]:
+    """The answer cache of a file, which is made where it is absent; None keeps them in memory only.
 
     A last line that was cut off is taken off the file.
 
@@ -75,25 +75,25 @@ def open_outcomes(path: Path | None) -> Iterator[Outcomes]:
         OSError: it cannot be read or written.
     """
     if path is None:
-        yield Outcomes()
+        yield AnswerCache()
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
         file.seek(0)
         known, end = _read(file, path)
         file.truncate(end)
-        yield Outcomes(known, file)
+        yield AnswerCache(known, file)
 
 
-def _read(file: IO[bytes], path: Path) -> tuple[dict[OutcomeKey, Outcome], int]:
+def _read(file: IO[bytes], path: Path) -> tuple[dict[AnswerKey, CachedAnswer], int]:
     """What the file knows, and where its last whole line ends."""
-    known: dict[OutcomeKey, Outcome] = {}
+    known: dict[AnswerKey, CachedAnswer] = {}
     end = 0
     for number, line in enumerate(file, 1):
         if not line.endswith(b"\n") and (line.startswith(_START) or _START.startswith(line)):
             break
         found = _parse(line, f"{path}:{number}")
-        known[found.key] = found.outcome
+        known[found.key] = found.cached
         end += len(line)
     return known, end
 
@@ -102,8 +102,8 @@ def _parse(line: bytes, place: str) -> _Line:
     found: Any = None
     try:
         found = json.loads(line)
-        return value_from_json(_Line, found, "outcome")
+        return value_from_json(_Line, found, "cached")
     except (ValueError, RecursionError, ManifestInvalid) as error:
         raise EvaluationError(
-            f"{place} is no outcome of an evaluation ({error}); give another file, or delete this one to start anew"
+            f"{place} is no answer of an evaluation ({error}); give another file, or delete this one to start anew"
         ) from error

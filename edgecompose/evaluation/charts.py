@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgecompose.errors import EvaluationError
-from edgecompose.evaluation.results import Score, Standing, Summary
+from edgecompose.evaluation.results import Metrics, Score, Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +23,7 @@ Matrix = Mapping[str, Mapping[str, float]]
 #: Text, quiet text and lines in the light theme, and what they become in the dark one.
 _INK, _QUIET, _LINE = "#1f2328", "#59636e", "#d1d9e0"
 _DARK = {_INK: "#e6edf3", _QUIET: "#9198a1", _LINE: "#3d444d"}
-#: The main contender, the base, the others: told apart by any eye, on white and on black, by their marks as well.
+#: The main variant, the base, the others: told apart by any eye, on white and on black, by their marks as well.
 _MAIN, _BASE = "#1f83d6", "#8b949e"
 #: Full colour of a heat map: white can be read on most of it.
 _HEAT, _WHITE_FROM = "#0b5cad", 0.7
@@ -70,10 +70,10 @@ def require_matplotlib() -> None:
 
 
 def draw_charts(summary: Summary) -> list[Chart]:
-    """The charts of an evaluation; of the main contender those that there is something to show of."""
+    """The charts of an evaluation; of the main variant those that there is something to show of."""
     require_matplotlib()
-    main = summary.standings[summary.main]
-    means = ", ".join(f"{n} {s.mean:.1%}" for n, s in summary.standings.items() if s.mean is not None)
+    main = summary.metrics[summary.main]
+    means = ", ".join(f"{n} {s.mean:.1%}" for n, s in summary.metrics.items() if s.mean is not None)
     charts = [
         _chart(
             "accuracy", "Accuracy, with intervals of 95 %", f"Mean accuracy: {means}. Below it every task by itself.",
@@ -112,11 +112,11 @@ def draw_charts(summary: Summary) -> list[Chart]:
 
 
 def colours(summary: Summary) -> dict[str, str]:
-    """A colour for each contender."""
+    """A colour for each variant."""
     fixed = {summary.main: _MAIN} | ({} if summary.main == "base" else {"base": _BASE})
-    others = [name for name in summary.standings if name not in fixed]
+    others = [name for name in summary.metrics if name not in fixed]
     rest = {name: _OTHERS[i % len(_OTHERS)] for i, name in enumerate(others)}
-    return {name: (fixed | rest)[name] for name in summary.standings}
+    return {name: (fixed | rest)[name] for name in summary.metrics}
 
 
 def _largest(matrix: Matrix, verb: str) -> str:
@@ -168,11 +168,11 @@ def _margin(labels: Sequence[str]) -> float:
 
 
 def _accuracy(summary: Summary) -> Figure:
-    """Means of all contenders on top, which name the colours; every task below, best first."""
-    main = summary.standings[summary.main]
-    tasks = sorted(set().union(*(s.tasks for s in summary.standings.values())))
+    """Means of all variants on top, which name the colours; every task below, best first."""
+    main = summary.metrics[summary.main]
+    tasks = sorted(set().union(*(s.tasks for s in summary.metrics.values())))
     tasks.sort(key=lambda task: -main.tasks[task].accuracy if task in main.tasks else 1)
-    shown = {n: Score(0, s.mean, s.ci95) for n, s in summary.standings.items() if s.mean is not None and s.ci95}
+    shown = {n: Score(0, s.mean, s.ci95) for n, s in summary.metrics.items() if s.mean is not None and s.ci95}
     pitch = 0.2 + 0.075 * len(shown)
     left, width, gap = _margin([*tasks, *shown]), 5.2, 0.55
     heights = 0.23 * len(shown), pitch * len(tasks)
@@ -180,8 +180,8 @@ def _accuracy(summary: Summary) -> Figure:
         left + width + 0.7, 0.35 + sum(heights) + gap + 0.3,
         (left, 0.35, width, heights[0]), (left, 0.35 + heights[0] + gap, width, heights[1]),
     )  # fmt: skip
-    palette, marks = colours(summary), {name: _MARKS[i % len(_MARKS)] for i, name in enumerate(summary.standings)}
-    scores = [*shown.values(), *(score for s in summary.standings.values() for score in s.tasks.values())]
+    palette, marks = colours(summary), {name: _MARKS[i % len(_MARKS)] for i, name in enumerate(summary.metrics)}
+    scores = [*shown.values(), *(score for s in summary.metrics.values() for score in s.tasks.values())]
     low, high = min(score.ci95[0] for score in scores), max(score.ci95[1] for score in scores)
     for axes, title in ((top, "mean over tasks, per cent right"), (rows, "each task")):
         axes.set_xlim(max(-0.01, low - 0.03), min(1.01, high + 0.03))
@@ -203,9 +203,9 @@ def _accuracy(summary: Summary) -> Figure:
     top.set_ylim(len(shown) - 0.5, -0.5)
     for place, task in enumerate(tasks):
         for number, name in enumerate(shown):
-            if task in summary.standings[name].tasks:
+            if task in summary.metrics[name].tasks:
                 offset = (number - (len(shown) - 1) / 2) * 0.085 / pitch
-                _dot(rows, summary.standings[name].tasks[task], place + offset, palette[name], marks[name], 4)
+                _dot(rows, summary.metrics[name].tasks[task], place + offset, palette[name], marks[name], 4)
         rows.axhline(place + 0.5, color=_LINE, linewidth=0.6)
     rows.set_yticks(range(len(tasks)), tasks)
     rows.set_ylim(len(tasks) - 0.5, -0.5)
@@ -247,12 +247,12 @@ def _heat_map(matrix: Matrix, across: str) -> Figure:
     return figure
 
 
-def _reliability(standing: Standing) -> Figure:
+def _reliability(metrics: Metrics) -> Figure:
     """Hits against the top share, a dot a bin, as large as the bin; on the diagonal the share is what it says."""
     figure, (axes,) = _figure(4.6, 4.5, (0.75, 0.2, 3.6, 3.6))
     axes.plot([0, 1], [0, 1], color=_QUIET, linewidth=0.9, linestyle=(0, (4, 3)))
     axes.text(0.13, 0.16, "as sure as right", color=_QUIET, rotation=45, rotation_mode="anchor", fontsize=8)
-    bins = [b for b in standing.routing.reliability if b.n]
+    bins = [b for b in metrics.routing.reliability if b.n]
     most = max(b.n for b in bins)
     for b in bins:
         axes.plot([b.share], [b.right], "o", color=_MAIN, markersize=5 + 12 * (b.n / most) ** 0.5, alpha=0.85)
@@ -265,5 +265,5 @@ def _reliability(standing: Standing) -> Figure:
         axis.set_major_formatter(lambda value, _: f"{value * 100:.0f}")
     axes.set_xlabel("share of the top task, per cent")
     axes.set_ylabel("routed to the example's own task, per cent")
-    axes.text(1.0, 0.03, f"expected calibration error {standing.routing.error:.3f}", ha="right")
+    axes.text(1.0, 0.03, f"expected calibration error {metrics.routing.error:.3f}", ha="right")
     return figure

@@ -133,7 +133,7 @@ def paired_bootstrap(
         EvaluationError: not the same examples, or none.
     """
     if [len(task) for task in one] != [len(task) for task in other]:
-        raise EvaluationError("a paired comparison wants outcomes of the same examples; those given differ in number")
+        raise EvaluationError("a paired comparison got different numbers of examples; expected the same examples")
     differences = [a.astype(np.float64) - b.astype(np.float64) for a, b in zip(one, other, strict=True)]
     drawn = _resampled_mean(differences, seed, resamples)
     return PairedDifference(_mean(differences), _bounds(drawn), float((drawn > 0).mean()))
@@ -172,14 +172,14 @@ def _lines(path: Path) -> Iterator[EvalExample]:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 found = json.loads(text) if text else None
             except (ValueError, RecursionError) as error:
-                raise EvaluationError(f"{place} is not JSON in UTF-8 ({error}); one object a line is wanted") from error
+                raise EvaluationError(f"{place} is not JSON in UTF-8 ({error}); expected one object a line") from error
             if text:
                 yield _example(found, task, place)
 
 
 def _example(found: Any, task: str, place: str) -> EvalExample:
     if not isinstance(found, dict):
-        raise EvaluationError(f"{place} is {found!r:.80}; an object with prompt and answer is wanted")
+        raise EvaluationError(f"{place} is {found!r:.80}; expected an object with prompt and answer")
     for name in ("prompt", "answer"):
         if name not in found:
             raise EvaluationError(f"{place} has no {name}; every line wants a prompt and an answer")
@@ -193,7 +193,7 @@ def _example(found: Any, task: str, place: str) -> EvalExample:
         raise EvaluationError(f"{place}: task {task!r:.80} has characters that cannot be shown; give it a plain name")
     choices = _texts(found, "choices", place)
     if choices and (len(choices) < 2 or len(set(choices)) < len(choices)):
-        raise EvaluationError(f"{place}: choices are {list(choices)!r:.80}; two or more are wanted, each once")
+        raise EvaluationError(f"{place}: choices are {list(choices)!r:.80}; expected two or more, each once")
     if choices and answer not in choices:
         raise EvaluationError(f"{place}: answer {answer!r:.80} is none of the choices {list(choices)!r:.200}")
     return EvalExample(task, prompt, answer, choices or None, _texts(found, "aliases", place))
@@ -205,13 +205,13 @@ def _texts(found: Mapping[str, Any], name: str, place: str) -> tuple[str, ...]:
     if texts is None:
         return ()
     if not isinstance(texts, list):
-        raise EvaluationError(f"{place}: {name} is {texts!r:.80}; a list of texts is wanted")
+        raise EvaluationError(f"{place}: {name} is {texts!r:.80}; expected a list of texts")
     return tuple(_text(text, f"{place}: one of {name}") for text in texts)
 
 
 def _text(value: Any, place: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise EvaluationError(f"{place} is {value!r:.80}; a text that is not blank is wanted")
+        raise EvaluationError(f"{place} is {value!r:.80}; expected a text that is not blank")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:

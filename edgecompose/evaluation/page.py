@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 
 from edgecompose.evaluation.charts import Chart, colours, draw_charts
-from edgecompose.evaluation.results import Evaluation, Judgement, Summary
+from edgecompose.evaluation.results import Evaluation, Result, Summary
 from edgecompose.evaluation.table import interval, percent, signed
 from edgecompose.timing import STAGES
 
@@ -20,7 +20,7 @@ _MISSES = 20
 _HEAD, _TAIL = 400, 200
 _SHORT = 120
 _CAPTIONS = {
-    "accuracy": "A line is an interval of 95 %, tasks are in the order of the main contender's accuracy.",
+    "accuracy": "A line is an interval of 95 %, tasks are in the order of the main variant's accuracy.",
     "weights": "Mean over a task's examples; below 2 left blank. A frame marks an adapter of the task's own name.",
     "confusion": "The task with the largest share of the neighbours' weight; below 2 left blank.",
     "reliability": "Examples of the bundle's own tasks, in ten bins of the top task's share, with their counts.",
@@ -53,13 +53,13 @@ def write_report(evaluation: Evaluation, summary: Summary, result: Mapping[str, 
 
 
 def page(evaluation: Evaluation, result: Mapping[str, Any], charts: Sequence[Chart], palette: Mapping[str, str]) -> str:
-    """The report as HTML, `palette` being a colour for each contender; whatever comes from examples is escaped."""
+    """The report as HTML, `palette` being a colour for each variant; whatever comes from examples is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")), autoescape=True,
         undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     environment.filters["base64"] = lambda text: base64.b64encode(text.encode("utf-8")).decode("ascii")
-    counts = {len(found["tasks"]) for found in result["contenders"].values()}
+    counts = {len(found["tasks"]) for found in result["variants"].values()}
     return environment.get_template("report.html").render(
         main=evaluation.main, result=result, settings=result["settings"], charts=charts, captions=_CAPTIONS,
         colours=palette, percent=percent, interval=interval, signed=signed, stages=STAGES,
@@ -74,21 +74,21 @@ def shortened(text: str, head: int = _HEAD, tail: int = _TAIL) -> str:
 
 
 def _rows(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    contenders = result["contenders"].values()
-    for task in sorted(set().union(*(found["tasks"] for found in contenders))):
-        scores = [found["tasks"].get(task) for found in contenders]
+    variants = result["variants"].values()
+    for task in sorted(set().union(*(found["tasks"] for found in variants))):
+        scores = [found["tasks"].get(task) for found in variants]
         had = [score for score in scores if score]
         yield {
             "task": task, "n": max(s["n"] for s in had), "scores": scores, "best": max(s["accuracy"] for s in had)
         }  # fmt: skip
 
 
-def _miss(judged: Judgement) -> dict[str, str]:
+def _miss(judged: Result) -> dict[str, str]:
     example = judged.example
     weights = ", ".join(f"{name} {weight:.3f}" for name, weight in judged.weights.items())
     return {
         "task": example.task,
-        "wanted": shortened(example.answer, _SHORT, 0),
+        "expected": shortened(example.answer, _SHORT, 0),
         "got": shortened(judged.answer, _SHORT, 0),
         "prompt": shortened(example.prompt),
         "weights": weights or "none",
@@ -98,8 +98,8 @@ def _miss(judged: Judgement) -> dict[str, str]:
 
 def _described(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, value in settings.items():
-        if isinstance(value, Mapping) and name == "contenders":
-            yield from ((f"contender {n}", _words(found)) for n, found in value.items())
+        if isinstance(value, Mapping) and name == "variants":
+            yield from ((f"variant {n}", _words(found)) for n, found in value.items())
         else:
             yield name.replace("_", " "), _words(value)
 

@@ -1,4 +1,4 @@
-"""What contenders made of examples, one by one and summed up; pure values, knows nothing of how they came about."""
+"""What variants made of examples, one by one and summed up; pure values, knows nothing of how they came about."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ BINS = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
-    """One contender's answer to one example, and how it was routed.
+class Result:
+    """One variant's answer to one example, and how it was routed.
 
     `weights` are those of adapters; `top_task`, its `top_share` in [0, 1] and the cosine `similarity` of the nearest
     neighbour are None where nothing was retrieved. `own_task` tells whether retrieval could have found the example's
     own task: the bundle has it and it was not left out. `timings_ms` has an entry for every stage of STAGES: the
-    contender's own retrieval, and the one computation of a blend's answer that contenders may share.
+    variant's own retrieval, and the one computation of a blend's answer that variants may share.
     """
 
     example: EvalExample
@@ -76,8 +76,8 @@ class Routing:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
-    """What one contender reached. `mean` is None where it had no example; `timings_ms` are means over examples.
+class Metrics:
+    """What one variant reached. `mean` is None where it had no example; `timings_ms` are means over examples.
 
     `weights[task][adapter]` is the mean weight over the task's examples.
     """
@@ -92,7 +92,7 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The main contender against another over the tasks that both had: their means, and task by task."""
+    """The main variant against another over the tasks that both had: their means, and task by task."""
 
     paired: PairedDifference
     by_task: Mapping[str, PairedDifference]
@@ -100,35 +100,35 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Standings by contender, and the main one against each of the others that it shares a task with."""
+    """Metrics by variant, and the main one against each of the others that it shares a task with."""
 
     main: str
-    standings: Mapping[str, Standing]
+    metrics: Mapping[str, Metrics]
     against: Mapping[str, Comparison]
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Judgements by contender, in the order of the examples; `main` is the contender that the others are held to."""
+    """Results by variant, in the order of the examples; `main` is the variant that the others are held to."""
 
     main: str
-    judgements: Mapping[str, tuple[Judgement, ...]]
+    results: Mapping[str, tuple[Result, ...]]
 
     def summary(self) -> Summary:
         """What all of them reached."""
-        others = {name: self.against(name) for name in self.judgements if name != self.main}
+        others = {name: self.against(name) for name in self.results if name != self.main}
         return Summary(
             self.main,
-            {name: self.standing(name) for name in self.judgements},
+            {name: self.metrics(name) for name in self.results},
             {name: comparison for name, comparison in others.items() if comparison is not None},
         )
 
-    def standing(self, name: str) -> Standing:
-        """What one contender reached."""
-        judged = self.judgements[name]
+    def metrics(self, name: str) -> Metrics:
+        """What one variant reached."""
+        judged = self.results[name]
         right = _right(judged)
         tasks = {t: Score(len(r), float(r.mean()), bootstrap_interval(r)) for t, r in right.items()}
-        return Standing(
+        return Metrics(
             tasks,
             float(np.mean([score.accuracy for score in tasks.values()])) if tasks else None,
             mean_interval(list(right.values())) if tasks else None,
@@ -138,8 +138,8 @@ class Evaluation:
         )
 
     def against(self, name: str) -> Comparison | None:
-        """The main contender against another, example by example; None where they share no task."""
-        one, other = _right(self.judgements[self.main]), _right(self.judgements[name])
+        """The main variant against another, example by example; None where they share no task."""
+        one, other = _right(self.results[self.main]), _right(self.results[name])
         shared = [task for task in one if task in other]
         if not shared:
             return None
@@ -148,12 +148,12 @@ class Evaluation:
             {t: paired_bootstrap([one[t]], [other[t]]) for t in shared},
         )
 
-    def misses(self, count: int) -> list[Judgement]:
-        """The first examples that the main contender got wrong."""
-        return [judged for judged in self.judgements[self.main] if not judged.right][:count]
+    def misses(self, count: int) -> list[Result]:
+        """The first examples that the main variant got wrong."""
+        return [judged for judged in self.results[self.main] if not judged.right][:count]
 
 
-def routing(judged: Iterable[Judgement]) -> Routing:
+def routing(judged: Iterable[Result]) -> Routing:
     """Where retrieval led, and whether the top share can be trusted."""
     confusion: dict[str, Counter[str]] = {}
     pairs: list[tuple[float, bool]] = []
@@ -174,18 +174,18 @@ def _bin(pairs: Sequence[tuple[float, bool]], number: int) -> Bin:
     return Bin(len(inside), float(share), float(right))
 
 
-def _by_task(judged: Iterable[Judgement]) -> dict[str, list[Judgement]]:
-    tasks: dict[str, list[Judgement]] = {}
+def _by_task(judged: Iterable[Result]) -> dict[str, list[Result]]:
+    tasks: dict[str, list[Result]] = {}
     for one in judged:
         tasks.setdefault(one.example.task, []).append(one)
     return dict(sorted(tasks.items()))
 
 
-def _right(judged: Iterable[Judgement]) -> dict[str, Bools]:
+def _right(judged: Iterable[Result]) -> dict[str, Bools]:
     return {task: np.array([one.right for one in found]) for task, found in _by_task(judged).items()}
 
 
-def _mean_weights(judged: Sequence[Judgement]) -> dict[str, float]:
+def _mean_weights(judged: Sequence[Result]) -> dict[str, float]:
     total: Counter[str] = Counter()
     for one in judged:
         total.update(one.weights)

@@ -1,4 +1,4 @@
-"""Contenders answer the same examples: the base, each task's own adapter, and blends that retrieval chose."""
+"""Variants answer the same examples: the base, each task's own adapter, and blends that retrieval chose."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from edgecompose.bundle.manifest import Manifest
 from edgecompose.composer import Composer
-from edgecompose.errors import EvaluationError, GenerationError
-from edgecompose.evaluation.answer_cache import Outcome, OutcomeKey, Outcomes, open_outcomes
+from edgecompose.errors import EvaluationError, GenerationError, MergeError
+from edgecompose.evaluation.answer_cache import AnswerCache, AnswerKey, CachedAnswer, open_answer_cache
 from edgecompose.evaluation.examples import EvalExample, first_line
-from edgecompose.evaluation.results import Evaluation, Judgement
-from edgecompose.merging.methods import METHODS, MergeSettings, composition_digest
-from edgecompose.request import WEIGH_NAMES, Request, Retrieval
+from edgecompose.evaluation.results import Evaluation, Result
+from edgecompose.merging.methods import METHODS, composition_digest
+from edgecompose.request import Request, Retrieval
+from edgecompose.settings import MergeSettings, override
 from edgecompose.timing import STAGES
 
 Kind = Literal["base", "own", "top1", "uniform", "retrieved", "fixed"]
@@ -29,7 +30,7 @@ _NOTHING = Retrieval((), {}, {}, {})
 
 
 @dataclass(frozen=True, slots=True)
-class Contender:
+class Variant:
     """A way to answer.
 
     `base` takes no adapter, `own` the one that is called like the example's task, or else those that serve it (no
@@ -46,21 +47,21 @@ class Contender:
     def __post_init__(self) -> None:
         kinds = get_args(Kind)
         if self.kind not in kinds:
-            raise EvaluationError(f"contender '{self.name}' is of kind '{self.kind}'; use one of {', '.join(kinds)}")
+            raise EvaluationError(f"variant '{self.name}' is of kind '{self.kind}'; use one of {', '.join(kinds)}")
         if self.request.sampling is not None:
-            raise EvaluationError(f"contender '{self.name}' draws tokens at random; an evaluation wants greedy answers")
+            raise EvaluationError(f"variant '{self.name}' draws tokens at random; an evaluation wants greedy answers")
         if self.request.choices or (self.request.weights is None) == (self.kind == "fixed"):
             raise EvaluationError(
-                f"contender '{self.name}' of kind '{self.kind}' has choices, or weights where its kind decides; "
+                f"variant '{self.name}' of kind '{self.kind}' has choices, or weights where its kind decides; "
                 "choices are those of the examples, and only 'fixed' wants weights"
             )
 
 
-def parse_contenders(names: Sequence[str], request: Request, exclude_own: bool = False) -> list[Contender]:
-    """Contenders by name: a kind, or a merge method, which is `retrieved` with that method.
+def parse_variants(names: Sequence[str], request: Request, exclude_own: bool = False) -> list[Variant]:
+    """Variants by name: a kind, or a merge method, which is `retrieved` with that method.
 
     Args:
-        request: what all of them ask for; its `merge` must be given where a method is named.
+        request: what all of them ask for.
 
     Raises:
         EvaluationError: an unknown name.
@@ -69,17 +70,22 @@ def parse_contenders(names: Sequence[str], request: Request, exclude_own: bool =
     found = []
     for name in names:
         if name in METHODS:
-            merge = dataclasses.replace(request.merge or MergeSettings(), method=name)
-            found.append(Contender(name, "retrieved", dataclasses.replace(request, merge=merge), exclude_own))
+            merge = {**_changes(request.merge), "method": name}
+            found.append(Variant(name, "retrieved", dataclasses.replace(request, merge=merge), exclude_own))
         elif name in kinds:
-            found.append(Contender(name, kinds[name], request, exclude_own))
+            found.append(Variant(name, kinds[name], request, exclude_own))
         else:
-            raise EvaluationError(f"no contender is called '{name}'; use some of {', '.join((*KINDS, *METHODS))}")
+            raise EvaluationError(f"no variant is called '{name}'; use some of {', '.join((*KINDS, *METHODS))}")
     return found
 
 
-def main_contender(names: Sequence[str]) -> str:
-    """The contender that the others are held to: `retrieved`, or the last."""
+def _changes(merge: MergeSettings | Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Merge settings of a request as changes of the bundle's."""
+    return dataclasses.asdict(merge) if isinstance(merge, MergeSettings) else merge or {}
+
+
+def main_variant(names: Sequence[str]) -> str:
+    """The variant that the others are held to: `retrieved`, or the last."""
     return "retrieved" if "retrieved" in names else names[-1]
 
 
@@ -91,40 +97,40 @@ def adapters_of(manifest: Manifest, task: str) -> dict[str, float]:
 def evaluate(
     composer: Composer,
     examples: Sequence[EvalExample],
-    contenders: Sequence[Contender],
+    variants: Sequence[Variant],
     *,
-    outcomes: Path | None = None,
+    answer_cache: Path | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Evaluation:
-    """Have every contender answer every example.
+    """Have every variant answer every example.
 
-    The same blend asked for the same answer is computed once, whichever contenders and runs want it.
+    The same blend asked for the same answer is computed once, whichever variants and runs want it.
 
     Args:
-        outcomes: JSONL file of answers that are known; those that are computed are appended to it.
-        advance: called with 1 after each example and contender.
+        answer_cache: JSONL file of answers that are known; those that are computed are appended to it.
+        advance: called with 1 after each example and variant.
 
     Raises:
-        EvaluationError: no example, no contender or two of one name; an example that cannot be answered.
+        EvaluationError: no example, no variant or two of one name; an example that cannot be answered.
         EdgeComposeError: of the stage that failed.
     """
-    names = [contender.name for contender in contenders]
+    names = [variant.name for variant in variants]
     if not names or len(set(names)) < len(names):
-        raise EvaluationError(f"contenders are '{', '.join(names)}'; at least one is wanted, each once")
-    judged: dict[str, list[Judgement]] = {name: [] for name in names}
-    with open_outcomes(outcomes) as known:
+        raise EvaluationError(f"variants are '{', '.join(names)}'; expected at least one, each once")
+    judged: dict[str, list[Result]] = {name: [] for name in names}
+    with open_answer_cache(answer_cache) as known:
         bench = _Bench(composer, known)
         for example in examples:
             routes = _Routes(composer, example)
-            for contender in contenders:
-                found = bench.judge(example, contender, routes)
+            for variant in variants:
+                found = bench.judge(example, variant, routes)
                 if found is not None:
-                    judged[contender.name].append(found)
+                    judged[variant.name].append(found)
                 advance(1)
-    main = main_contender(names)
+    main = main_variant(names)
     if not judged[main]:
-        wanted = "examples of the bundle's tasks" if examples else "at least one example"
-        raise EvaluationError(f"no example remains for '{main}'; {wanted} are wanted")
+        expected = "examples of the bundle's tasks" if examples else "at least one example"
+        raise EvaluationError(f"no example remains for '{main}'; expected {expected}")
     return Evaluation(main, {name: tuple(found) for name, found in judged.items()})
 
 
@@ -137,7 +143,7 @@ class _Routes:
 
     def find(self, request: Request) -> tuple[Retrieval, dict[str, float]]:
         """Retrieval and milliseconds a stage."""
-        key = (request.neighbours, request.exclude, *(getattr(request, name) for name in WEIGH_NAMES))
+        key = (repr(request.retrieval), request.exclude)
         if key not in self._found:
             spent: dict[str, float] = {}
             self._found[key] = self._composer.retrieve(self._prompt, request, spent=spent), spent
@@ -147,52 +153,52 @@ class _Routes:
 class _Bench:
     """Answers of one composer, those that are known not computed again."""
 
-    def __init__(self, composer: Composer, outcomes: Outcomes) -> None:
-        self._composer, self._outcomes = composer, outcomes
+    def __init__(self, composer: Composer, answer_cache: AnswerCache) -> None:
+        self._composer, self._answer_cache = composer, answer_cache
         self._manifest = composer.bundle.manifest
 
-    def judge(self, example: EvalExample, contender: Contender, routes: _Routes) -> Judgement | None:
-        """One contender on one example; None where it does not apply."""
+    def judge(self, example: EvalExample, variant: Variant, routes: _Routes) -> Result | None:
+        """One variant on one example; None where it does not apply."""
         here = example.task in self._manifest.tasks
-        if contender.kind == "own" and not here:
+        if variant.kind == "own" and not here:
             return None
-        request = _request(contender, example, here)
-        retrieves = contender.kind in ("top1", "uniform", "retrieved")
+        request = _request(variant, example, here)
+        retrieves = variant.kind in ("top1", "uniform", "retrieved")
         retrieval, spent = routes.find(request) if retrieves else (_NOTHING, {})
-        weights = self._weights(contender, example, request, retrieval)
-        if contender.kind != "retrieved":
+        weights = self._weights(variant, example, request, retrieval)
+        if variant.kind != "retrieved":
             request = dataclasses.replace(request, weights=weights)
         request = dataclasses.replace(request, raw=self._composer.sends_raw(request, retrieval))
-        outcome = self._outcome(example, request, weights)
+        cached = self._cached(example, request, weights)
         top = next(iter(retrieval.distribution.items()), (None, None))
-        timings = {s: outcome.timings_ms.get(s, 0.0) + spent.get(s, 0.0) for s in STAGES}
+        timings = {s: cached.timings_ms.get(s, 0.0) + spent.get(s, 0.0) for s in STAGES}
         timings["total"] += sum(spent.values())  # whose own total is 0
-        return Judgement(
-            example, outcome.right, outcome.answer, weights, top[0], top[1],
+        return Result(
+            example, cached.right, cached.answer, weights, top[0], top[1],
             retrieval.neighbours[0].similarity if retrieval.neighbours else None,
             here and example.task not in request.exclude,
             timings,
         )  # fmt: skip
 
     def _weights(
-        self, contender: Contender, example: EvalExample, request: Request, retrieval: Retrieval
+        self, variant: Variant, example: EvalExample, request: Request, retrieval: Retrieval
     ) -> dict[str, float]:
-        """The blend that a contender wants for a request: weights of adapters."""
-        if contender.kind == "base":
+        """The blend that a variant wants for a request: weights of adapters."""
+        if variant.kind == "base":
             return {}
-        if contender.kind == "fixed":
-            return dict(contender.request.weights or {})
-        if contender.kind == "own":
+        if variant.kind == "fixed":
+            return dict(variant.request.weights or {})
+        if variant.kind == "own":
             own = example.task in self._manifest.adapters
             return {example.task: 1.0} if own else adapters_of(self._manifest, example.task)
-        if contender.kind == "retrieved":
+        if variant.kind == "retrieved":
             return dict(retrieval.weights)
-        tasks = list(retrieval.nucleus) if contender.kind == "uniform" else list(retrieval.distribution)[:1]
+        tasks = list(retrieval.nucleus) if variant.kind == "uniform" else list(retrieval.distribution)[:1]
         return self._composer.adapters_for({task: 1 / len(tasks) for task in tasks}, request.exclude)
 
-    def _outcome(self, example: EvalExample, request: Request, weights: Mapping[str, float]) -> Outcome:
+    def _cached(self, example: EvalExample, request: Request, weights: Mapping[str, float]) -> CachedAnswer:
         key = self._key(example, request, weights)
-        known = self._outcomes.known.get(key)
+        known = self._answer_cache.known.get(key)
         if known is not None:
             return known
         self._composer.warm_up()  # so that no example's time is that of opening the models
@@ -205,16 +211,16 @@ class _Bench:
             ) from error
         text = answer.text if request.choices else first_line(answer.text)
         timings = {stage: round(spent, 3) for stage, spent in answer.timings_ms.items()}
-        outcome = Outcome(text, example.is_right(text), timings)
-        self._outcomes.add(key, example.task, outcome)
-        return outcome
+        cached = CachedAnswer(text, example.is_right(text), timings)
+        self._answer_cache.add(key, example.task, cached)
+        return cached
 
-    def _key(self, example: EvalExample, request: Request, weights: Mapping[str, float]) -> OutcomeKey:
+    def _key(self, example: EvalExample, request: Request, weights: Mapping[str, float]) -> AnswerKey:
         manifest = self._manifest
-        settings = request.merge or self._composer.default_merge
+        settings = override(self._composer.default_merge, request.merge, MergeError)
         digests = {name: manifest.files[manifest.adapters[name].file].sha256 for name in weights}
         composition = composition_digest(digests, weights, settings)
-        return OutcomeKey(
+        return AnswerKey(
             self._base(request), example.id, composition, bool(request.raw),
             "choices" if request.choices else "text", None if request.choices else request.max_tokens,
         )  # fmt: skip
@@ -227,11 +233,11 @@ class _Bench:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _request(contender: Contender, example: EvalExample, here: bool) -> Request:
-    """What a contender asks for one example, its weights apart."""
-    asked = contender.request
+def _request(variant: Variant, example: EvalExample, here: bool) -> Request:
+    """What a variant asks for one example, its weights apart."""
+    asked = variant.request
     exclude = asked.exclude
-    if contender.exclude_own and here and example.task not in exclude:
+    if variant.exclude_own and here and example.task not in exclude:
         exclude = (*exclude, example.task)
     return dataclasses.replace(
         asked, exclude=exclude, choices=example.choices or (), max_tokens=asked.max_tokens or MAX_TOKENS

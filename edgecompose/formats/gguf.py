@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from edgecompose.bundle.manifest import BaseSpec
+from edgecompose.bundle.specs import BaseSpec
 from edgecompose.engine.merged import MergedAdapter, require_adapters
 from edgecompose.errors import EdgeComposeError, MergeError
 from edgecompose.formats.architectures import ARCHITECTURES, Architecture, architecture_of

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgecompose.bundle.atomic import new_folder
-from edgecompose.bundle.manifest import BaseSpec
+from edgecompose.bundle.specs import BaseSpec
 from edgecompose.engine.merged import MergedAdapter, require_adapters
 from edgecompose.errors import CheckpointError, MergeError
 from edgecompose.formats.architectures import MODULE_AT, PACKED

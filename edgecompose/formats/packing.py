@@ -7,7 +7,7 @@ from collections.abc import Container, Mapping
 import numpy as np
 import numpy.typing as npt
 
-from edgecompose.bundle.manifest import BaseSpec
+from edgecompose.bundle.specs import BaseSpec
 from edgecompose.formats.architectures import PACKED
 
 #: Module -> factors A (L, R, n_in) and B (L, R, n_out).

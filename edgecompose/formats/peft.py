@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save
 
-from edgecompose.bundle.manifest import BaseSpec
+from edgecompose.bundle.specs import BaseSpec
 from edgecompose.engine.merged import MergedAdapter, require_adapters
 from edgecompose.errors import MergeError
 from edgecompose.formats.architectures import architecture_of

@@ -9,22 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgecompose.bundle.files import Bundle
-from edgecompose.bundle.manifest import PromptForm
+from edgecompose.bundle.specs import PromptForm
 from edgecompose.caching import LruCache
-from edgecompose.engine.decoder import Decoder, Decoding, Float, FoldedDecoder, check_capacity, decoder_graph
+from edgecompose.engine.decoder import Decoder, Decoding, Float, FusedDecoder, check_capacity, decoder_graph
 from edgecompose.engine.device import Device
-from edgecompose.engine.fusing import FoldedWeights, Folding, folded_bytes, require_folding
+from edgecompose.engine.fusing import FusedWeights, Fuser, fused_bytes, require_fusing
 from edgecompose.engine.memory import release_freed_memory
 from edgecompose.engine.merged import MergedAdapter
 from edgecompose.errors import GenerationError
 from edgecompose.generation.decode import Finish, generate, score_choices, stream_text
 from edgecompose.generation.messages import Message, Overflow, shortened
 from edgecompose.generation.prompt_cache import PrefixCache
-from edgecompose.generation.sampler import Sampler, Sampling, likeliest
+from edgecompose.generation.sampler import Sampler, likeliest
 from edgecompose.generation.tokenizer import Tokenizer
+from edgecompose.settings import Sampling
 from edgecompose.timing import Clock
 
-Blend = MergedAdapter | FoldedWeights
+Blend = MergedAdapter | FusedWeights
 #: Caches have room for the prompt and so many tokens at once; for longer answers they grow.
 _FIRST_ROOM = 192
 
@@ -41,15 +42,15 @@ class Encoded:
 class LanguageModel:
     """The tokenizer and the decoders of a bundle's base; parts are loaded when first needed. Safe between threads.
 
-    Folded weights are kept up to `folded_cache_bytes`, by default the last that were used.
+    Folded weights are kept up to `fused_cache_bytes`, by default the last that were used.
     """
 
-    def __init__(self, bundle: Bundle, device: Device, *, folded_cache_bytes: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, device: Device, *, fused_cache_bytes: int | None = None) -> None:
         self._bundle, self._device = bundle, device
         self._spec = bundle.manifest.base
-        self._size_of_folded = 0 if self._spec.folding is None else folded_bytes(self._spec.folding)
-        limit = self._size_of_folded if folded_cache_bytes is None else folded_cache_bytes
-        self._folded: LruCache[FoldedWeights] = LruCache(limit, lambda folded: folded.bytes)
+        self._size_of_folded = 0 if self._spec.fusing is None else fused_bytes(self._spec.fusing)
+        limit = self._size_of_folded if fused_cache_bytes is None else fused_cache_bytes
+        self._folded: LruCache[FusedWeights] = LruCache(limit, lambda folded: folded.bytes)
         self._prefixes = PrefixCache()
         self._loading = threading.RLock()
 
@@ -58,7 +59,7 @@ class LanguageModel:
         with self._loading:
             self._folded.clear()
             self._prefixes.clear()
-            for part in ("tokenizer", "decoder", "folding", "folded_decoder"):
+            for part in ("tokenizer", "decoder", "fusing", "fused_decoder"):
                 self.__dict__.pop(part, None)
 
     @functools.cached_property
@@ -76,16 +77,16 @@ class LanguageModel:
         return decoder
 
     @functools.cached_property
-    def folding(self) -> Folding:
+    def fusing(self) -> Fuser:
         """The fold graph of a float base."""
-        graph = require_folding(self._spec).fold_graph
-        return Folding(self._beside_decoder(graph), self._spec, self._device)
+        graph = require_fusing(self._spec).fuse_graph
+        return Fuser(self._beside_decoder(graph), self._spec, self._device)
 
     @functools.cached_property
-    def folded_decoder(self) -> FoldedDecoder:
+    def fused_decoder(self) -> FusedDecoder:
         """The decoder that reads folded weights."""
         graph = decoder_graph(self._spec, self._device, folded=True)
-        return FoldedDecoder(self._beside_decoder(graph), self._spec, self._device)
+        return FusedDecoder(self._beside_decoder(graph), self._spec, self._device)
 
     def encode(self, messages: Sequence[Message], room: int, *, raw: bool, overflow: Overflow) -> Encoded:
         """Token ids of a conversation that ends where the answer begins.
@@ -117,18 +118,18 @@ class LanguageModel:
             raise GenerationError("the prompt is empty; give some text")
         return Encoded(ids, len(whole) - len(ids), "raw" if raw else "chat")
 
-    def attach(self, merged: MergedAdapter, *, fold: bool, clock: Clock) -> Blend:
+    def attach(self, merged: MergedAdapter, *, fuse: bool, clock: Clock) -> Blend:
         """What meets the base: the blend, or a copy of the base's weights with it; nothing to fold in none."""
-        if not fold or not merged.modules:
+        if not fuse or not merged.modules:
             return merged
         with clock.stage("load"), self._loading:
-            folding = self.folding
-        with clock.stage("fold"), self._loading:  # one copy of the weights at a time
+            folding = self.fusing
+        with clock.stage("fuse"), self._loading:  # one copy of the weights at a time
             folded = self._folded.get(merged.digest)
             if folded is None:
                 # what goes is let go of first, so that its memory is used again
                 self._folded.make_room(self._size_of_folded)
-                folded = folding.fold(merged)
+                folded = folding.fuse(merged)
                 self._folded.put(merged.digest, folded)
             return folded
 
@@ -186,7 +187,7 @@ class LanguageModel:
         """A sequence that has read a prompt, and the logits after it."""
         capacity, reserve = len(ids) + room, len(ids) + min(room, _FIRST_ROOM)
         with clock.stage("load"), self._loading:
-            decoder = self.folded_decoder if isinstance(blend, FoldedWeights) else self.decoder
+            decoder = self.fused_decoder if isinstance(blend, FusedWeights) else self.decoder
         with clock.stage("prefill"):
             decoding = self._prefixes.take(blend.digest, ids) if reuse and isinstance(blend, MergedAdapter) else None
             if decoding is None:

@@ -10,7 +10,7 @@ from edgecompose.errors import GenerationError
 
 Role = Literal["system", "user", "assistant"]
 #: Which message of the user's retrieval reads: the last, so that a blend is chosen at each turn, or the first of all.
-Query = Literal["last", "first"]
+RouteBy = Literal["last", "first"]
 #: What is done with a prompt that leaves no room in the context: an error, or its oldest part is left out.
 Overflow = Literal["refuse", "truncate"]
 
@@ -26,7 +26,7 @@ class Message:
         if self.role not in get_args(Role):
             raise GenerationError(f"a message has the role {self.role!r}; use {', '.join(get_args(Role))}")
         if not isinstance(self.content, str):
-            raise GenerationError(f"a message's content is {type(self.content).__name__}; text is wanted")
+            raise GenerationError(f"a message's content is {type(self.content).__name__}; expected text")
 
 
 #: A prompt of its own, or a conversation that ends with the user's turn.
@@ -53,7 +53,7 @@ def conversation(prompt: Prompt) -> tuple[Message, ...]:
     return messages
 
 
-def query_text(messages: Sequence[Message], which: Query) -> str:
+def query_text(messages: Sequence[Message], which: RouteBy) -> str:
     """The message of the user's that retrieval reads."""
     said = [message.content for message in messages if message.role == "user"]
     return said[-1] if which == "last" else said[0]
@@ -68,5 +68,5 @@ def shortened(messages: Sequence[Message]) -> tuple[Message, ...] | None:
 
 def _message(found: Mapping[str, str]) -> Message:
     if not isinstance(found, Mapping) or set(found) != {"role", "content"}:
-        raise GenerationError(f"a message is {found!r:.80}; an object with role and content is wanted")
+        raise GenerationError(f"a message is {found!r:.80}; expected an object with role and content")
     return Message(found["role"], found["content"])  # type: ignore[arg-type]  # checked by Message

@@ -6,53 +6,17 @@ The operations, their order and meaning are those of transformers: repetition pe
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from edgecompose.errors import GenerationError
+from edgecompose.settings import Sampling
 
 Float = npt.NDArray[np.float32]
 Double = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.intp]
 #: So many of the likeliest tokens are sorted first; all of them only where these do not reach top-p.
 _FIRST = 512
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How a token is drawn.
-
-    `temperature` >= 0 divides the logits, 0 takes the likeliest token. `top_k` >= 0 keeps the k likeliest, 0 all;
-    `top_p` in (0, 1] the fewest whose probabilities reach p; `min_p` in [0, 1] those at least that times as likely as
-    the likeliest (arXiv 2407.01082). `repetition_penalty` > 0 divides the positive logits of tokens that were read or
-    written before, and multiplies the negative ones (arXiv 1909.05858); 1 changes nothing. `seed` makes draws
-    reproducible.
-    """
-
-    temperature: float = 0.8
-    top_p: float = 0.95
-    seed: int = 0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-
-    def __post_init__(self) -> None:
-        ranges: tuple[tuple[str, float, bool, str], ...] = (
-            ("temperature", self.temperature, 0 <= self.temperature < float("inf"), "0 or a positive number"),
-            ("top_p", self.top_p, 0 < self.top_p <= 1, "a number in (0, 1]"),
-            ("min_p", self.min_p, 0 <= self.min_p <= 1, "a number in [0, 1]"),
-            ("top_k", self.top_k, self.top_k >= 0, "0 or more"),
-            ("seed", self.seed, self.seed >= 0, "0 or more"),
-            (
-                "repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < float("inf"),
-                "a positive number",
-            ),
-        )  # fmt: skip
-        for name, found, fits, wanted in ranges:
-            if not fits:
-                raise GenerationError(f"sampling {name} is {found}; {wanted} is wanted")
 
 
 class Sampler:

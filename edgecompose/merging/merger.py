@@ -24,9 +24,10 @@ from edgecompose.engine.merged import SIDES, MergedAdapter, MergedModule, MergeR
 from edgecompose.errors import MergeError
 from edgecompose.merging import core_space, sparsify
 from edgecompose.merging.gather import HostRows, Part, Parts, ResidentRows, Rows, layer_chunks, ranks_of
-from edgecompose.merging.methods import MergeSettings, composition_digest, effective
+from edgecompose.merging.methods import composition_digest, effective, method_of
 from edgecompose.merging.recombination import Mixer
 from edgecompose.merging.runner import GraphRunner
+from edgecompose.settings import MergeSettings
 
 Double = npt.NDArray[np.float64]
 _LARGEST_WEIGHT = 1e6
@@ -83,7 +84,7 @@ class Merger:
         inner = self.inner_products(adapters) if inner is None else inner
         given = np.array(weights, np.float64)
         wanted = float(np.abs(given) @ np.sqrt(np.maximum(np.diag(inner), 0)))
-        if settings.row.name in ("product", "cat"):
+        if method_of(settings).name in ("product", "cat"):
             found = math.sqrt(max(float(given @ inner @ given), 0.0))
         else:
             found = self.norm(self._merge(adapters, weights, modules, settings, digest, 1.0))
@@ -124,7 +125,7 @@ class Merger:
         norm_factor: float,
     ) -> MergedAdapter:
         chosen = list(zip(adapters, weights, strict=True))
-        if settings.row.family == "paper" and settings.row.ranks == "same":
+        if method_of(settings).family == "paper" and method_of(settings).ranks == "same":
             found = self._runner.map(lambda module: self._paper_parts(module, chosen, settings), modules)
             parts = dict(zip(modules, found, strict=True))
             merged = self._allocate(parts, {m: p[0].a.rank for m, p in parts.items()}, digest, MergeReport(norm_factor))
@@ -169,7 +170,7 @@ class Merger:
         members = [(a, w) for a, w in chosen if module in a.modules]
         if len(members) > 1:
             _check_common_rank(module, [a.modules[module] for a, _ in members])
-        rescale = 1 / settings.density if settings.row.trims == "drop" else 1.0
+        rescale = 1 / settings.density if method_of(settings).trims == "drop" else 1.0
         parts = []
         for adapter, weight in members:
             key, trimmed = self._trim(adapter, module, settings)
@@ -181,10 +182,10 @@ class Merger:
     def _trim(self, adapter: Adapter, module: str, settings: MergeSettings) -> tuple[str, AdapterModule]:
         """A module without the entries that the method drops, and the name of its content."""
         found, key = adapter.modules[module], f"{adapter.digest}/{module}"
-        kind = settings.row.trims
+        kind = method_of(settings).trims
         if kind is None or settings.density == 1:
             return key, found
-        key = f"{key}/{kind}/{settings.density}/{settings.seed if kind == 'drop' else ''}"
+        key = f"{key}/{kind}/{settings.density}/{settings.dare_seed if kind == 'drop' else ''}"
         trimmed = self._trimmed.get(key)
         if trimmed is None:
             if kind == "prune":
@@ -260,7 +261,7 @@ def _named(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[tuple[
 
 def _check(adapters: Sequence[Adapter], weights: Sequence[float], settings: MergeSettings) -> None:
     if len(adapters) != len(weights):
-        raise MergeError(f"{len(adapters)} adapters came with {len(weights)} weights; one for each is wanted")
+        raise MergeError(f"{len(adapters)} adapters came with {len(weights)} weights; expected one for each")
     bad = [f"{a.name}={w}" for a, w in zip(adapters, weights, strict=True) if not abs(w) <= _LARGEST_WEIGHT]
     if bad:
         raise MergeError(f"weights that are not finite, or beyond {_LARGEST_WEIGHT:g}: {', '.join(bad)}")

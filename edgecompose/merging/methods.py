@@ -13,11 +13,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from edgecompose.errors import MergeError
+from edgecompose.settings import MergeSettings
 
 #: Weights are rounded to this step before they enter the content hash.
 _WEIGHT_STEP = 1e-6
@@ -44,7 +45,7 @@ class MergeMethod:
         """How entries are dropped before they are combined."""
         if "density" not in self.parameters:
             return None
-        return "drop" if "seed" in self.parameters else "prune"
+        return "drop" if "dare_seed" in self.parameters else "prune"
 
 
 _PEFT = "PEFT add_weighted_adapter"
@@ -63,7 +64,7 @@ METHODS: Mapping[str, MergeMethod] = {
         ),
         MergeMethod("core_ties", "exact", ("density",), "sum", _CORE, f"{_TIES} in {_CORE_SPACE}"),
         MergeMethod("core_prune", "exact", ("density",), "sum", _CORE, f"magnitude pruning in {_CORE_SPACE}"),
-        MergeMethod("core_dare", "exact", ("density", "seed"), "sum", _CORE, f"{_DARE} in {_CORE_SPACE}"),
+        MergeMethod("core_dare", "exact", ("density", "dare_seed"), "sum", _CORE, f"{_DARE} in {_CORE_SPACE}"),
         MergeMethod("cat", "paper", (), "sum", _PASS, f"{_PEFT} 'cat' (arXiv 2602.21222)"),
         MergeMethod("linear", "paper", (), "same", _ROWS, f"{_PEFT} 'linear' (arXiv 2212.04089 on factors)"),
         MergeMethod(
@@ -71,56 +72,50 @@ METHODS: Mapping[str, MergeMethod] = {
         ),
         MergeMethod("magnitude_prune", "paper", ("density",), "same", _ROWS, f"{_PEFT} 'magnitude_prune'"),
         MergeMethod(
-            "dare_linear", "paper", ("density", "seed"), "same", _ROWS, f"{_PEFT} 'dare_linear', {_DARE} on factors"
+            "dare_linear", "paper", ("density", "dare_seed"), "same", _ROWS,
+            f"{_PEFT} 'dare_linear', {_DARE} on factors",
         ),
         MergeMethod(
-            "dare_ties", "paper", ("density", "seed", "majority_sign"), "same", _VOTES,
+            "dare_ties", "paper", ("density", "dare_seed", "majority_sign"), "same", _VOTES,
             f"{_PEFT} 'dare_ties', {_DARE} on factors",
         ),
     )
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class MergeSettings:
-    """A method and its parameters; a method reads only those that its row of METHODS names.
+def method_of(settings: MergeSettings) -> MergeMethod:
+    """The row of a method.
 
-    `density` in (0, 1] is the share of entries that prunes and drops keep; `seed` decides which entries a drop keeps.
-    `rank` caps the rank of svd, None being the largest rank of its parts unless `energy` is given; `energy` in (0, 1]
-    is the share of the squared norm that svd keeps at least. `norm_guard` rescales the blend of any method to the
-    weighted mean norm of its parts.
+    Raises:
+        MergeError: no row has that name.
     """
+    if settings.method not in METHODS:
+        raise MergeError(f"merge method '{settings.method}' is unknown; use one of {', '.join(METHODS)}")
+    return METHODS[settings.method]
 
-    method: str = "product"
-    density: float = 0.5
-    majority_sign: Literal["total", "frequency"] = "total"
-    rank: int | None = None
-    energy: float | None = None
-    seed: int = 0
-    norm_guard: bool = False
 
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise MergeError(f"merge method '{self.method}' is unknown; use one of {', '.join(METHODS)}")
-        if not 0 < self.density <= 1:
-            raise MergeError(f"density is {self.density}; a number in (0, 1] is wanted")
-        if self.majority_sign not in ("total", "frequency"):
-            raise MergeError(f"majority sign '{self.majority_sign}' is unknown; use total or frequency")
-        if self.rank is not None and self.rank < 1:
-            raise MergeError(f"rank is {self.rank}; 1 or more is wanted")
-        if self.energy is not None and not 0 < self.energy <= 1:
-            raise MergeError(f"energy is {self.energy}; a number in (0, 1] is wanted")
-        if self.seed < 0:
-            raise MergeError(f"seed is {self.seed}; 0 or more is wanted")
+def parameters_of(settings: MergeSettings) -> dict[str, Any]:
+    """The parameters that the method reads, by name."""
+    return {name: getattr(settings, name) for name in method_of(settings).parameters}
 
-    @property
-    def row(self) -> MergeMethod:
-        """The method's row in the table."""
-        return METHODS[self.method]
 
-    def parameters(self) -> dict[str, Any]:
-        """The parameters that the method reads, by name."""
-        return {name: getattr(self, name) for name in self.row.parameters}
+def require_parameters(names: Collection[str], methods: Collection[str]) -> None:
+    """Make sure that merge settings have an effect.
+
+    Args:
+        names: settings that a caller names, of `MergeSettings`.
+        methods: those that may read them.
+
+    Raises:
+        MergeError: no method of these reads one of the settings.
+    """
+    read = {"method", "norm_guard"}.union(*(METHODS[method].parameters for method in methods))
+    for name in names:
+        if name not in read:
+            readers = ", ".join(row.name for row in METHODS.values() if name in row.parameters)
+            raise MergeError(
+                f"{name} has no effect on method {', '.join(methods)}; leave it out, or use one of {readers}"
+            )
 
 
 def effective(settings: MergeSettings, adapters: int) -> MergeSettings:
@@ -130,8 +125,9 @@ def effective(settings: MergeSettings, adapters: int) -> MergeSettings:
     """
     if adapters == 0:
         return MergeSettings()
-    if adapters == 1 and settings.row.trims:
-        return replace(settings, method="linear" if settings.row.family == "paper" else "product")
+    row = method_of(settings)
+    if adapters == 1 and row.trims:
+        return replace(settings, method="linear" if row.family == "paper" else "product")
     return settings
 
 
@@ -147,7 +143,7 @@ def composition_digest(adapters: Mapping[str, str], weights: Mapping[str, float]
     settings = effective(settings, len(adapters))
     blend = sorted((digest, _hashed_weight(weights[name])) for name, digest in adapters.items())
     method = "product" if settings.method == "cat" else settings.method
-    content = {"blend": blend, "method": method, "norm_guard": settings.norm_guard, **settings.parameters()}
+    content = {"blend": blend, "method": method, "norm_guard": settings.norm_guard, **parameters_of(settings)}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

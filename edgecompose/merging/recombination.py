@@ -17,8 +17,9 @@ from edgecompose.caching import LruCache
 from edgecompose.engine.merged import SIDES, Side
 from edgecompose.merging import core_space, sparsify
 from edgecompose.merging.gather import Gather, Part, Parts, layer_chunks, ranks_of
-from edgecompose.merging.methods import MergeSettings
+from edgecompose.merging.methods import method_of
 from edgecompose.merging.runner import GraphRunner
+from edgecompose.settings import MergeSettings
 
 Double = npt.NDArray[np.float64]
 Grams = tuple[Double, Double]
@@ -67,7 +68,10 @@ class Mixer:
         self, members: Mapping[str, Members], parts: Parts, settings: MergeSettings
     ) -> dict[str, core_space.Mixes]:
         """The mixtures of the core methods; what the weights do not enter is kept for the next blend of the set."""
-        keys = {m: f"{_set_of(p)}|{settings.row.trims}|{settings.density}|{settings.seed}" for m, p in parts.items()}
+        keys = {
+            m: f"{_set_of(p)}|{method_of(settings).trims}|{settings.density}|{settings.dare_seed}"
+            for m, p in parts.items()
+        }
         spaces = {module: self._spaces.get(key) for module, key in keys.items()}
         missing = {module: parts[module] for module, space in spaces.items() if space is None}
         grams = self.gram_matrices(missing)
@@ -121,7 +125,7 @@ def _trimmed_space(
     cores = space.cores
     if settings.method == "core_dare":
         kept = np.stack([
-            sparsify.random_mask(cores.shape[1:], settings.density, f"{adapter.digest}/{module}/{settings.seed}")
+            sparsify.random_mask(cores.shape[1:], settings.density, f"{adapter.digest}/{module}/{settings.dare_seed}")
             for adapter, _ in members
         ])  # fmt: skip
         return replace(space, cores=cores * kept / settings.density)

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
-from edgecompose.bundle.manifest import EmbedderSpec
+from edgecompose.bundle.specs import EmbedderSpec
 from edgecompose.engine.device import Device, host, open_session
 from edgecompose.errors import BundleError, RetrievalError
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from edgecompose.bundle.manifest import IndexSpec, TaskSpec
+from edgecompose.bundle.specs import IndexSpec, TaskSpec
 from edgecompose.errors import RetrievalError, UnknownAdapter
 from edgecompose.retrieval.whitening import Whitening
 
@@ -76,21 +76,21 @@ class ExampleIndex:
         if query.shape != (self._dimension,) or not np.isfinite(query).all() or not query.any():
             raise RetrievalError(
                 f"a query of shape {query.shape} cannot be searched; "
-                f"{self._dimension} finite numbers, not all zero, are wanted"
+                f"expected {self._dimension} finite numbers, not all zero"
             )
         unknown = sorted(set(exclude) - set(self._tasks))
         if unknown:
             raise UnknownAdapter(f"no task '{', '.join(unknown)}' in the bundle; it has: {', '.join(self._tasks)}")
         passed_over = sum(self._tasks[name].examples for name in set(exclude))
-        wanted = min(len(self._index), count + passed_over)
-        if wanted - passed_over < 1:
+        searched = min(len(self._index), count + passed_over)
+        if searched - passed_over < 1:
             raise RetrievalError("no example is left to search; exclude fewer tasks, or add examples to the bundle")
         unit = query / np.linalg.norm(query.astype(np.float64))  # float16 holds no long or short query
         if self._whitening is not None:
             unit = self._whitening(unit)
         compare_all = len(self._index) <= EXACT_BELOW
         with self._lock:
-            matches = self._index.search(unit.astype(np.float32), wanted, exact=compare_all, threads=1)
+            matches = self._index.search(unit.astype(np.float32), searched, exact=compare_all, threads=1)
         found = (
             Neighbour(self._task_of(int(key)), int(key), float(np.clip(1 - distance, -1, 1)))
             for key, distance in zip(matches.keys, matches.distances, strict=True)
@@ -147,13 +147,13 @@ def open_index(path: Path, spec: IndexSpec, *, editable: bool = False) -> Index:
     kinds = (described.get("kind_metric"), described.get("kind_scalar"))
     if described and kinds != (MetricKind.Cos, scalars[spec.dtype]):
         raise RetrievalError(
-            f"index '{path.name}' is of {kinds[0]} and {kinds[1]}, cosine in {spec.dtype} is wanted; "
+            f"expected index '{path.name}' is of {kinds[0]} and {kinds[1]}, cosine in {spec.dtype}; "
             "export the bundle again"
         )
     stored = int(described.get("dimensions", spec.dimension)) if described else -1
     if stored != spec.dimension or len(index) != spec.vectors:
         raise RetrievalError(
             f"index '{path.name}' holds {len(index)} vectors of {stored} dimensions, "
-            f"{spec.vectors} of {spec.dimension} are wanted; export the bundle again"
+            f"expected {spec.vectors} of {spec.dimension}; export the bundle again"
         )
     return index

@@ -12,33 +12,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 
 from edgecompose.errors import RetrievalError
 from edgecompose.retrieval.index import Neighbour
+from edgecompose.settings import RetrievalSettings
 
 #: Rounding slack of the cumulative sum: shares 0.5 + 0.4 reach p = 0.9.
 _SLACK = 1e-9
 
 
-@dataclass(frozen=True, slots=True)
-class WeighSettings:
-    """How neighbours become weights.
-
-    `temperature` is T, `nucleus` p in (0, 1]. `size_correction` in [0, 1] is the power of a task's number of examples
-    that its votes are divided by. A top share of at least `shortcut` in (0, 1] takes that task alone; one below
-    `fallback` in [0, 1] takes none, which is the base alone: votes that spread are those of a prompt like no task.
-    """
-
-    temperature: float = 1.0
-    nucleus: float = 0.9
-    size_correction: float = 0.0
-    shortcut: float = 1.0
-    fallback: float = 0.0
-
-
 def weigh(
-    neighbours: Sequence[Neighbour], settings: WeighSettings, sizes: Mapping[str, int]
+    neighbours: Sequence[Neighbour], settings: RetrievalSettings, sizes: Mapping[str, int]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """The distribution over tasks, and what is kept of it, renormalised; nothing where no task stands out.
 
@@ -48,9 +32,9 @@ def weigh(
     Raises:
         RetrievalError: no neighbour, or a setting out of range.
     """
-    power = settings.size_correction
+    power = settings.class_size_exponent
     priors = {task: size**power for task, size in sizes.items()} if power else {}
-    distribution = task_distribution(neighbours, settings.temperature, priors)
+    distribution = task_distribution(neighbours, settings.routing_temperature, priors)
     top, share = next(iter(distribution.items()))
     if share < settings.fallback:
         return distribution, {}
@@ -75,7 +59,7 @@ def task_distribution(
     if not neighbours:
         raise RetrievalError("no neighbour was found, so no task can be weighed")
     if not (temperature > 0 and math.isfinite(temperature)):
-        raise RetrievalError(f"temperature is {temperature}; a positive number is wanted")
+        raise RetrievalError(f"routing_temperature is {temperature}; expected a number above 0")
     nearest = max(n.similarity for n in neighbours)
     scores: dict[str, float] = {}
     for neighbour in neighbours:
@@ -98,7 +82,7 @@ def nucleus(distribution: Mapping[str, float], p: float) -> dict[str, float]:
     if not distribution:
         raise RetrievalError("an empty distribution has no nucleus")
     if not 0 < p <= 1:
-        raise RetrievalError(f"top-p is {p}; a number in (0, 1] is wanted")
+        raise RetrievalError(f"nucleus is {p}; expected a number in (0, 1]")
     kept: dict[str, float] = {}
     reached = 0.0
     for task, share in sorted(distribution.items(), key=_order):

@@ -32,7 +32,7 @@ class Whitening:
         if self.matrix.ndim != 2 or self.mean.shape != self.matrix.shape[:1]:
             raise RetrievalError(
                 f"whitening has a mean of shape {self.mean.shape} and a matrix of shape {self.matrix.shape}; "
-                "(d,) and (d, k) are wanted; export the bundle again"
+                "expected (d,) and (d, k); export the bundle again"
             )
         if not (np.isfinite(self.mean).all() and np.isfinite(self.matrix).all()):
             raise RetrievalError("whitening holds numbers that are not finite; export the bundle again")
@@ -60,7 +60,7 @@ def fit_whitening(vectors: Float, tasks: Sequence[int], *, shrinkage: float, dim
     if vectors.ndim != 2 or labels.shape != vectors.shape[:1] or len(set(tasks)) == len(tasks):
         raise RetrievalError(
             f"whitening cannot be fitted to vectors of shape {vectors.shape} with {labels.size} labels; "
-            "(n, d) vectors and n labels, some of them equal, are wanted"
+            "expected (n, d) vectors and n labels, some of them equal"
         )
     width = vectors.shape[1]
     kept = width if dimension is None else dimension
@@ -99,7 +99,7 @@ def load_whitening(path: Path, rows: int, columns: int) -> Whitening:
         raise RetrievalError(f"whitening '{path.name}' cannot be read: {error}; export the bundle again") from error
     if whitening.matrix.shape != (rows, columns):
         raise RetrievalError(
-            f"whitening '{path.name}' is of shape {whitening.matrix.shape}, ({rows}, {columns}) is wanted; "
+            f"expected whitening '{path.name}' is of shape {whitening.matrix.shape}, ({rows}, {columns}); "
             "export the bundle again"
         )
     return whitening

@@ -31,10 +31,11 @@ from edgecompose.errors import ApiError, DeviceError, EdgeComposeError, FileDama
 from edgecompose.generation.messages import conversation, query_text
 from edgecompose.request import Answer
 from edgecompose.serialize import composition_json
-from edgecompose.server import protocol
+from edgecompose.server import protocol, responses
 from edgecompose.server.config import ServerSettings
 from edgecompose.server.metrics import Metrics
-from edgecompose.server.protocol import Asked, Json
+from edgecompose.server.protocol import ApiCall
+from edgecompose.server.responses import Json
 
 _PAGE = Path(__file__).with_name("templates")
 _ASSETS = {
@@ -140,10 +141,10 @@ class _Service:
 
     async def compose(self, http: HttpRequest) -> Response:
         """/v1/compose: the blend that a chat call would be answered with."""
-        asked = await self._parse("chat", http)
+        call = await self._parse("chat", http)
         async with self._admitted():
-            composition = await self._aio.compose(asked.prompts[0], asked.request)
-        query = query_text(conversation(asked.prompts[0]), asked.request.query)
+            composition = await self._aio.compose(call.prompts[0], call.request)
+        query = query_text(conversation(call.prompts[0]), call.request.route_by)
         return JSONResponse({"object": "composition", "prompt": query, **composition_json(composition)})
 
     async def models(self, http: HttpRequest) -> Response:
@@ -167,48 +168,48 @@ class _Service:
         text, kind = self.metrics.text()
         return Response(text, media_type=kind)
 
-    async def _parse(self, kind: protocol.Kind, http: HttpRequest) -> Asked:
+    async def _parse(self, kind: protocol.Kind, http: HttpRequest) -> ApiCall:
         body = await _body(http, self._settings.body_bytes)
-        return protocol.asked_of(self._composer, kind, body, max_tokens=self._settings.max_tokens)
+        return protocol.call_of(self._composer, kind, body, max_tokens=self._settings.max_tokens)
 
-    async def _answer(self, asked: Asked, http: HttpRequest) -> Response:
-        name = protocol.new_id(asked.kind)
-        if asked.stream:
-            pieces = self._streamed(asked, name)
+    async def _answer(self, call: ApiCall, http: HttpRequest) -> Response:
+        name = responses.new_id(call.kind)
+        if call.stream:
+            pieces = self._streamed(call, name)
             first = await anext(pieces)  # what is refused is refused with a status, before the stream begins
             return StreamingResponse(_events(first, pieces), media_type="text/event-stream", headers=_FRESH)
-        work = asyncio.create_task(self._answers(asked))
+        work = asyncio.create_task(self._answers(call))
         gone = asyncio.create_task(_disconnected(http))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
                 raise ClientDisconnect
-            return JSONResponse(protocol.response(asked, work.result(), name))
+            return JSONResponse(responses.response(call, work.result(), name))
         finally:
             for task in (work, gone):
                 task.cancel()
             await asyncio.gather(work, gone, return_exceptions=True)
 
-    async def _answers(self, asked: Asked) -> list[Answer]:
+    async def _answers(self, call: ApiCall) -> list[Answer]:
         async with self._admitted():
-            answers = [await self._aio.run(prompt, asked.request) for prompt in asked.prompts]
+            answers = [await self._aio.run(prompt, call.request) for prompt in call.prompts]
         self._count(answers)
         return answers
 
-    async def _streamed(self, asked: Asked, name: str) -> AsyncIterator[Json]:
+    async def _streamed(self, call: ApiCall, name: str) -> AsyncIterator[Json]:
         answers: list[Answer] = []
         async with self._admitted():
-            for index, prompt in enumerate(asked.prompts):
-                async with await self._aio.generate(prompt, asked.request) as generation:
+            for index, prompt in enumerate(call.prompts):
+                async with await self._aio.generate(prompt, call.request) as generation:
                     first = True
                     async for piece in generation:
-                        yield protocol.chunk(asked, name, piece, index=index, first=first)
+                        yield responses.chunk(call, name, piece, index=index, first=first)
                         first = False
                     answers.append(generation.answer)
-                    yield protocol.last_chunk(asked, name, generation.answer, index=index)
+                    yield responses.last_chunk(call, name, generation.answer, index=index)
         self._count(answers)
-        if asked.usage:
-            yield protocol.usage_chunk(asked, name, answers)
+        if call.usage:
+            yield responses.usage_chunk(call, name, answers)
 
     def _count(self, answers: Sequence[Answer]) -> None:
         for answer in answers:
@@ -269,7 +270,7 @@ async def _body(http: HttpRequest, limit: int) -> object:
     """
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # a form of another site can be sent without asking; JSON cannot
-        raise ApiError(f"content-type is {kind!r:.80}; application/json is wanted", status=415)
+        raise ApiError(f"content-type is {kind!r:.80}; expected application/json", status=415)
     parts, size = [], 0
     async for part in http.stream():
         size += len(part)
@@ -290,7 +291,7 @@ async def _events(first: Json, rest: AsyncIterator[Json]) -> AsyncIterator[bytes
         async for found in rest:
             yield _event(found)
     except EdgeComposeError as error:
-        yield _event(protocol.error_json(error))
+        yield _event(responses.error_json(error))
     yield b"data: [DONE]\n\n"
 
 
@@ -329,7 +330,7 @@ def _error(error: EdgeComposeError, headers: dict[str, str] | None = None) -> Re
     if isinstance(error, (FileDamaged, DeviceError)):
         status = 500
     retry = {"Retry-After": "1"} if status == 429 else {}
-    return JSONResponse(protocol.error_json(error), status, headers={**retry, **(headers or {})})
+    return JSONResponse(responses.error_json(error), status, headers={**retry, **(headers or {})})
 
 
 def _model(name: str) -> Json:

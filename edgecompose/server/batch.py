@@ -20,8 +20,9 @@ from edgecompose.bundle.records import value_from_json
 from edgecompose.composer import Composer
 from edgecompose.errors import ApiError, EdgeComposeError, ManifestInvalid
 from edgecompose.request import Answer
-from edgecompose.server import protocol
-from edgecompose.server.protocol import Asked, Json, Kind
+from edgecompose.server import protocol, responses
+from edgecompose.server.protocol import ApiCall, Kind
+from edgecompose.server.responses import Json
 
 _KINDS: dict[str, Kind] = {"/v1/chat/completions": "chat", "/v1/completions": "text"}
 
@@ -51,7 +52,7 @@ def read_calls(path: Path) -> list[BatchCall]:
         try:
             call = value_from_json(BatchCall, json.loads(line), "call")
         except (ValueError, RecursionError, ManifestInvalid) as error:
-            raise ApiError(f"{place} is no call ({error}); custom_id, url and body are wanted, one a line") from error
+            raise ApiError(f"{place} is no call ({error}); expected custom_id, url and body, one a line") from error
         if call.url not in _KINDS or call.method != "POST":
             raise ApiError(f"{place} is {call.method} {call.url:.80}; use POST and {' or '.join(_KINDS)}")
         if call.custom_id in calls:
@@ -92,7 +93,7 @@ def answer_calls(
         advance(sum(call.custom_id in known for call in calls))
         calls = [call for call in calls if call.custom_id not in known]
         parsed = [_parsed(composer, call, max_tokens) for call in calls]
-        items = [(prompt, a.request) for a in parsed if isinstance(a, Asked) for prompt in a.prompts]
+        items = [(prompt, a.request) for a in parsed if isinstance(a, ApiCall) for prompt in a.prompts]
         with closing(composer.batch([p for p, _ in items], [r for _, r in items], parallel=parallel)) as answers:
             for call, asked in zip(calls, parsed, strict=True):
                 result = _result(call, asked, answers)
@@ -103,30 +104,30 @@ def answer_calls(
     return len(calls), failures
 
 
-def _parsed(composer: Composer, call: BatchCall, max_tokens: int) -> Asked | EdgeComposeError:
+def _parsed(composer: Composer, call: BatchCall, max_tokens: int) -> ApiCall | EdgeComposeError:
     try:
-        asked = protocol.asked_of(composer, _KINDS[call.url], call.body, max_tokens=max_tokens)
+        asked = protocol.call_of(composer, _KINDS[call.url], call.body, max_tokens=max_tokens)
         if asked.stream:
             raise ApiError("'stream' is true, which a file has no use for; leave it out", param="stream")
-        return dataclasses.replace(asked, request=dataclasses.replace(asked.request, reuse=False))
+        return dataclasses.replace(asked, request=dataclasses.replace(asked.request, prompt_cache=False))
     except EdgeComposeError as error:
         return error
 
 
 def _result(
-    call: BatchCall, asked: Asked | EdgeComposeError, answers: Iterator[Answer | EdgeComposeError]
+    call: BatchCall, asked: ApiCall | EdgeComposeError, answers: Iterator[Answer | EdgeComposeError]
 ) -> dict[str, Any]:
     """The line of a call, its answers taken from all."""
-    name = protocol.new_id(_KINDS[call.url])
+    name = responses.new_id(_KINDS[call.url])
     found = [asked] if isinstance(asked, EdgeComposeError) else list(itertools.islice(answers, len(asked.prompts)))
     said = [a for a in found if isinstance(a, Answer)]
     error = next((a for a in found if isinstance(a, EdgeComposeError)), None)
     body: Json
-    if error is None and isinstance(asked, Asked):
-        status, body = 200, protocol.response(asked, said, name)
+    if error is None and isinstance(asked, ApiCall):
+        status, body = 200, responses.response(asked, said, name)
     else:
         assert error is not None
-        status, body = getattr(error, "status", 400), protocol.error_json(error)
+        status, body = getattr(error, "status", 400), responses.error_json(error)
     return {
         "id": name, "custom_id": call.custom_id,
         "response": {"status_code": status, "request_id": name, "body": body},

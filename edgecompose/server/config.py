@@ -53,5 +53,5 @@ def read_key(path: Path | None) -> str | None:
     if path is None and not key:
         return None
     if len(key) < _SHORTEST_KEY:
-        raise EdgeComposeError(f"the key has {len(key)} characters; {_SHORTEST_KEY} or more are wanted")
+        raise EdgeComposeError(f"the key has {len(key)} characters; expected {_SHORTEST_KEY} or more")
     return key

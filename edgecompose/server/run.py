@@ -1,4 +1,4 @@
-"""Runs a server; imports it, an extra, only when it is wanted."""
+"""Runs a server; expected imports it, an extra, only when it."""
 
 from __future__ import annotations
 

@@ -17,8 +17,9 @@ from typing import Any
 from edgecompose.composer import Composer
 from edgecompose.errors import EdgeComposeError
 from edgecompose.serialize import composition_json
-from edgecompose.server import protocol
-from edgecompose.server.protocol import Asked, Json
+from edgecompose.server import protocol, responses
+from edgecompose.server.protocol import ApiCall
+from edgecompose.server.responses import Json
 from edgecompose.streaming import Generation
 
 _PARSE, _REQUEST, _METHOD, _INTERNAL, _OURS, _CANCELLED = -32700, -32600, -32601, -32603, -32000, -32800
@@ -58,7 +59,7 @@ class StdioServer:
             self._fail(None, _PARSE, f"the line is not JSON: {error}")
             return True
         if not isinstance(found, dict) or not isinstance(found.get("method"), str):
-            self._fail(None, _REQUEST, "an object with jsonrpc, id, method and params is wanted, one a line")
+            self._fail(None, _REQUEST, "expected an object with jsonrpc, id, method and params, one a line")
             return True
         name, method, params = found.get("id"), found["method"], found.get("params") or {}
         if not _is_id(name) or not isinstance(params, dict) or not _is_id(params.get("id")):
@@ -100,7 +101,7 @@ class StdioServer:
     def _complete(self, params: Mapping[str, Any], call: _Call, name: object) -> Json:
         return self._write_answers(self._parse("text", params), call, name)
 
-    def _write_answers(self, asked: Asked, call: _Call, name: object) -> Json:
+    def _write_answers(self, asked: ApiCall, call: _Call, name: object) -> Json:
         answers = []
         for index, prompt in enumerate(asked.prompts):
             with call.watched(self._composer.generate(prompt, asked.request)) as generation:
@@ -110,7 +111,7 @@ class StdioServer:
                 if call.cancelled:
                     raise _Cancelled
                 answers.append(generation.answer)
-        return protocol.response(asked, answers, protocol.new_id(asked.kind))
+        return responses.response(asked, answers, responses.new_id(asked.kind))
 
     def _compose(self, params: Mapping[str, Any], call: _Call, name: object) -> Json:
         asked = self._parse("chat", params)
@@ -119,8 +120,8 @@ class StdioServer:
     def _models(self, params: Mapping[str, Any], call: _Call, name: object) -> Json:
         return {"models": protocol.model_names(self._composer)}
 
-    def _parse(self, kind: protocol.Kind, params: Mapping[str, Any]) -> Asked:
-        return protocol.asked_of(self._composer, kind, dict(params), max_tokens=self._max_tokens)
+    def _parse(self, kind: protocol.Kind, params: Mapping[str, Any]) -> ApiCall:
+        return protocol.call_of(self._composer, kind, dict(params), max_tokens=self._max_tokens)
 
     def _succeed(self, name: object, result: Json | None) -> None:
         self._send({"id": name, "result": result})

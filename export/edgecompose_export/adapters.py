@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edgecompose.bundle.adapter import AdapterModule, adapter_to_bytes
-from edgecompose.bundle.manifest import AdapterSpec, BaseSpec, SlotGroup
 from edgecompose.bundle.quantization import Bits, quantize, relative_error
+from edgecompose.bundle.specs import AdapterSpec, BaseSpec, SlotGroup
 from edgecompose.errors import AdapterError, ExportError, SlotMismatch
 from edgecompose.formats.architectures import PACKED
 from edgecompose.merging.sparsify import thresholds

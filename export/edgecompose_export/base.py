@@ -14,8 +14,8 @@ from typing import Literal, get_args
 import numpy as np
 
 from edgecompose.bundle.atomic import new_folder
-from edgecompose.bundle.manifest import BaseSpec, Distance
 from edgecompose.bundle.records import value_from_json
+from edgecompose.bundle.specs import BaseSpec, Distance
 from edgecompose.engine.decoder import Decoder
 from edgecompose.engine.device import choose_device
 from edgecompose.engine.memory import release_freed_memory
@@ -248,7 +248,7 @@ def _write(
         stored.fill()
     graph.save(work / spec.graph)
     if spec.precision in FLOAT_PRECISIONS:
-        spec = dataclasses.replace(spec, folding=write_folding(config, stored, work))
+        spec = dataclasses.replace(spec, fusing=write_folding(config, stored, work))
     if reference.largest <= LARGEST_HALF:
         spec = _write_cuda_graphs(work, spec)
     advance("measuring the distance from the values of the file")
@@ -324,8 +324,8 @@ def _describe(base: Base, precision: Precision) -> BaseSpec:
 
 def _write_cuda_graphs(output: Path, spec: BaseSpec) -> BaseSpec:
     """Write the decoders for CUDA, and name them."""
-    folding = spec.folding
+    folding = spec.fusing
     if folding is not None:
         folded = write_cuda_graph(output / folding.decoder_graph)
         folding = dataclasses.replace(folding, cuda_decoder_graph=folded)
-    return dataclasses.replace(spec, folding=folding, cuda_graph=write_cuda_graph(output / spec.graph))
+    return dataclasses.replace(spec, fusing=folding, cuda_graph=write_cuda_graph(output / spec.graph))

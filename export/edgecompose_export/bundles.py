@@ -23,20 +23,9 @@ import numpy as np
 from edgecompose.bundle.adapter import adapter_metadata, load_adapter
 from edgecompose.bundle.atomic import new_folder
 from edgecompose.bundle.files import Bundle, describe_file, sha256_of
-from edgecompose.bundle.manifest import (
-    MANIFEST_FILE,
-    AdapterSpec,
-    BaseSpec,
-    Defaults,
-    EmbedderSpec,
-    FileEntry,
-    IndexSpec,
-    Manifest,
-    TaskSpec,
-    check_name,
-    manifest_to_json,
-)
+from edgecompose.bundle.manifest import MANIFEST_FILE, Defaults, Manifest, check_name, manifest_to_json
 from edgecompose.bundle.quantization import Bits
+from edgecompose.bundle.specs import AdapterSpec, BaseSpec, EmbedderSpec, FileEntry, IndexSpec, TaskSpec
 from edgecompose.engine.device import choose_device
 from edgecompose.errors import ExportError, UnknownAdapter
 from edgecompose.merging.merger import Merger
@@ -45,7 +34,6 @@ from edgecompose.retrieval.index import new_index, open_index
 from edgecompose.retrieval.whitening import load_whitening
 from edgecompose_export import __version__
 from edgecompose_export.adapters import export_adapter, source_kind
-from edgecompose_export.admission import read_admission
 from edgecompose_export.base import read_base_spec
 from edgecompose_export.datasets import read_examples
 from edgecompose_export.embedder import open_embedder, read_embedder_spec
@@ -61,6 +49,7 @@ from edgecompose_export.examples import (
     write_examples,
 )
 from edgecompose_export.recipe import Recipe, read_recipe
+from edgecompose_export.validation_gate import read_validation
 
 Advance = Callable[[str], None]
 #: Adapters whose inner products with one other are computed at once.
@@ -102,9 +91,9 @@ def build_bundle(
         adapters = {
             name: _place_adapter(root / t.adapter, name, spec, work, recipe.bits) for name, t in recipe.tasks.items()
         }
-        if recipe.admission is not None:
-            worth = read_admission(root / recipe.admission)
-            adapters = {name: replace(made, admission=worth.get(name)) for name, made in adapters.items()}
+        if recipe.validation is not None:
+            gains = read_validation(root / recipe.validation)
+            adapters = {name: replace(made, validation=gains.get(name)) for name, made in adapters.items()}
         inner = _inner_products(work, spec, adapters, {})
         advance("examples")
         table = _place_examples(recipe, root, work)
@@ -228,14 +217,14 @@ def _copy_base(folder: Path, work: Path) -> BaseSpec:
     def place_optional(name: str | None) -> str | None:
         return None if name is None else place(name)
 
-    folding = spec.folding
+    folding = spec.fusing
     if folding is not None:
         folding = replace(
-            folding, fold_graph=place(folding.fold_graph), decoder_graph=place(folding.decoder_graph),
+            folding, fuse_graph=place(folding.fuse_graph), decoder_graph=place(folding.decoder_graph),
             cuda_decoder_graph=place_optional(folding.cuda_decoder_graph),
         )  # fmt: skip
     return replace(
-        spec, graph=place(spec.graph), tokenizer=place(spec.tokenizer), folding=folding,
+        spec, graph=place(spec.graph), tokenizer=place(spec.tokenizer), fusing=folding,
         chat_template=place_optional(spec.chat_template), cuda_graph=place_optional(spec.cuda_graph),
     )  # fmt: skip
 
@@ -351,7 +340,7 @@ def _take_index(
 
 
 def _servants(recipe: Recipe, name: str) -> dict[str, float]:
-    served_by = recipe.tasks[name].served_by
+    served_by = recipe.tasks[name].adapters
     return {name: 1.0} if served_by is None else dict(served_by)
 
 

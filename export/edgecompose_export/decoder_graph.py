@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 from onnx import TensorProto, numpy_helper
 
-from edgecompose.bundle.manifest import SlotGroup
+from edgecompose.bundle.specs import SlotGroup
 from edgecompose.formats.architectures import MODULES
 from edgecompose_export.decoder_config import DecoderConfig
 from edgecompose_export.graph_writer import MICROSOFT, GraphWriter

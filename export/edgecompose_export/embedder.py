@@ -16,8 +16,8 @@ import numpy as np
 import onnx
 
 from edgecompose.bundle.files import sha256_of
-from edgecompose.bundle.manifest import EmbedderSpec
 from edgecompose.bundle.records import value_from_json
+from edgecompose.bundle.specs import EmbedderSpec
 from edgecompose.engine.device import choose_device
 from edgecompose.errors import ExportError
 from edgecompose.retrieval.embedder import Embedder

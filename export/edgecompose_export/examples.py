@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 from usearch.index import Index
 
-from edgecompose.bundle.manifest import EmbedderSpec, IndexSpec, check_name
+from edgecompose.bundle.manifest import check_name
 from edgecompose.bundle.records import value_from_json
+from edgecompose.bundle.specs import EmbedderSpec, IndexSpec
 from edgecompose.errors import ExportError
 from edgecompose.retrieval.embedder import Embedder, normalize
 from edgecompose.retrieval.index import new_index

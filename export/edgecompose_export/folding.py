@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto, numpy_helper
 
-from edgecompose.bundle.manifest import FoldingSpec
+from edgecompose.bundle.specs import FusingSpec
 from edgecompose_export.decoder_config import DecoderConfig
 from edgecompose_export.decoder_graph import INPUT_GROUPS, write_decoder
 from edgecompose_export.graph_writer import MICROSOFT, GraphWriter
@@ -26,7 +26,7 @@ FOLD_GRAPH, DECODER_GRAPH = "fold.onnx", "decoder_folded.onnx"
 PANEL = 32
 
 
-def write_folding(config: DecoderConfig, stored: StoredWeights, folder: Path) -> FoldingSpec:
+def write_folding(config: DecoderConfig, stored: StoredWeights, folder: Path) -> FusingSpec:
     """Write `fold.onnx` and `decoder_folded.onnx` into the folder of a float decoder.
 
     Args:
@@ -41,7 +41,7 @@ def write_folding(config: DecoderConfig, stored: StoredWeights, folder: Path) ->
                 _fold(fold, config, stored, layer, group)
     fold.save(folder / FOLD_GRAPH)
     write_decoder(config, _FoldedWeights(config, stored), slots=False).save(folder / DECODER_GRAPH)
-    return FoldingSpec(FOLD_GRAPH, DECODER_GRAPH, weights)
+    return FusingSpec(FOLD_GRAPH, DECODER_GRAPH, weights)
 
 
 class _FoldedWeights:

@@ -13,7 +13,7 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from edgecompose.bundle.files import sha256_of
-from edgecompose.bundle.manifest import BaseSpec
+from edgecompose.bundle.specs import BaseSpec
 from edgecompose.errors import AdapterError, ExportError, SlotMismatch, UnsupportedAdapter
 from edgecompose.formats.architectures import Architecture, architecture_of, gguf_architectures
 from edgecompose.formats.gguf import halved

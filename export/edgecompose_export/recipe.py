@@ -3,35 +3,51 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from edgecompose.bundle.manifest import Defaults, check_name
 from edgecompose.bundle.quantization import Bits
 from edgecompose.bundle.records import value_from_json
-from edgecompose.composer import merge_settings
 from edgecompose.errors import ExportError, ManifestInvalid, MergeError
+from edgecompose.merging.methods import method_of
+from edgecompose.settings import MergeSettings, names_of
+
+_RENAMED = {
+    "admission": "'validation'",
+    "tasks.served_by": "'adapters'",
+    **{
+        f"defaults.{name}": f"'{name}' in [defaults.retrieval]"
+        for name in ("neighbours", "nucleus", "shortcut", "fallback")
+    },
+    "defaults.temperature": "'routing_temperature' in [defaults.retrieval]",
+    "defaults.size_correction": "'class_size_exponent' in [defaults.retrieval]",
+    **{f"defaults.{name}": f"'{name}' in [defaults.merge]" for name in names_of(MergeSettings)},
+    "defaults.seed": "'dare_seed' in [defaults.merge]",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class RecipeTask:
     """One task of a recipe: an adapter (quantised file or PEFT folder) and, unless indexed already, its examples.
 
-    `served_by` are the weights of the recipe's adapters (by task) that answer for it, by default its own at 1: another
-    task's adapter, or a blend, may do better on its validation examples.
+    `adapters` are weights of the recipe's adapters (by task) that the task is mapped to, by default its own at 1:
+    another task's adapter, or a blend, may do better on its validation examples.
     """
 
     adapter: str
     examples: str | None = None
-    served_by: dict[str, float] | None = None
+    adapters: dict[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """A recipe file; paths are relative to it. `examples` is a folder made by `edgecompose-export examples`.
 
-    `admission` is the JSON of `edgecompose eval --methods base,own --json` on validation examples, which says what each
-    adapter is worth.
+    `validation` is the JSON of `edgecompose eval --methods base,own --json` on validation examples: what each
+    adapter gains.
     """
 
     name: str
@@ -39,7 +55,7 @@ class Recipe:
     embedder: str
     tasks: dict[str, RecipeTask]
     examples: str | None = None
-    admission: str | None = None
+    validation: str | None = None
     bits: Bits = 4
     keep_text: bool = False
     defaults: Defaults = Defaults()
@@ -55,9 +71,10 @@ def read_recipe(path: Path) -> Recipe:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ExportError(f"recipe '{path}' cannot be read: {error}") from error
+    _refuse_renamed(found, path)
     try:
-        recipe = value_from_json(Recipe, found, path.name)
-        merge_settings(recipe.defaults)
+        recipe = value_from_json(Recipe, found, f"recipe '{path}'", ExportError)
+        method_of(recipe.defaults.merge)
         for name in recipe.tasks:
             check_name(name)
     except (ManifestInvalid, MergeError) as error:
@@ -65,7 +82,19 @@ def read_recipe(path: Path) -> Recipe:
     if not recipe.tasks:
         raise ExportError(f"recipe '{path.name}' names no task")
     for name, task in recipe.tasks.items():
-        unknown = sorted(set(task.served_by or {}) - set(recipe.tasks))
+        unknown = sorted(set(task.adapters or {}) - set(recipe.tasks))
         if unknown:
-            raise ExportError(f"task '{name}' of '{path.name}' is served by unknown tasks: {', '.join(unknown)}")
+            raise ExportError(f"task '{name}' of '{path.name}' is mapped to unknown tasks: {', '.join(unknown)}")
     return recipe
+
+
+def _refuse_renamed(fields: Mapping[str, Any], path: Path) -> None:
+    """Refuse keys that were called otherwise before schema 5 of bundles."""
+    defaults, tasks = fields.get("defaults"), fields.get("tasks")
+    places = [("", fields), ("defaults.", defaults)]
+    places += [(f"tasks.{name}.", task) for name, task in tasks.items()] if isinstance(tasks, dict) else []
+    for place, values in places:
+        for name in values if isinstance(values, dict) else ():
+            new = _RENAMED.get(f"{place.split('.')[0]}.{name}" if place else name)
+            if new is not None:
+                raise ExportError(f"recipe '{path}': '{place}{name}' is called {new} now; use that name")

@@ -17,20 +17,22 @@ from hypothesis import strategies as st
 
 from edgecompose.bundle.manifest import (
     SCHEMA_VERSION,
-    AdapterSpec,
-    BaseSpec,
     Defaults,
-    Distance,
-    EmbedderSpec,
-    FileEntry,
-    IndexSpec,
     Manifest,
-    SlotGroup,
-    TaskSpec,
     check_name,
     check_path,
     manifest_from_json,
     manifest_to_json,
+)
+from edgecompose.bundle.specs import (
+    AdapterSpec,
+    BaseSpec,
+    Distance,
+    EmbedderSpec,
+    FileEntry,
+    IndexSpec,
+    SlotGroup,
+    TaskSpec,
 )
 from edgecompose.errors import EdgeComposeError, ManifestInvalid, UnsupportedSchema
 from tests.factories import TEXT, write_bundle
@@ -108,14 +110,14 @@ def test_an_unknown_field_is_refused(valid: dict[str, Json], place: Place) -> No
 def test_no_field_takes_a_value_of_another_type(valid: dict[str, Json], place: Place, field: str) -> None:
     right = _at(valid, place).get(field)
     wrong = [5] if isinstance(right, dict) or field == "distance" else {"a": 5}
-    with pytest.raises(ManifestInvalid, match="wanted|unknown fields"):
+    with pytest.raises(ManifestInvalid, match="expected|unknown fields"):
         manifest_from_json(_with(valid, (*place, field), wrong))
 
 
 @pytest.mark.parametrize(("place", "field"), [(p, f.name) for p, f in _fields() if re.search("int|float", str(f.type))])
 def test_a_boolean_or_a_text_is_no_number(valid: dict[str, Json], place: Place, field: str) -> None:
     for wrong in (True, "8"):
-        with pytest.raises(ManifestInvalid, match="wanted"):
+        with pytest.raises(ManifestInvalid, match="expected"):
             manifest_from_json(_with(valid, (*place, field), wrong))
 
 

@@ -22,11 +22,12 @@ from edgecompose.bundle.files import read_manifest
 from edgecompose.cli.main import main
 from edgecompose.errors import GenerationError
 from edgecompose.merging.methods import METHODS
+from edgecompose.settings import RetrievalSettings
 from edgecompose.timing import STAGES
 from tests.fixtures_tiny import ADAPTERS, TASKS, TinyZoo
 
 PROMPT = TASKS["animals"][0]
-COMMANDS = ("run", "chat", "batch", "serve", "retrieve", "compose", "eval", "inspect", "verify", "doctor")
+COMMANDS = ("run", "chat", "batch", "serve", "retrieve", "compose", "eval", "inspect", "verify", "doctor", "bundle")
 RETRIEVAL_KEYS = {"weights", "neighbours", "distribution"}
 
 
@@ -68,7 +69,7 @@ def test_an_answer_as_json_has_the_documented_keys(bundle: Path) -> None:
     assert found["device"]["providers"][-1] == "CPUExecutionProvider"
     assert found["device"]["reason"]
     assert tuple(found["timings_ms"]) == STAGES
-    assert {"embed", "retrieve", "weigh", "merge", "fold", "prefill", "decode", "total"} <= set(STAGES)
+    assert {"embed", "retrieve", "weigh", "merge", "fuse", "prefill", "decode", "total"} <= set(STAGES)
     assert all(math.isfinite(spent) and spent >= 0 for spent in found["timings_ms"].values())
     assert found["timings_ms"]["total"] >= max(found["timings_ms"][stage] for stage in STAGES[:-1])
     assert set(found["tokens"]) == {"prompt", "generated", "dropped"}
@@ -97,19 +98,20 @@ def test_the_answer_alone_is_on_standard_output(bundle: Path) -> None:
 
 
 def test_a_blend_is_folded_where_that_was_asked_for(bundle: Path, bundle_copy: Path) -> None:
-    attached, folded = result_of("run", bundle, PROMPT), result_of("run", bundle, PROMPT, "--fold")
-    assert (attached["attachment"], folded["attachment"]) == ("attach", "fold")
+    attached, folded = result_of("run", bundle, PROMPT), result_of("run", bundle, PROMPT, "--fuse")
+    assert result_of("run", bundle, PROMPT, "--fold")["attachment"] == "fuse"
+    assert (attached["attachment"], folded["attachment"]) == ("attach", "fuse")
     assert folded["answer"] == attached["answer"]
     assert "attached" in call("run", bundle, PROMPT, "--explain").stderr
-    assert "folded" in call("run", bundle, PROMPT, "--explain", "--fold").stderr
-    assert result_of("inspect", bundle)["base"]["fold"] is True
-    assert "can be folded" in call("inspect", bundle).stdout
+    assert "fused" in call("run", bundle, PROMPT, "--explain", "--fuse").stderr
+    assert result_of("inspect", bundle)["base"]["fuse"] is True
+    assert "can be fused" in call("inspect", bundle).stdout
     path = bundle_copy / "manifest.json"
     found = json.loads(path.read_text(encoding="utf-8"))
-    found["base"] |= {"precision": "int8", "folding": None}
+    found["base"] |= {"precision": "int8", "fusing": None}
     path.write_text(json.dumps(found), encoding="utf-8")
-    assert "fold wants a float base; this bundle's base is int8" in fault_of("run", bundle_copy, PROMPT, "--fold")
-    assert "can be folded" not in call("inspect", bundle_copy).stdout
+    assert "fusing needs a float base; this bundle's base is int8" in fault_of("run", bundle_copy, PROMPT, "--fuse")
+    assert "can be fused" not in call("inspect", bundle_copy).stdout
 
 
 def test_a_raw_prompt_without_an_answer_is_sent_in_the_chat_template(bundle_copy: Path) -> None:
@@ -143,28 +145,29 @@ def test_standard_input_is_read(bundle: Path) -> None:
 
 
 def test_every_option_reaches_the_composer(bundle: Path) -> None:
-    retrieval = ("--top-n", 9, "--top-p", 1, "--temperature", 0.05, "--exclude", "animals")
+    retrieval = ("--neighbours", 9, "--nucleus", 1, "--routing-temperature", 0.05, "--exclude", "animals")
     found = result_of("run", bundle, PROMPT, *retrieval, "--max-tokens", 3)
     assert len(found["neighbours"]) == 9
     assert set(found["weights"]) == {"numbers", "colours"}
     assert found["tokens"]["generated"] <= 3
-    request = Request(neighbours=9, nucleus=1.0, temperature=0.05, exclude=("animals",), max_tokens=3)
+    request = Request(
+        retrieval=RetrievalSettings(neighbours=9, nucleus=1.0, routing_temperature=0.05),
+        exclude=("animals",),
+        max_tokens=3,
+    )
     with open_bundle(bundle, device="cpu") as composer:
         assert dict(composer.retrieve(PROMPT, request).weights) == pytest.approx(found["weights"])
     by_hand = result_of("run", bundle, PROMPT, "--adapter", "numbers=0.5", "--adapter", "colours=-1e-1", "--raw")
     assert (by_hand["weights"], by_hand["neighbours"]) == ({"numbers": 0.5, "colours": -0.1}, [])
     assert by_hand["tokens"]["prompt"] < found["tokens"]["prompt"]
-    sampled = [
-        result_of("run", bundle, PROMPT, "--sample", "--sample-temperature", 9, "--sample-top-p", 1, "--seed", seed)
-        for seed in (1, 1, 2)
-    ]
+    sampled = [result_of("run", bundle, PROMPT, "--temperature", 9, "--top-p", 1, "--seed", seed) for seed in (1, 1, 2)]
     assert sampled[0]["answer"] == sampled[1]["answer"] != sampled[2]["answer"]
-    cut = result_of("run", bundle, PROMPT, "--sample", "--sample-temperature", 9, "--top-k", 1)
+    cut = result_of("run", bundle, PROMPT, "--temperature", 9, "--top-k", 1)
     assert cut["answer"] == result_of("run", bundle, PROMPT)["answer"]  # the likeliest of one
-    assert result_of("run", bundle, PROMPT, "--sample", "--sample-temperature", 9, "--min-p", 1) == {
+    assert result_of("run", bundle, PROMPT, "--sample", "--temperature", 9, "--min-p", 1) == {
         **cut, "timings_ms": ANY
     }  # fmt: skip
-    settings = ("--sample", "--sample-temperature", 0, "--repetition-penalty", 5)
+    settings = ("--sample", "--temperature", 0, "--repetition-penalty", 5)
     with open_bundle(bundle, device="cpu") as composer:
         request = Request(sampling=Sampling(temperature=0, repetition_penalty=5))
         wanted = composer.run(PROMPT, request).text
@@ -222,8 +225,54 @@ def roles(talk: Chat) -> list[str]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_can_be_chosen(bundle: Path, method: str) -> None:
-    settings = ("--method", method, "--density", 0.9, "--majority-sign", "frequency")
-    assert result_of("run", bundle, PROMPT, "--adapter", "animals=1", *settings)["method"] == method
+    row = METHODS[method]
+    values = {"density": 0.9, "majority_sign": "frequency", "dare_seed": 3, "rank": 2, "energy": 0.9}
+    options = {name: (f"--{name.replace('_', '-')}", value) for name, value in values.items()}
+    read = [word for name in row.parameters for word in options[name]]
+    settings = ("--adapter", "animals=1", "--method", method)
+    assert result_of("run", bundle, PROMPT, *settings, *read)["method"] == method
+    for name in values.keys() - set(row.parameters):
+        done = call("run", bundle, PROMPT, *settings, *options[name])
+        assert done.exit_code == 2 and f"{name} has no effect on method {method}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "words"),
+    [
+        ("run", ("--adapter", "animals=1", "--neighbours", 3), "--neighbours has no effect beside --adapter"),
+        ("run", ("--adapter", "animals=1", "--exclude", "numbers"), "--exclude has no effect beside --adapter"),
+        ("run", ("--temperature", 0, "--top-p", 0.5), "--top-p has no effect at --temperature 0"),
+        ("run", ("--temperature", 0, "--seed", 5), "--seed has no effect at --temperature 0"),
+        ("run", ("--choices", "a,b", "--temperature", 1), "--temperature has no effect beside --choices"),
+        ("run", ("--choices", "a,b", "--max-tokens", 3), "--max-tokens has no effect beside --choices"),
+        ("run", ("--choices", "a,b", "--stop", "x"), "--stop has no effect beside --choices"),
+        ("run", ("--rank", 3), "rank has no effect on method product"),
+        ("eval", ("--methods", "ties", "--energy", 0.5), "energy has no effect on method"),
+        ("run", ("--top-n", 3), "--top-n is called --neighbours now"),
+        ("run", ("--sample-top-p", 0.5), "--sample-top-p is called --top-p now"),
+        ("retrieve", ("--temperature", 0.1), "--temperature is called --routing-temperature now"),
+        ("retrieve", ("--top-p", 0.9), "--top-p is called --nucleus now"),
+        ("compose", ("-o", "x", "--size-correction", 0.9), "--size-correction is called --class-size-exponent now"),
+        ("chat", ("--query", "first"), "--query is called --route-by now"),
+    ],
+)  # fmt: skip
+def test_an_option_without_effect_or_of_an_old_name_is_refused(
+    bundle: Path, tmp_path: Path, command: str, options: tuple[object, ...], words: str
+) -> None:
+    arguments: dict[str, tuple[object, ...]] = {"chat": (), "eval": (write_questions(tmp_path / "questions.jsonl"),)}
+    done = call(command, bundle, *arguments.get(command, (PROMPT,)), *options)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert words in " ".join(done.stderr.split())
+
+
+def test_any_option_of_sampling_draws(bundle: Path) -> None:
+    greedy = result_of("run", bundle, PROMPT, "--max-tokens", 12)["answer"]
+    for options in (("--seed", 1), ("--temperature", 3), ("--top-k", 50), ("--top-p", 0.99), ("--min-p", 0.001)):
+        drawn = {
+            result_of("run", bundle, PROMPT, "--max-tokens", 12, *options, "--seed", seed)["answer"]
+            for seed in range(4)
+        }
+        assert drawn != {greedy}, options
 
 
 def test_retrieve_shows_the_tasks(bundle: Path) -> None:
@@ -243,11 +292,11 @@ def test_inspect_describes_a_bundle(bundle: Path) -> None:
     assert set(found) == {
         "name", "schema_version", "created_by", "bytes", "files", "base", "embedder", "tasks", "adapters", "defaults",
     }  # fmt: skip
-    assert (found["name"], found["schema_version"], found["files"]) == ("tiny", 4, len(manifest.files))
+    assert (found["name"], found["schema_version"], found["files"]) == ("tiny", 5, len(manifest.files))
     assert found["bytes"] == sum((bundle / name).stat().st_size for name in manifest.files)
     assert {name: task["examples"] for name, task in found["tasks"].items()} == {n: len(p) for n, p in TASKS.items()}
     assert {name: a["rank"] for name, a in found["adapters"].items()} == {name: a["r"] for name, a in ADAPTERS.items()}
-    assert found["defaults"]["neighbours"] == 4
+    assert found["defaults"]["retrieval"]["neighbours"] == 4
     text = call("inspect", bundle)
     assert text.exit_code == 0
     assert all(name in text.stdout for name in (*TASKS, "llama", "fp32", "q_proj"))
@@ -359,8 +408,9 @@ def test_a_folder_that_cannot_be_made_is_a_fault(bundle: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("run",), ("run", "x"), ("unknown",), ("run", "x", "y", "--frobnicate"), ("run", "x", "y", "--top-n", "0"),
-        ("run", "x", "y", "--top-p", "0"), ("run", "x", "y", "--top-p", "1.5"), ("run", "x", "y", "--temperature", "0"),
+        ("run",), ("run", "x"), ("unknown",), ("run", "x", "y", "--frobnicate"), ("run", "x", "y", "--neighbours", "0"),
+        ("run", "x", "y", "--top-p", "0"), ("run", "x", "y", "--top-p", "1.5"),
+        ("run", "x", "y", "--routing-temperature", "0"),
         ("run", "x", "y", "--density", "0"), ("run", "x", "y", "--method", "average"), ("compose", "x", "y"),
         ("run", "x", "y", "--device", "tpu"), ("run", "x", "y", "--max-tokens", "no"), ("run", "x", "y", "--seed=-1"),
         ("run", "{bundle}", "y", "--adapter", "animals"), ("run", "{bundle}", "y", "--adapter", "animals=much"),
@@ -382,7 +432,7 @@ def examples_in(help_text: str) -> list[list[str]]:
     return [shlex.split(line) for line in map(str.strip, help_text.splitlines()) if line.startswith("edgecompose ")]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", ["bundle upgrade", *(name for name in COMMANDS if name != "bundle")])
 def test_the_example_in_the_help_runs(
     zoo: TinyZoo, bundle: Path, tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -395,12 +445,12 @@ def test_the_example_in_the_help_runs(
     write_questions(Path("questions.jsonl"))
     line = {"custom_id": "a", "url": "/v1/completions", "body": {"prompt": PROMPT}}
     Path("calls.jsonl").write_text(json.dumps(line), encoding="utf-8")
-    shown = call(command, "--help")
+    shown = call(*command.split(), "--help")
     assert shown.exit_code == 0
     examples = examples_in(shown.stdout)
     assert examples
     for _, *arguments in examples:
-        assert arguments[0] == command
+        assert " ".join(arguments).startswith(command)
         stdin = b'{"jsonrpc": "2.0", "id": 1, "method": "models"}\n' if "--stdio" in arguments else b"hello\n"
         done = call(*arguments, stdin=stdin if command in ("chat", "serve") else None)
         assert done.exit_code == 0, done.output
@@ -416,7 +466,7 @@ def test_the_help_names_every_command() -> None:
 
 # eval
 
-STANDING_KEYS = {"tasks", "mean_accuracy", "mean_ci95", "timings_ms"}
+METRICS_KEYS = {"tasks", "mean_accuracy", "mean_ci95", "timings_ms"}
 
 
 def write_questions(path: Path, *more: Any) -> Path:
@@ -433,13 +483,13 @@ def write_questions(path: Path, *more: Any) -> Path:
 def test_an_evaluation_as_json_has_the_documented_keys(bundle: Path, tmp_path: Path) -> None:
     data = write_questions(tmp_path / "questions.jsonl")
     found = result_of("eval", bundle, data, data)  # a file given twice counts once
-    assert set(found) == {"main", *STANDING_KEYS, "settings", "contenders", "against"}
+    assert set(found) == {"main", *METRICS_KEYS, "settings", "variants", "against"}
     assert found["main"] == "retrieved"
-    assert list(found["contenders"]) == ["base", "own", "retrieved"]
-    for standing in found["contenders"].values():
-        assert set(standing) == {*STANDING_KEYS, "weights", "routing"}
-    assert {key: found[key] for key in STANDING_KEYS} == {
-        key: found["contenders"]["retrieved"][key] for key in STANDING_KEYS
+    assert list(found["variants"]) == ["base", "own", "retrieved"]
+    for metrics in found["variants"].values():
+        assert set(metrics) == {*METRICS_KEYS, "weights", "routing"}
+    assert {key: found[key] for key in METRICS_KEYS} == {
+        key: found["variants"]["retrieved"][key] for key in METRICS_KEYS
     }
     assert {task: score["n"] for task, score in found["tasks"].items()} == {"birds": 1, **dict.fromkeys(TASKS, 2)}
     assert all(set(score) == {"n", "accuracy", "ci95"} for score in found["tasks"].values())
@@ -448,16 +498,16 @@ def test_an_evaluation_as_json_has_the_documented_keys(bundle: Path, tmp_path: P
     assert set(found["against"]) == {"base", "own"}
     assert set(found["against"]["own"]) == {"tasks", "difference", "ci95", "wins", "by_task"}
     assert (found["against"]["own"]["tasks"], found["against"]["base"]["tasks"]) == (3, 4)
-    assert set(found["contenders"]["retrieved"]["routing"]) == {"confusion", "reliability", "calibration_error"}
+    assert set(found["variants"]["retrieved"]["routing"]) == {"confusion", "reliability", "calibration_error"}
     assert found["settings"]["files"] == ["questions.jsonl"] * 2
-    assert found["settings"]["contenders"]["own"] == {"kind": "own", "method": "product", "norm_guard": False}
+    assert found["settings"]["variants"]["own"] == {"kind": "own", "method": "product", "norm_guard": False}
 
 
 def test_every_option_reaches_the_evaluation(bundle: Path, tmp_path: Path) -> None:
     data = write_questions(tmp_path / "questions.jsonl")
     options = (
-        "--methods", "top1, core_ties", "--limit", 1, "--exclude-own", "--raw", "--max-tokens", 2, "--top-n", 9,
-        "--top-p", 1, "--temperature", 0.3, "--density", 0.7, "--norm-guard", "--exclude", "colours",
+        "--methods", "top1, core_ties", "--limit", 1, "--exclude-own", "--raw", "--max-tokens", 2, "--neighbours", 9,
+        "--nucleus", 1, "--routing-temperature", 0.3, "--density", 0.7, "--norm-guard", "--exclude", "colours",
     )  # fmt: skip
     found = result_of("eval", bundle, data, *options)
     assert found["main"] == "core_ties"
@@ -465,14 +515,14 @@ def test_every_option_reaches_the_evaluation(bundle: Path, tmp_path: Path) -> No
     settings = found["settings"]
     wanted = {
         "limit": 1, "exclude_own": True, "raw": True, "max_tokens": 2, "neighbours": 9, "nucleus": 1.0,
-        "temperature": 0.3, "exclude": ["colours"], "device": "cpu", "bundle": "tiny",
+        "routing_temperature": 0.3, "exclude": ["colours"], "device": "cpu", "bundle": "tiny",
     }  # fmt: skip
     assert {key: settings[key] for key in wanted} == wanted
-    assert settings["contenders"]["core_ties"] == {
+    assert settings["variants"]["core_ties"] == {
         "kind": "retrieved", "method": "core_ties", "density": 0.7, "norm_guard": True,
     }  # fmt: skip
-    assert found["contenders"]["core_ties"]["weights"]["animals"] == {"numbers": 1.0}
-    assert settings["contenders"]["top1"]["kind"] == "top1"
+    assert found["variants"]["core_ties"]["weights"]["animals"] == {"numbers": 1.0}
+    assert settings["variants"]["top1"]["kind"] == "top1"
 
 
 def test_an_evaluation_is_a_table(bundle: Path, tmp_path: Path) -> None:
@@ -489,14 +539,14 @@ def test_an_evaluation_is_a_table(bundle: Path, tmp_path: Path) -> None:
 def test_a_report_is_written_and_outcomes_are_kept_beside_it(bundle: Path, tmp_path: Path) -> None:
     data, report = write_questions(tmp_path / "questions.jsonl"), tmp_path / "deep" / "report"
     found = result_of("eval", bundle, data, "--report", report)
-    outcomes = (report / "outcomes.jsonl").read_bytes()
+    answer_cache = (report / "answers.jsonl").read_bytes()
     assert json.loads((report / "result.json").read_text(encoding="utf-8")) == found
     assert (report / "index.html").is_file()
     again = call("eval", bundle, data, "--report", report)
     assert f"written       {report / 'index.html'}" in again.stdout
-    assert (report / "outcomes.jsonl").read_bytes() == outcomes
+    assert (report / "answers.jsonl").read_bytes() == answer_cache
     kept = tmp_path / "kept.jsonl"
-    result_of("eval", bundle, data, "--outcomes", kept, "--methods", "base")
+    result_of("eval", bundle, data, "--answer-cache", kept, "--methods", "base")
     assert len(kept.read_bytes().splitlines()) == 7
 
 
@@ -508,7 +558,7 @@ def test_what_cannot_be_evaluated_is_a_fault(bundle: Path, tmp_path: Path, monke
     empty = tmp_path / "empty.jsonl"
     empty.touch()
     assert "no example remains for 'retrieved'" in fault_of("eval", bundle, empty)
-    assert "is no outcome of an evaluation" in fault_of("eval", bundle, data, "--outcomes", data)
+    assert "is no answer of an evaluation" in fault_of("eval", bundle, data, "--answer-cache", data)
     assert "no task 'fish'" in fault_of("eval", bundle, data, "--exclude", "fish")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "edgecompose[report]" in fault_of("eval", bundle, data, "--report", tmp_path / "report")
@@ -530,7 +580,7 @@ def test_the_version_is_that_of_the_package() -> None:
 
 def test_compose_writes_a_peft_folder_once(bundle: Path, tmp_path: Path) -> None:
     output = tmp_path / "deep" / "blend"
-    found = result_of("compose", bundle, PROMPT, "-o", output, "--top-n", 9)
+    found = result_of("compose", bundle, PROMPT, "-o", output, "--neighbours", 9)
     assert set(found) == {"prompt", "files", "method", *RETRIEVAL_KEYS, "ranks", "composition", "merge"}
     assert found["files"] == [str(output / "adapter_config.json"), str(output / "adapter_model.safetensors")]
     assert all(Path(name).is_file() for name in found["files"])
@@ -574,7 +624,7 @@ def test_a_model_and_its_checkpoint_want_each_other(bundle: Path, tmp_path: Path
 @pytest.mark.parametrize(
     "options",
     [
-        ("--top-n", 13, "--top-p", 1),
+        ("--neighbours", 13, "--nucleus", 1),
         ("--adapter", "animals=0.8", "--adapter", "numbers=-0.3", "--adapter", "colours=1.4"),
         ("--adapter", "animals=1.5", "--method", "linear"), ("--adapter", "colours=1", "--method", "ties"),
     ],

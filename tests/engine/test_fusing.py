@@ -23,15 +23,16 @@ from onnx import numpy_helper
 
 from edgecompose import Composer, EdgeComposeError, Request, open_bundle
 from edgecompose.bundle.files import sha256_of, verify
-from edgecompose.bundle.manifest import MANIFEST_FILE, BaseSpec, FoldingSpec
-from edgecompose.engine.decoder import Decoder, Decoding, FoldedDecoder
+from edgecompose.bundle.manifest import MANIFEST_FILE
+from edgecompose.bundle.specs import BaseSpec, FusingSpec
+from edgecompose.engine.decoder import Decoder, Decoding, FusedDecoder
 from edgecompose.engine.device import choose_device
-from edgecompose.engine.fusing import FoldedWeights, Folding, folded_bytes, require_folding
+from edgecompose.engine.fusing import FusedWeights, Fuser, fused_bytes, require_fusing
 from edgecompose.engine.merged import MergedAdapter
 from edgecompose.errors import BundleError, FileDamaged, GenerationError, ManifestInvalid
 from edgecompose.formats.architectures import PACKED
 from edgecompose.merging.merger import Merger
-from edgecompose.merging.methods import MergeSettings
+from edgecompose.settings import MergeSettings
 from edgecompose_export.bundles import add_task, remove_task
 from edgecompose_export.folding import DECODER_GRAPH, FOLD_GRAPH
 from tests import tiny
@@ -57,14 +58,14 @@ class Opened:
     """The three sessions of an exported float base."""
 
     decoder: Decoder
-    folding: Folding
-    folded: FoldedDecoder
+    fusing: Fuser
+    folded: FusedDecoder
 
     def attach(self, merged: MergedAdapter) -> Decoding:
         return self.decoder.start(merged, len(IDS))
 
-    def fold(self, merged: MergedAdapter) -> Decoding:
-        return self.folded.start(self.folding.fold(merged), len(IDS))
+    def fuse(self, merged: MergedAdapter) -> Decoding:
+        return self.folded.start(self.fusing.fuse(merged), len(IDS))
 
 
 @pytest.fixture(params=BASES, ids="-".join)
@@ -79,11 +80,11 @@ def llama(zoo: TinyZoo) -> Exported:
 
 def open_base(base: Exported, spec: BaseSpec | None = None) -> Opened:
     spec, device = spec or base.spec, choose_device("cpu")
-    folding = require_folding(spec)
+    folding = require_fusing(spec)
     return Opened(
         Decoder(base.folder / spec.graph, spec, device),
-        Folding(base.folder / folding.fold_graph, spec, device),
-        FoldedDecoder(base.folder / folding.decoder_graph, spec, device),
+        Fuser(base.folder / folding.fuse_graph, spec, device),
+        FusedDecoder(base.folder / folding.decoder_graph, spec, device),
     )
 
 
@@ -123,7 +124,7 @@ def test_fold_gives_the_logits_of_attach(
     base: Exported, blend: Callable[..., MergedAdapter], weights: tuple[float, ...]
 ) -> None:
     opened, merged = open_base(base), blend(base, weights)
-    attached, folded = steps(opened.attach(merged)), steps(opened.fold(merged))
+    attached, folded = steps(opened.attach(merged)), steps(opened.fuse(merged))
     assert np.ptp(attached) > 1
     assert difference(attached, folded) <= TOLERANCE
     assert difference(folded, steps(opened.attach(NO_ADAPTER))) > 0.1
@@ -133,7 +134,7 @@ def test_a_fold_leaves_no_trace(base: Exported, blend: Callable[..., MergedAdapt
     opened, merged = open_base(base), blend(base, (0.8,))
     before = [steps(opened.attach(adapter)) for adapter in (NO_ADAPTER, merged)]
     data = sha256_of(base.folder / "decoder.onnx.data")
-    decoding = opened.fold(merged)
+    decoding = opened.fuse(merged)
     steps(decoding)
     during = [steps(opened.attach(adapter)) for adapter in (NO_ADAPTER, merged)]
     del decoding
@@ -146,7 +147,7 @@ def test_a_fold_leaves_no_trace(base: Exported, blend: Callable[..., MergedAdapt
 @pytest.mark.parametrize("architecture", ["llama", "phi3"])
 def test_an_empty_blend_folds_to_the_very_weights(zoo: TinyZoo, architecture: str) -> None:
     base = zoo.base(architecture)
-    folded = open_base(base).folding.fold(NO_ADAPTER)
+    folded = open_base(base).fusing.fuse(NO_ADAPTER)
     stored = onnx.load(base.folder / base.spec.graph).graph
     matrices = [numpy_helper.to_array(t) for t in stored.initializer]
     sought = {matrix.T.shape + (matrix.T.tobytes(),) for matrix in matrices if matrix.ndim == 2}
@@ -157,8 +158,8 @@ def test_an_empty_blend_folds_to_the_very_weights(zoo: TinyZoo, architecture: st
 
 
 def test_only_float_bases_get_the_graphs_and_no_weight_is_stored_twice(zoo: TinyZoo, base: Exported) -> None:
-    folding = require_folding(base.spec)
-    assert (folding.fold_graph, folding.decoder_graph) == (FOLD_GRAPH, DECODER_GRAPH)
+    folding = require_fusing(base.spec)
+    assert (folding.fuse_graph, folding.decoder_graph) == (FOLD_GRAPH, DECODER_GRAPH)
     for name in (FOLD_GRAPH, DECODER_GRAPH):
         assert not (base.folder / f"{name}.data").exists()
         places = {
@@ -171,7 +172,7 @@ def test_only_float_bases_get_the_graphs_and_no_weight_is_stored_twice(zoo: Tiny
     groups = ("q_proj+k_proj+v_proj", "o_proj", "gate_proj+up_proj", "down_proj")
     assert set(folding.weights) == {f"layers.{layer}.{group}.weight" for layer in (0, 1) for group in groups}
     near = zoo.base("llama", "int8")
-    assert near.spec.folding is None
+    assert near.spec.fusing is None
     assert not (near.folder / FOLD_GRAPH).exists()
 
 
@@ -187,15 +188,15 @@ def test_weights_that_do_not_divide_into_panels_are_one(zoo: TinyZoo, monkeypatc
 
 @pytest.mark.parametrize("change", ["fold", "folded decoder"])
 def test_a_graph_that_is_not_the_described_one_is_refused(llama: Exported, change: str) -> None:
-    folding = require_folding(llama.spec)
+    folding = require_fusing(llama.spec)
     name = "layers.1.o_proj.weight"
     wrong = dataclasses.replace(folding, weights={**folding.weights, name: (9, 9, 9)})
-    device, spec = choose_device("cpu"), dataclasses.replace(llama.spec, folding=wrong)
+    device, spec = choose_device("cpu"), dataclasses.replace(llama.spec, fusing=wrong)
     with pytest.raises(BundleError, match=f"the {change} graph is not the one that the manifest describes: {name}"):
         if change == "fold":
-            Folding(llama.folder / FOLD_GRAPH, spec, device)
+            Fuser(llama.folder / FOLD_GRAPH, spec, device)
         else:
-            FoldedDecoder(llama.folder / DECODER_GRAPH, spec, device)
+            FusedDecoder(llama.folder / DECODER_GRAPH, spec, device)
 
 
 # Values of their own
@@ -206,9 +207,9 @@ def test_folds_in_turn_and_in_threads_give_what_each_gives_alone(
 ) -> None:
     opened = open_base(llama)
     blends = [blend(llama, weights) for weights in ((1.0,), (-1.0,), (0.7, -0.5, 1.2))]
-    wanted = [steps(opened.fold(merged)) for merged in blends]
+    wanted = [steps(opened.fuse(merged)) for merged in blends]
     assert difference(wanted[0], wanted[1]) > 0.1
-    decodings = [opened.fold(merged) for merged in blends]
+    decodings = [opened.fuse(merged) for merged in blends]
     rows: list[list[Float]] = [[] for _ in blends]
     for token in IDS:
         for decoding, found in zip(decodings, rows, strict=True):
@@ -216,40 +217,43 @@ def test_folds_in_turn_and_in_threads_give_what_each_gives_alone(
     for found, one in zip(rows, wanted, strict=True):
         assert difference(np.concatenate(found), one) <= TOLERANCE
     with ThreadPoolExecutor(4) as threads:
-        results = threads.map(lambda merged: steps(opened.fold(merged)), blends * 4)
+        results = threads.map(lambda merged: steps(opened.fuse(merged)), blends * 4)
         for result, one in zip(results, wanted * 4, strict=True):
             assert np.array_equal(result, one)
 
 
 def test_memory_is_used_again_only_when_nobody_reads_it(llama: Exported, blend: Callable[..., MergedAdapter]) -> None:
     opened, merged = open_base(llama), blend(llama, (0.8,))
-    first = opened.folding.fold(merged)
+    first = opened.fusing.fuse(merged)
     decoding, place = opened.folded.start(first, len(IDS)), first.buffer.data_ptr()
     del first
-    second = opened.folding.fold(merged)
+    second = opened.fusing.fuse(merged)
     assert second.buffer.data_ptr() != place
-    assert (second.digest, second.bytes) == (merged.digest, folded_bytes(require_folding(llama.spec)))
+    assert (second.digest, second.bytes) == (merged.digest, fused_bytes(require_fusing(llama.spec)))
     del decoding
-    assert opened.folding.fold(merged).buffer.data_ptr() == place
+    assert opened.fusing.fuse(merged).buffer.data_ptr() == place
 
 
 @pytest.mark.parametrize(
     ("precision", "message"),
     [
-        ("int4", "fold wants a float base; this bundle's base is int4; export the base with --precision fp32 or fp16"),
+        (
+            "int4",
+            "fusing needs a float base; this bundle's base is int4; export the base with --precision fp32 or fp16",
+        ),
         ("fp32", "this bundle's fp32 base was exported without them; export base and bundle again, or use attach"),
     ],
 )
 def test_a_base_that_cannot_be_folded_is_refused_by_name(llama: Exported, precision: str, message: str) -> None:
-    spec = dataclasses.replace(llama.spec, precision=precision, folding=None)
+    spec = dataclasses.replace(llama.spec, precision=precision, fusing=None)
     with pytest.raises(GenerationError, match=message):
-        require_folding(spec)
+        require_fusing(spec)
 
 
 @pytest.mark.parametrize("weights", [{}, {"w": (2, 3)}, {"w": (2, 3, 0)}, {"w": (1, 2, 3, 4)}], ids=str)
 def test_weights_without_panels_are_refused(weights: dict[str, tuple[int, ...]]) -> None:
-    with pytest.raises(ManifestInvalid, match="folding names no weight"):
-        FoldingSpec(FOLD_GRAPH, DECODER_GRAPH, weights)
+    with pytest.raises(ManifestInvalid, match="fusing names no weight"):
+        FusingSpec(FOLD_GRAPH, DECODER_GRAPH, weights)
 
 
 # In a bundle
@@ -265,7 +269,7 @@ def both(root: Path, weights: dict[str, float]) -> list[dict[str, float]]:
     """Scores of choices under attach and under fold."""
     found = []
     with open_bundle(root, device="cpu") as opened:
-        for attachment in ("attach", "fold"):
+        for attachment in ("attach", "fuse"):
             request = Request(weights=weights, choices=("yes", "no", "maybe so"), attachment=attachment)
             answer = opened.run(PROMPT, request)
             assert answer.attachment == attachment
@@ -292,39 +296,39 @@ def test_a_bundle_keeps_folding_as_tasks_come_and_go(
 
 
 def test_a_whole_answer_is_the_same_under_fold(composer: Composer) -> None:
-    attached, folded = (composer.run(PROMPT, Request(attachment=a)) for a in ("attach", "fold"))
+    attached, folded = (composer.run(PROMPT, Request(attachment=a)) for a in ("attach", "fuse"))
     assert (folded.text, folded.composition, folded.generated_tokens) == (
         attached.text, attached.composition, attached.generated_tokens,
     )  # fmt: skip
-    assert (attached.attachment, folded.attachment) == ("attach", "fold")
-    assert attached.timings_ms["fold"] == 0 < folded.timings_ms["fold"]
-    alone = composer.run(PROMPT, Request(weights={}, attachment="fold"))
-    assert (alone.attachment, alone.timings_ms["fold"]) == ("attach", 0)
-    with pytest.raises(EdgeComposeError, match="attachment 'melt' is unknown; use attach or fold"):
+    assert (attached.attachment, folded.attachment) == ("attach", "fuse")
+    assert attached.timings_ms["fuse"] == 0 < folded.timings_ms["fuse"]
+    alone = composer.run(PROMPT, Request(weights={}, attachment="fuse"))
+    assert (alone.attachment, alone.timings_ms["fuse"]) == ("attach", 0)
+    with pytest.raises(EdgeComposeError, match="attachment is 'melt'; expected attach or fuse"):
         Request(attachment="melt")  # type: ignore[arg-type]
 
 
 def test_the_last_folded_base_is_kept_and_its_memory_used_again(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    fold = Folding.fold
+    fuse = Fuser.fuse
 
-    def watch(folding: Folding, adapter: MergedAdapter) -> FoldedWeights:
-        folded = fold(folding, adapter)
+    def watch(fuser: Fuser, adapter: MergedAdapter) -> FusedWeights:
+        folded = fuse(fuser, adapter)
         made.append(folded.buffer.data_ptr())
         return folded
 
-    monkeypatch.setattr(Folding, "fold", watch)
+    monkeypatch.setattr(Fuser, "fuse", watch)
     with open_bundle(bundle, device="cpu") as composer:
         for name in ("animals", "animals", "numbers", "numbers", "animals"):
-            composer.run(PROMPT, Request(weights={name: 1.0}, attachment="fold", max_tokens=1))
+            composer.run(PROMPT, Request(weights={name: 1.0}, attachment="fuse", max_tokens=1))
         assert len(made) == 3
         assert len(set(made)) == 1
-        keeps_none = Composer(composer.bundle, composer.device, folded_cache_bytes=0)
+        keeps_none = Composer(composer.bundle, composer.device, fused_cache_bytes=0)
         for _ in range(2):
-            keeps_none.run(PROMPT, Request(weights={"animals": 1.0}, attachment="fold", max_tokens=1))
+            keeps_none.run(PROMPT, Request(weights={"animals": 1.0}, attachment="fuse", max_tokens=1))
         assert len(made) == 5
         composer.close()
-        assert composer.run(PROMPT, Request(weights={"animals": 1.0}, attachment="fold")).attachment == "fold"
+        assert composer.run(PROMPT, Request(weights={"animals": 1.0}, attachment="fuse")).attachment == "fuse"
 
 
 def change_base(root: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -335,19 +339,19 @@ def change_base(root: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def test_a_bundle_of_a_quantised_base_attaches_and_refuses_to_fold(bundle_copy: Path) -> None:
-    change_base(bundle_copy, lambda base: base.update(precision="int4", folding=None))
+    change_base(bundle_copy, lambda base: base.update(precision="int4", fusing=None))
     with open_bundle(bundle_copy, device="cpu") as opened:
         assert opened.run(PROMPT).attachment == "attach"
         with pytest.raises(EdgeComposeError, match="this bundle's base is int4"):
-            opened.run(PROMPT, Request(attachment="fold"))
+            opened.run(PROMPT, Request(attachment="fuse"))
 
 
 def test_a_bundle_from_before_folding_opens(bundle_copy: Path) -> None:
-    change_base(bundle_copy, lambda base: base.pop("folding"))
+    change_base(bundle_copy, lambda base: base.pop("fusing"))
     with open_bundle(bundle_copy, device="cpu") as opened:
         assert opened.run(PROMPT).text
         with pytest.raises(EdgeComposeError, match="exported without them"):
-            opened.run(PROMPT, Request(attachment="fold"))
+            opened.run(PROMPT, Request(attachment="fuse"))
 
 
 @pytest.mark.parametrize("name", [f"base/{FOLD_GRAPH}", f"base/{DECODER_GRAPH}", "base/decoder.onnx.data"])
@@ -361,7 +365,7 @@ def test_a_damaged_or_missing_graph_is_refused_by_name(bundle: Path, tmp_path: P
         open_bundle(root, device="cpu") as opened,
         pytest.raises(FileDamaged, match=rf"file '{name}' has sha256 .*copy or export the bundle again"),
     ):
-        opened.run(PROMPT, Request(attachment="fold"))
+        opened.run(PROMPT, Request(attachment="fuse"))
     assert any(name in problem for problem in verify(root))
     path.unlink()
     with pytest.raises(FileDamaged, match=f"file '{name}' is missing"):

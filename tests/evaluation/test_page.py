@@ -17,7 +17,7 @@ from edgecompose.errors import EvaluationError
 from edgecompose.evaluation.charts import colours, draw_charts, require_matplotlib
 from edgecompose.evaluation.examples import EvalExample
 from edgecompose.evaluation.page import shortened, write_report
-from edgecompose.evaluation.results import Evaluation, Judgement
+from edgecompose.evaluation.results import Evaluation, Result
 from edgecompose.evaluation.table import describe_evaluation, evaluation_json, signed
 from edgecompose.timing import STAGES
 
@@ -26,18 +26,18 @@ CHARTS = ("accuracy", "weights", "confusion", "reliability")
 _VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
-def judged(task: str, number: int, right: bool, kind: str, prompt: str = "p") -> Judgement:
+def judged(task: str, number: int, right: bool, kind: str, prompt: str = "p") -> Result:
     example = EvalExample(task, f"{prompt} {number}", "yes", ("yes", "no"))
     weights = {"base": {}, "own": {task: 1.0}}.get(kind, {task: 0.75, "other": 0.25})
     routed = kind not in ("base", "own")
-    return Judgement(
+    return Result(
         example, right, "yes" if right else "no", weights, task if routed else None, 0.75 if routed else None,
         0.5 if routed else None, True, dict.fromkeys(STAGES, 1.5),
     )  # fmt: skip
 
 
 def example_evaluation(names: tuple[str, ...] = ("base", "own", "retrieved"), prompt: str = "p") -> Evaluation:
-    def rows(name: str) -> tuple[Judgement, ...]:
+    def rows(name: str) -> tuple[Result, ...]:
         tasks = ("film", "quiz") if name == "own" else ("film", "quiz", HOSTILE)
         return tuple(judged(t, i, (i + len(name)) % 3 > 0, name, prompt) for t in tasks for i in range(6))
 
@@ -50,7 +50,7 @@ def result_of(evaluation: Evaluation) -> dict[str, Any]:
         "limit": None,
         "raw": False,
         "exclude": [],
-        "contenders": {"base": {"kind": "base"}},
+        "variants": {"base": {"kind": "base"}},
     }
     return evaluation_json(evaluation.summary(), settings)
 
@@ -149,12 +149,12 @@ def test_figures_are_in_the_page(folder: Path) -> None:
     text = Page((folder / "index.html").read_text(encoding="utf-8")).text
     result = result_of(example_evaluation())
     assert f"retrieved: {result['mean_accuracy'] * 100:.1f} % right" in text
-    for found in result["contenders"].values():
+    for found in result["variants"].values():
         assert f"{found['mean_accuracy'] * 100:.1f}" in text
         assert "-".join(f"{bound * 100:.1f}" for bound in found["mean_ci95"]) in text
     assert text.count("wanted “yes”, got “no”") == 6
     assert "film 0.750, other 0.250" in text
-    assert "Not every contender has every task" in text
+    assert "Not every variant has every task" in text
 
 
 def test_only_what_there_is_is_drawn() -> None:
@@ -174,9 +174,7 @@ def test_a_page_without_misses_says_so(tmp_path: Path) -> None:
 def test_negative_and_large_weights_are_drawn() -> None:
     one = judged("film", 0, True, "retrieved")
     weights = [{"film": 1.7, "quiz": -0.4}, {}]
-    rows = tuple(
-        Judgement(one.example, True, "yes", weight, "film", 1.0, 0.9, True, one.timings_ms) for weight in weights
-    )
+    rows = tuple(Result(one.example, True, "yes", weight, "film", 1.0, 0.9, True, one.timings_ms) for weight in weights)
     charts = {chart.name: chart for chart in draw_charts(Evaluation("retrieved", {"retrieved": rows}).summary())}
     assert ">-20<" in charts["weights"].svg
     assert ">85<" in charts["weights"].svg

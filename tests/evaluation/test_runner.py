@@ -1,4 +1,4 @@
-"""Contenders on the tiny bundle: what each is, what is computed once, and going on after being killed."""
+"""Variants on the tiny bundle: what each is, what is computed once, and going on after being killed."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 
 from edgecompose import Answer, Composer, MergeSettings, Request, Sampling, open_bundle
-from edgecompose.errors import EvaluationError
+from edgecompose.errors import EvaluationError, MergeError
 from edgecompose.evaluation.examples import EvalExample, bootstrap_interval
-from edgecompose.evaluation.results import Evaluation, Judgement, routing
-from edgecompose.evaluation.runner import KINDS, Contender, adapters_of, evaluate, parse_contenders
+from edgecompose.evaluation.results import Evaluation, Result, routing
+from edgecompose.evaluation.runner import KINDS, Variant, adapters_of, evaluate, parse_variants
 from edgecompose.merging.methods import METHODS, composition_digest
+from edgecompose.settings import RetrievalSettings, override
 from edgecompose.timing import STAGES
 from tests.fixtures_tiny import TASKS
 
-REQUEST = Request(neighbours=9, nucleus=1.0, max_tokens=3)
+REQUEST = Request(retrieval=RetrievalSettings(neighbours=9, nucleus=1.0), max_tokens=3)
 EXAMPLES = [
     *(EvalExample(task, f"{prompt} now", "yes", ("yes", "no")) for task in TASKS for prompt in TASKS[task][:2]),
     EvalExample("animals", "which dog?", "a dog", aliases=("dog",)),
@@ -48,15 +49,14 @@ def runs(composer: Composer, monkeypatch: pytest.MonkeyPatch) -> list[Answer]:
     return made
 
 
-def without_times(evaluation: Evaluation) -> dict[str, list[Judgement]]:
+def without_times(evaluation: Evaluation) -> dict[str, list[Result]]:
     return {
-        name: [dataclasses.replace(one, timings_ms={}) for one in judged]
-        for name, judged in evaluation.judgements.items()
+        name: [dataclasses.replace(one, timings_ms={}) for one in judged] for name, judged in evaluation.results.items()
     }
 
 
 def test_contenders_do_what_is_done_by_hand(composer: Composer) -> None:
-    found = evaluate(composer, EXAMPLES, parse_contenders([*KINDS, "core_ties"], REQUEST))
+    found = evaluate(composer, EXAMPLES, parse_variants([*KINDS, "core_ties"], REQUEST))
     assert found.main == "retrieved"
     for example in EXAMPLES:
         retrieval = composer.retrieve(example.prompt, REQUEST)
@@ -66,7 +66,7 @@ def test_contenders_do_what_is_done_by_hand(composer: Composer) -> None:
             "retrieved": dict(retrieval.weights),
         }  # fmt: skip
         for kind in KINDS:
-            judged = [one for one in found.judgements[kind] if one.example == example]
+            judged = [one for one in found.results[kind] if one.example == example]
             if kind == "own" and example.task == "birds":
                 assert judged == []
                 continue
@@ -83,30 +83,32 @@ def test_contenders_do_what_is_done_by_hand(composer: Composer) -> None:
 
 def test_a_contender_is_the_composers_default_unless_told_otherwise(composer: Composer) -> None:
     example = EXAMPLES[0]
-    (judged,) = evaluate(composer, [example], [Contender("x", "retrieved")]).judgements["x"]
+    (judged,) = evaluate(composer, [example], [Variant("x", "retrieved")]).results["x"]
     answer = composer.run(example.prompt, Request(choices=example.choices or ()))
     assert (dict(judged.weights), judged.answer) == (dict(answer.retrieval.weights), answer.text)
 
 
 def test_the_key_of_an_outcome_is_the_blend_that_the_composer_makes(composer: Composer, tmp_path: Path) -> None:
-    path = tmp_path / "outcomes.jsonl"
-    contenders = parse_contenders(["base", "own", "retrieved", "core_ties"], REQUEST)
+    path = tmp_path / "answers.jsonl"
+    variants = parse_variants(["base", "own", "retrieved", "core_ties"], REQUEST)
     for example in EXAMPLES[:4]:
-        found = evaluate(composer, [example], contenders, outcomes=path)
+        found = evaluate(composer, [example], variants, answer_cache=path)
         kept = {json.loads(line)["key"]["composition"] for line in path.read_text().splitlines()}
-        for contender in contenders:
-            (judged,) = found.judgements[contender.name]
-            request = dataclasses.replace(contender.request, weights=judged.weights)
+        for variant in variants:
+            (judged,) = found.results[variant.name]
+            request = dataclasses.replace(variant.request, weights=judged.weights)
             assert composer.compose(example.prompt, request).merged.digest in kept
 
 
 def test_the_same_blend_is_computed_once(composer: Composer, runs: list[Answer]) -> None:
-    sure = dataclasses.replace(REQUEST, neighbours=1)  # one neighbour: one task, so all four blends are one
-    contenders = [Contender(kind, kind, sure) for kind in ("top1", "uniform", "retrieved")]
-    evaluate(composer, EXAMPLES, contenders)
+    sure = dataclasses.replace(
+        REQUEST, retrieval=RetrievalSettings(neighbours=1)
+    )  # one neighbour: one task, so all four blends are one
+    variants = [Variant(kind, kind, sure) for kind in ("top1", "uniform", "retrieved")]
+    evaluate(composer, EXAMPLES, variants)
     assert len(runs) == len(EXAMPLES)
     runs.clear()
-    empty = [Contender(name, "base", request) for name, request in (
+    empty = [Variant(name, "base", request) for name, request in (
         ("one", sure), ("two", dataclasses.replace(sure, merge=MergeSettings("ties", norm_guard=True))),
         ("longer", dataclasses.replace(sure, max_tokens=5)), ("raw", dataclasses.replace(sure, raw=True)),
     )]  # fmt: skip
@@ -116,38 +118,38 @@ def test_the_same_blend_is_computed_once(composer: Composer, runs: list[Answer])
 
 
 def test_a_killed_evaluation_goes_on(composer: Composer, runs: list[Answer], tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "outcomes.jsonl"
-    contenders = parse_contenders(["base", "own", "retrieved"], REQUEST)
-    first = evaluate(composer, EXAMPLES, contenders, outcomes=path)
+    path = tmp_path / "deep" / "answers.jsonl"
+    variants = parse_variants(["base", "own", "retrieved"], REQUEST)
+    first = evaluate(composer, EXAMPLES, variants, answer_cache=path)
     whole, computed = path.read_bytes(), len(runs)
     lines = whole.splitlines(keepends=True)
     assert len(lines) == computed
-    timings = first.standing("base").timings_ms
+    timings = first.metrics("base").timings_ms
     for cut in (0, 1, len(lines[0]) - 1, len(lines[0]) + 40, len(whole) - 1, len(whole)):
         path.write_bytes(whole[:cut])
         runs.clear()
-        again = evaluate(composer, EXAMPLES, contenders, outcomes=path)
+        again = evaluate(composer, EXAMPLES, variants, answer_cache=path)
         assert without_times(again) == without_times(first)
         assert len(runs) == computed - whole[:cut].count(b"\n")
         assert path.read_bytes().count(b"\n") == computed
-    assert again.standing("base").timings_ms == pytest.approx(timings, abs=1e-3)  # read from the file, not measured
+    assert again.metrics("base").timings_ms == pytest.approx(timings, abs=1e-3)  # read from the file, not measured
 
 
 def test_outcomes_of_another_base_are_not_taken(
     composer: Composer, bundle_copy: Path, runs: list[Answer], tmp_path: Path
 ) -> None:
-    path = tmp_path / "outcomes.jsonl"
-    contenders = parse_contenders(["base"], REQUEST)
-    evaluate(composer, EXAMPLES, contenders, outcomes=path)
+    path = tmp_path / "answers.jsonl"
+    variants = parse_variants(["base"], REQUEST)
+    evaluate(composer, EXAMPLES, variants, answer_cache=path)
     manifest = bundle_copy / "manifest.json"
     found = json.loads(manifest.read_text(encoding="utf-8"))
     found["base"]["precision"] = "other"
     manifest.write_text(json.dumps(found), encoding="utf-8")
     with open_bundle(bundle_copy, device="cpu") as other:
-        evaluate(other, EXAMPLES, contenders, outcomes=path)
+        evaluate(other, EXAMPLES, variants, answer_cache=path)
     assert path.read_bytes().count(b"\n") == 2 * len(EXAMPLES)
     runs.clear()
-    evaluate(composer, EXAMPLES, contenders, outcomes=path)
+    evaluate(composer, EXAMPLES, variants, answer_cache=path)
     assert not runs
 
 
@@ -155,60 +157,60 @@ def test_outcomes_of_another_base_are_not_taken(
 def test_a_file_that_holds_no_outcomes_is_left_alone(composer: Composer, tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "mine.txt"
     path.write_bytes(content)
-    with pytest.raises(EvaluationError, match=r"mine.txt:1 is no outcome of an evaluation"):
-        evaluate(composer, EXAMPLES, parse_contenders(["base"], REQUEST), outcomes=path)
+    with pytest.raises(EvaluationError, match=r"mine.txt:1 is no answer of an evaluation"):
+        evaluate(composer, EXAMPLES, parse_variants(["base"], REQUEST), answer_cache=path)
     assert path.read_bytes() == content
 
 
 def test_the_own_task_is_left_out(composer: Composer) -> None:
-    found = evaluate(composer, EXAMPLES, parse_contenders(["top1", "own", "retrieved"], REQUEST, exclude_own=True))
+    found = evaluate(composer, EXAMPLES, parse_variants(["top1", "own", "retrieved"], REQUEST, exclude_own=True))
     for name in ("top1", "retrieved"):
-        for judged in found.judgements[name]:
+        for judged in found.results[name]:
             assert judged.example.task not in judged.weights
             assert judged.top_task not in (None, judged.example.task)
             assert not judged.own_task
-    assert all(dict(judged.weights) == {judged.example.task: 1.0} for judged in found.judgements["own"])
-    assert found.standing("retrieved").routing.error is None
+    assert all(dict(judged.weights) == {judged.example.task: 1.0} for judged in found.results["own"])
+    assert found.metrics("retrieved").routing.error is None
 
 
 def test_standings_sum_up(bundle: Path) -> None:
     ticks: list[int] = []
-    contenders = parse_contenders(["own", "base", "retrieved"], REQUEST)
+    variants = parse_variants(["own", "base", "retrieved"], REQUEST)
     with open_bundle(bundle, device="cpu") as fresh:  # which has not yet embedded these prompts
-        found = evaluate(fresh, EXAMPLES, contenders, advance=ticks.append)
+        found = evaluate(fresh, EXAMPLES, variants, advance=ticks.append)
     assert ticks == [1] * (3 * len(EXAMPLES))
-    standing = found.standing("retrieved")
-    assert {task: score.n for task, score in standing.tasks.items()} == {
+    metrics = found.metrics("retrieved")
+    assert {task: score.n for task, score in metrics.tasks.items()} == {
         "animals": 3, "birds": 1, "colours": 2, "numbers": 2,
     }  # fmt: skip
-    assert standing.mean == pytest.approx(sum(score.accuracy for score in standing.tasks.values()) / 4)
-    animals = [judged.right for judged in found.judgements["retrieved"] if judged.example.task == "animals"]
-    assert standing.tasks["animals"].accuracy == sum(animals) / 3
-    assert standing.tasks["animals"].ci95 == bootstrap_interval(np.array(animals))
-    assert tuple(standing.timings_ms) == STAGES
-    assert standing.timings_ms["embed"] > 0
-    assert standing.timings_ms["total"] >= standing.timings_ms["embed"] + standing.timings_ms["prefill"]
-    assert found.standing("base").timings_ms["embed"] == 0
-    assert found.standing("base").weights["birds"] == {}
-    assert sum(standing.weights["animals"].values()) == pytest.approx(1)
-    assert sum(sum(row.values()) for row in standing.routing.confusion.values()) == len(EXAMPLES)
-    assert sum(b.n for b in standing.routing.reliability) == len(EXAMPLES) - 1  # no bundle has birds
-    assert set(found.standing("own").tasks) == set(TASKS)
+    assert metrics.mean == pytest.approx(sum(score.accuracy for score in metrics.tasks.values()) / 4)
+    animals = [judged.right for judged in found.results["retrieved"] if judged.example.task == "animals"]
+    assert metrics.tasks["animals"].accuracy == sum(animals) / 3
+    assert metrics.tasks["animals"].ci95 == bootstrap_interval(np.array(animals))
+    assert tuple(metrics.timings_ms) == STAGES
+    assert metrics.timings_ms["embed"] > 0
+    assert metrics.timings_ms["total"] >= metrics.timings_ms["embed"] + metrics.timings_ms["prefill"]
+    assert found.metrics("base").timings_ms["embed"] == 0
+    assert found.metrics("base").weights["birds"] == {}
+    assert sum(metrics.weights["animals"].values()) == pytest.approx(1)
+    assert sum(sum(row.values()) for row in metrics.routing.confusion.values()) == len(EXAMPLES)
+    assert sum(b.n for b in metrics.routing.reliability) == len(EXAMPLES) - 1  # no bundle has birds
+    assert set(found.metrics("own").tasks) == set(TASKS)
     against = found.against("own")
     assert against is not None
     assert len(against.by_task) == 3
     summary = found.summary()
     assert summary.main == "retrieved"
-    assert summary.standings == {name: found.standing(name) for name in ("own", "base", "retrieved")}
+    assert summary.metrics == {name: found.metrics(name) for name in ("own", "base", "retrieved")}
     assert summary.against == {name: found.against(name) for name in ("own", "base")}
-    assert found.misses(99) == [judged for judged in found.judgements["retrieved"] if not judged.right]
+    assert found.misses(99) == [judged for judged in found.results["retrieved"] if not judged.right]
     assert len(found.misses(1)) <= 1
 
 
 def test_reliability_is_counted_in_bins() -> None:
-    def judged(share: float, right: bool) -> Judgement:
+    def judged(share: float, right: bool) -> Result:
         example = EvalExample("t", "p", "a")
-        return Judgement(example, True, "a", {}, "t" if right else "u", share, 0.5, True, {})
+        return Result(example, True, "a", {}, "t" if right else "u", share, 0.5, True, {})
 
     found = routing([judged(1.0, True), judged(0.95, False), judged(0.91, True), judged(0.3, False)])
     assert [b.n for b in found.reliability] == [0, 0, 0, 1, 0, 0, 0, 0, 0, 3]
@@ -226,8 +228,8 @@ def test_empty_routes_are_the_base_alone(composer: Composer, monkeypatch: pytest
         return dataclasses.replace(retrieve(prompt, request, **options), nucleus={}, distribution={}, weights={})
 
     monkeypatch.setattr(composer, "retrieve", nothing)
-    found = evaluate(composer, EXAMPLES[:1], [Contender(kind, kind, REQUEST) for kind in ("top1", "uniform")])
-    for (judged,) in found.judgements.values():
+    found = evaluate(composer, EXAMPLES[:1], [Variant(kind, kind, REQUEST) for kind in ("top1", "uniform")])
+    for (judged,) in found.results.values():
         assert (judged.weights, judged.top_task) == ({}, None)
 
 
@@ -238,32 +240,34 @@ def test_adapters_of_a_task(composer: Composer) -> None:
 
 
 def test_names_are_kinds_or_methods() -> None:
-    found = parse_contenders([*KINDS, *METHODS], Request(merge=MergeSettings("svd", energy=0.9, density=0.3)))
+    found = parse_variants([*KINDS, *METHODS], Request(merge=MergeSettings("svd", energy=0.9, density=0.3)))
     assert [(c.name, c.kind) for c in found[:5]] == [(kind, kind) for kind in KINDS]
-    for contender in found[5:]:
-        assert contender.kind == "retrieved"
-        assert contender.request.merge == MergeSettings(contender.name, energy=0.9, density=0.3)
-    with pytest.raises(EvaluationError, match="no contender is called 'best'"):
-        parse_contenders(["best"], Request())
+    for variant in found[5:]:
+        assert variant.kind == "retrieved"
+        assert override(MergeSettings(), variant.request.merge, MergeError) == MergeSettings(
+            variant.name, energy=0.9, density=0.3
+        )
+    with pytest.raises(EvaluationError, match="no variant is called 'best'"):
+        parse_variants(["best"], Request())
 
 
 def test_what_cannot_be_evaluated_is_refused(composer: Composer) -> None:
-    base = Contender("base", "base")
-    with pytest.raises(EvaluationError, match="no example remains for 'base'; at least one"):
+    base = Variant("base", "base")
+    with pytest.raises(EvaluationError, match="no example remains for 'base'; expected at least one"):
         evaluate(composer, [], [base])
-    with pytest.raises(EvaluationError, match="no example remains for 'own'; examples of the bundle's tasks"):
-        evaluate(composer, EXAMPLES[-1:], [base, Contender("own", "own")])
-    for contenders in ([], [base, base]):
-        with pytest.raises(EvaluationError, match="at least one is wanted, each once"):
-            evaluate(composer, EXAMPLES, contenders)
+    with pytest.raises(EvaluationError, match="no example remains for 'own'; expected examples of the bundle's tasks"):
+        evaluate(composer, EXAMPLES[-1:], [base, Variant("own", "own")])
+    for variants in ([], [base, base]):
+        with pytest.raises(EvaluationError, match="expected at least one, each once"):
+            evaluate(composer, EXAMPLES, variants)
     long = EvalExample("animals", "cat " * 600, "yes", ("yes", "no"))
     with pytest.raises(EvaluationError, match=r"task 'animals' cannot be answered: .* context of 512.*begins cat cat"):
         evaluate(composer, [long], [base])
     for request in (Request(sampling=Sampling()), Request(choices=("a", "b")), Request(weights={})):
-        with pytest.raises(EvaluationError, match="contender 'x' "):
-            Contender("x", "base", request)
+        with pytest.raises(EvaluationError, match="variant 'x' "):
+            Variant("x", "base", request)
     with pytest.raises(EvaluationError, match="of kind 'other'"):
-        Contender("x", "other")  # type: ignore[arg-type]
+        Variant("x", "other")  # type: ignore[arg-type]
 
 
 def test_a_blends_name_needs_no_merge(composer: Composer) -> None:
@@ -276,10 +280,10 @@ def test_a_blends_name_needs_no_merge(composer: Composer) -> None:
 
 def test_a_fixed_blend_is_the_same_for_every_example(composer: Composer) -> None:
     weights = {"numbers": 0.75, "colours": 0.5}
-    found = evaluate(composer, EXAMPLES[:2], [Contender("by hand", "fixed", Request(weights=weights))])
-    for judged in found.judgements["by hand"]:
+    found = evaluate(composer, EXAMPLES[:2], [Variant("by hand", "fixed", Request(weights=weights))])
+    for judged in found.results["by hand"]:
         answer = composer.run(judged.example.prompt, Request(weights=weights, choices=judged.example.choices or ()))
         assert (dict(judged.weights), judged.top_task) == (weights, None)
         assert judged.example.choices is None or judged.answer == answer.text
     with pytest.raises(EvaluationError, match="only 'fixed' wants weights"):
-        Contender("x", "fixed")
+        Variant("x", "fixed")

@@ -22,8 +22,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from edgecompose.bundle.adapter import adapter_metadata, load_adapter
-from edgecompose.bundle.manifest import BaseSpec, SlotGroup
 from edgecompose.bundle.quantization import dequantize
+from edgecompose.bundle.specs import BaseSpec, SlotGroup
 from edgecompose.errors import AdapterError, EdgeComposeError, ExportError, SlotMismatch, UnsupportedAdapter
 from edgecompose_export.adapters import export_adapter
 from edgecompose_export.peft_source import scale_of

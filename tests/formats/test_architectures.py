@@ -23,7 +23,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from edgecompose.bundle.adapter import Adapter, load_adapter
-from edgecompose.bundle.manifest import BaseSpec
+from edgecompose.bundle.specs import BaseSpec
 from edgecompose.engine.decoder import Decoder
 from edgecompose.engine.device import choose_device
 from edgecompose.engine.merged import MergedAdapter
@@ -32,7 +32,7 @@ from edgecompose.formats.architectures import ARCHITECTURES, architecture_of
 from edgecompose.formats.gguf import write_gguf_lora
 from edgecompose.formats.peft import write_peft_folder
 from edgecompose.merging.merger import Merger
-from edgecompose.merging.methods import MergeSettings
+from edgecompose.settings import MergeSettings
 from edgecompose_export.adapters import export_adapter
 from edgecompose_export.base import export_base
 from tests import gguf_models, tiny

@@ -23,13 +23,13 @@ from safetensors.torch import load_file, save_file
 
 from edgecompose import Request, open_bundle
 from edgecompose.bundle.adapter import Adapter, adapter_metadata, load_adapter
-from edgecompose.bundle.manifest import BaseSpec
 from edgecompose.bundle.quantization import dequantize
+from edgecompose.bundle.specs import BaseSpec
 from edgecompose.errors import AdapterError, EdgeComposeError, SlotMismatch, UnsupportedAdapter
 from edgecompose.formats.architectures import ARCHITECTURES, Architecture
 from edgecompose.formats.gguf import halved, interleaved, write_gguf_lora
 from edgecompose.merging.merger import Merger
-from edgecompose.merging.methods import MergeSettings
+from edgecompose.settings import MergeSettings
 from edgecompose_export.adapters import export_adapter, source_kind
 from edgecompose_export.bundles import add_task
 from edgecompose_export.cli import main

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from edgecompose.bundle.adapter import load_adapter
 from edgecompose.bundle.atomic import new_folder
 from edgecompose.bundle.files import sha256_of
-from edgecompose.bundle.manifest import BaseSpec
+from edgecompose.bundle.specs import BaseSpec
 from edgecompose.engine.merged import MergedAdapter
 from edgecompose.errors import CheckpointError, EdgeComposeError, ExportError, MergeError
 from edgecompose.formats.architectures import architecture_of
@@ -33,7 +33,7 @@ from edgecompose.formats.checkpoint import BASE_KEY, INDEX_FILE, open_checkpoint
 from edgecompose.formats.merged_model import from_float32, to_float32, write_merged_model
 from edgecompose.formats.peft import write_peft_folder
 from edgecompose.merging.merger import Merger
-from edgecompose.merging.methods import MergeSettings
+from edgecompose.settings import MergeSettings
 from edgecompose_export.adapters import export_adapter
 from edgecompose_export.base_source import open_base
 from edgecompose_export.checkpoint import DType, load_model

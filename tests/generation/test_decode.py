@@ -16,8 +16,9 @@ from hypothesis.extra import numpy as arrays
 from edgecompose.engine.decoder import Decoding
 from edgecompose.errors import GenerationError
 from edgecompose.generation.decode import Finish, StopStrings, generate, log_softmax, score_choices, stream_text
-from edgecompose.generation.sampler import Sampler, Sampling, likeliest
+from edgecompose.generation.sampler import Sampler, likeliest
 from edgecompose.generation.tokenizer import Tokenizer
+from edgecompose.settings import Sampling
 from tests.factories import write_tokenizer
 
 Float = npt.NDArray[np.float32]
@@ -157,7 +158,7 @@ def test_a_low_temperature_is_greedy(temperature: float) -> None:
     ],
 )  # fmt: skip
 def test_bad_sampling_settings_are_refused(setting: str, value: float) -> None:
-    with pytest.raises(GenerationError, match="is wanted"):
+    with pytest.raises(GenerationError, match="expected"):
         Sampling(**{setting: value})  # type: ignore[arg-type]
 
 

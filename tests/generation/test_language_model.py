@@ -115,13 +115,13 @@ def test_a_conversation_is_sent_in_the_chat_template(opened: Composer) -> None:
     talk = [Message("user", PROMPTS[0]), Message("assistant", "yes"), Message("user", PROMPTS[1])]
     assert opened.run(talk, Request(max_tokens=2)).prompt_tokens == _length(opened, talk)
     assert list(opened.retrieve(talk).distribution) == list(opened.retrieve(PROMPTS[1]).distribution)
-    assert opened.retrieve(talk, Request(query="first")) == opened.retrieve(PROMPTS[0])
+    assert opened.retrieve(talk, Request(route_by="first")) == opened.retrieve(PROMPTS[0])
     with pytest.raises(GenerationError, match="cannot be sent raw"):
         opened.run(talk, Request(raw=True))
 
 
 def test_a_chat_reads_only_what_is_new(opened: Composer, read: list[int]) -> None:
-    request = Request(weights={"animals": 1.0}, max_tokens=8, reuse=True)
+    request = Request(weights={"animals": 1.0}, max_tokens=8, prompt_cache=True)
     talk: list[Message] = []
     plain: list[Message] = []
     for prompt in PROMPTS:
@@ -139,7 +139,9 @@ def test_a_chat_reads_only_what_is_new(opened: Composer, read: list[int]) -> Non
 
 def test_a_prefix_is_not_shared_between_blends(opened: Composer, read: list[int]) -> None:
     long = " ".join(PROMPTS)
-    requests = [Request(weights={name: 1.0}, max_tokens=4, reuse=True, raw=True) for name in ("animals", "colours")]
+    requests = [
+        Request(weights={name: 1.0}, max_tokens=4, prompt_cache=True, raw=True) for name in ("animals", "colours")
+    ]
     for request, known in itertools.product(requests, (False, True)):
         read.clear()
         opened.run(long, request)

@@ -33,9 +33,9 @@ def test_text_is_one_message_of_the_user() -> None:
         ([Message("user", "a"), Message("assistant", "b")], "has to end with a message of the user's"),
         ([Message("user", "a"), Message("system", "b"), Message("user", "c")], "has to be the first"),
         ([{"role": "robot", "content": "a"}], "role 'robot'; use system, user, assistant"),
-        ([{"role": "user"}], "an object with role and content is wanted"),
-        ([{"role": "user", "content": ["a"]}], "content is list; text is wanted"),
-        ([["user", "a"]], "an object with role and content is wanted"),
+        ([{"role": "user"}], "expected an object with role and content"),
+        ([{"role": "user", "content": ["a"]}], "content is list; expected text"),
+        ([["user", "a"]], "expected an object with role and content"),
     ],
 )
 def test_what_is_no_conversation_is_refused(prompt: Any, words: str) -> None:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgecompose.generation.sampler import Sampler, Sampling, candidates, penalised
+from edgecompose.generation.sampler import Sampler, candidates, penalised
+from edgecompose.settings import Sampling
 
 Float = npt.NDArray[np.float32]
 

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from edgecompose.bundle.adapter import Adapter
-from edgecompose.bundle.manifest import SlotGroup
 from edgecompose.bundle.quantization import Bits, QuantizedFactor, dequantize, quantize, unpack
+from edgecompose.bundle.specs import SlotGroup
 from edgecompose.engine.device import choose_device
 from edgecompose.merging.gather import ResidentRows, resident_codes
 from edgecompose.merging.merger import Merger
-from edgecompose.merging.methods import METHODS, MergeSettings
+from edgecompose.merging.methods import METHODS
 from edgecompose.merging.runner import GraphRunner
+from edgecompose.settings import MergeSettings
 from tests.factories import WIDE, make_adapter
 
 #: Two widths of whole blocks of 32, as the graphs of resident rows want them.

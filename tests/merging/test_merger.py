@@ -15,13 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgecompose.bundle.adapter import Adapter
-from edgecompose.bundle.manifest import SlotGroup
 from edgecompose.bundle.quantization import Bits
+from edgecompose.bundle.specs import SlotGroup
 from edgecompose.engine.device import choose_device
 from edgecompose.engine.merged import MergedAdapter
 from edgecompose.errors import MergeError
 from edgecompose.merging.merger import Merger
-from edgecompose.merging.methods import METHODS, MergeSettings, composition_digest
+from edgecompose.merging.methods import METHODS, composition_digest, method_of
+from edgecompose.request import Request
+from edgecompose.settings import MergeSettings
 from tests import oracle
 from tests.factories import GROUPS, WIDE, adapter_of, make_adapter
 
@@ -68,7 +70,7 @@ def _assert_as_oracle(merger: Merger, adapters: Sequence[Adapter], settings: Mer
     assert sorted(arrays) == sorted(adapters[0].modules)
     for name, (a, b) in arrays.items():
         parts = [(adapter.modules[name], w) for adapter, w in zip(adapters, weights, strict=True)]
-        alone = len(parts) == 1 and settings.row.trims
+        alone = len(parts) == 1 and method_of(settings).trims
         wanted_a, wanted_b = oracle.merge(parts, MergeSettings("linear") if alone else settings)
         _assert_close(a, wanted_a)
         _assert_close(b, wanted_b)
@@ -219,9 +221,12 @@ def test_a_weight_for_each_adapter_is_wanted(merger: Merger, weights: list[float
 
 
 @pytest.mark.parametrize("method", ["average", "", "PRODUCT"])
-def test_an_unknown_method_is_refused(method: str) -> None:
+def test_an_unknown_method_is_refused(merger: Merger, method: str) -> None:
+    for merge in (MergeSettings(method), {"method": method}):
+        with pytest.raises(MergeError, match=f"use one of {', '.join(METHODS)}"):
+            Request(merge=merge)
     with pytest.raises(MergeError, match=f"use one of {', '.join(METHODS)}"):
-        MergeSettings(method)
+        merger.merge(_adapters([8, 8]), [0.5, 0.5], MergeSettings(method))
 
 
 @pytest.mark.parametrize("density", [0.0, -0.5, 1.1, math.nan])
@@ -381,7 +386,7 @@ def test_density_1_gives_what_the_method_gives_unpruned(merger: Merger, method: 
 @pytest.mark.parametrize("method", ["core_dare", "dare_linear", "dare_ties"])
 def test_what_dare_drops_follows_the_seed(merger: Merger, method: str) -> None:
     adapters = _adapters(BITS["mixed"][:2])
-    runs = [_deltas(merger.merge(adapters, [0.5, 0.5], MergeSettings(method, seed=seed))) for seed in (1, 1, 2)]
+    runs = [_deltas(merger.merge(adapters, [0.5, 0.5], MergeSettings(method, dare_seed=seed))) for seed in (1, 1, 2)]
     assert _relative(runs[0], runs[1]) == 0
     assert _relative(runs[0], runs[2]) > 0.05
 

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from edgecompose.bundle.adapter import Adapter
-from edgecompose.bundle.manifest import SlotGroup
 from edgecompose.bundle.quantization import Bits, dequantize
+from edgecompose.bundle.specs import SlotGroup
 from edgecompose.merging.merger import Merger
-from edgecompose.merging.methods import MergeSettings
+from edgecompose.merging.methods import method_of
 from edgecompose.merging.sparsify import random_mask
+from edgecompose.settings import MergeSettings
 from tests import oracle
 from tests.factories import make_adapter
 
@@ -121,7 +122,7 @@ def trained(request: pytest.FixtureRequest) -> tuple[Any, list[Adapter]]:
 @pytest.mark.parametrize("method", SETTINGS)
 def test_parity(merger: Merger, trained: tuple[Any, list[Adapter]], method: str) -> None:
     model, adapters = trained
-    if SETTINGS[method].row.trims == "prune":  # the oracle refuses values that tie at the threshold
+    if method_of(SETTINGS[method]).trims == "prune":  # the oracle refuses values that tie at the threshold
         for name in adapters[0].modules:
             oracle.merge([(a.modules[name], 1.0) for a in adapters], SETTINGS[method])
     _assert_parity(merger, model, adapters, SETTINGS[method])
@@ -143,7 +144,7 @@ def test_parity_of_cat_with_mixed_ranks(merger: Merger) -> None:
 
 
 @pytest.mark.parametrize("settings", [
-    MergeSettings("dare_linear", 0.6, seed=3), MergeSettings("dare_ties", 0.7, "total", seed=4),
+    MergeSettings("dare_linear", 0.6, dare_seed=3), MergeSettings("dare_ties", 0.7, "total", dare_seed=4),
     MergeSettings("dare_ties", 0.7, "frequency"),
 ], ids=lambda s: f"{s.method} {s.majority_sign}")  # fmt: skip
 def test_parity_of_dare_where_peft_drops_what_we_drop(
@@ -153,7 +154,7 @@ def test_parity_of_dare_where_peft_drops_what_we_drop(
     masks = {}
     for adapter in adapters:
         for name, module in adapter.modules.items():
-            key = f"{adapter.digest}/{name}/drop/{settings.density}/{settings.seed}"
+            key = f"{adapter.digest}/{name}/drop/{settings.density}/{settings.dare_seed}"
             for side, factor in (("A", dequantize(module.a)), ("B", dequantize(module.b))):
                 kept = random_mask(factor.shape, settings.density, f"{key}/{side}")
                 for values, mask in zip(factor, kept, strict=True):

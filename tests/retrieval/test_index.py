@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 from usearch.index import Index
 
-from edgecompose.bundle.manifest import IndexSpec, TaskSpec
+from edgecompose.bundle.specs import IndexSpec, TaskSpec
 from edgecompose.errors import RetrievalError, UnknownAdapter
 from edgecompose.retrieval import index as retrieval
 from edgecompose.retrieval.index import ExampleIndex, open_index
@@ -133,7 +133,7 @@ def test_a_vector_of_no_task_is_refused(tmp_path: Path, spec: IndexSpec) -> None
 
 def test_an_index_that_is_not_as_described_is_refused(tmp_path: Path, spec: IndexSpec) -> None:
     for wrong in (replace(spec, vectors=TOTAL + 1), replace(spec, vectors=0), replace(spec, dimension=DIMENSION * 2)):
-        with pytest.raises(RetrievalError, match="are wanted"):
+        with pytest.raises(RetrievalError, match="expected"):
             open_index(tmp_path / spec.file, wrong)
 
 

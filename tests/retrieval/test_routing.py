@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from edgecompose.errors import RetrievalError
 from edgecompose.retrieval.index import Neighbour
-from edgecompose.retrieval.routing import WeighSettings, adapter_weights, nucleus, task_distribution, weigh
+from edgecompose.retrieval.routing import adapter_weights, nucleus, task_distribution, weigh
+from edgecompose.settings import RetrievalSettings
 
 TASKS = ("a", "b", "c", "d", "e")
 NEIGHBOURS = st.lists(
@@ -125,15 +126,15 @@ def test_what_else_serves_a_task_takes_the_part_of_what_is_barred() -> None:
 
 @given(NEIGHBOURS, TEMPERATURES, st.floats(0.1, 1))
 def test_what_is_weighed_by_default_is_the_papers_rule(neighbours: list[Neighbour], t: float, p: float) -> None:
-    distribution, kept = weigh(neighbours, WeighSettings(t, p), SIZES)
+    distribution, kept = weigh(neighbours, RetrievalSettings(routing_temperature=t, nucleus=p), SIZES)
     assert distribution == task_distribution(neighbours, t)
     assert kept == nucleus(distribution, p)
 
 
 @given(NEIGHBOURS, TEMPERATURES)
-def test_a_size_correction_of_1_counts_shares_of_tasks(neighbours: list[Neighbour], temperature: float) -> None:
+def test_a_class_size_exponent_of_1_counts_shares_of_tasks(neighbours: list[Neighbour], temperature: float) -> None:
     plain = task_distribution(neighbours, temperature)
-    corrected, _ = weigh(neighbours, WeighSettings(temperature, size_correction=1.0), SIZES)
+    corrected, _ = weigh(neighbours, RetrievalSettings(routing_temperature=temperature, class_size_exponent=1.0), SIZES)
     raw = {task: share / SIZES[task] for task, share in plain.items()}
     assert corrected == pytest.approx({task: share / math.fsum(raw.values()) for task, share in raw.items()})
     assert math.fsum(corrected.values()) == pytest.approx(1)
@@ -141,15 +142,15 @@ def test_a_size_correction_of_1_counts_shares_of_tasks(neighbours: list[Neighbou
 
 def test_a_likely_task_is_taken_alone() -> None:
     neighbours = [Neighbour("a", 0, 0.9), Neighbour("a", 1, 0.9), Neighbour("b", 2, 0.9)]
-    assert weigh(neighbours, WeighSettings(shortcut=0.6), SIZES)[1] == {"a": 1.0}
-    assert set(weigh(neighbours, WeighSettings(shortcut=0.7), SIZES)[1]) == {"a", "b"}
+    assert weigh(neighbours, RetrievalSettings(shortcut=0.6), SIZES)[1] == {"a": 1.0}
+    assert set(weigh(neighbours, RetrievalSettings(shortcut=0.7), SIZES)[1]) == {"a", "b"}
 
 
 def test_votes_that_spread_leave_a_prompt_to_the_base() -> None:
     neighbours = [Neighbour("a", 0, 0.3), Neighbour("b", 1, 0.3), Neighbour("c", 2, 0.3), Neighbour("a", 3, 0.3)]
-    distribution, kept = weigh(neighbours, WeighSettings(fallback=0.51), SIZES)
+    distribution, kept = weigh(neighbours, RetrievalSettings(fallback=0.51), SIZES)
     assert kept == {} and distribution == pytest.approx({"a": 0.5, "b": 0.25, "c": 0.25})
-    assert weigh(neighbours, WeighSettings(fallback=0.49), SIZES)[1] != {}
+    assert weigh(neighbours, RetrievalSettings(fallback=0.49), SIZES)[1] != {}
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
@@ -160,7 +161,7 @@ def test_a_temperature_that_is_not_a_positive_number_is_refused(temperature: flo
 
 @pytest.mark.parametrize("p", [0.0, -0.1, 1.1, math.nan])
 def test_a_p_outside_its_range_is_refused(p: float) -> None:
-    with pytest.raises(RetrievalError, match="top-p"):
+    with pytest.raises(RetrievalError, match="nucleus"):
         nucleus({"a": 1.0}, p)
 
 

@@ -124,7 +124,7 @@ def test_equal_vectors_give_a_finite_map() -> None:
     [
         ({"mean": np.zeros(4, np.float32)}, "cannot be read"),
         ({"mean": np.zeros(4, np.float32), "matrix": np.zeros((4, 2), np.float32)}, "is of shape"),
-        ({"mean": np.zeros(3, np.float32), "matrix": np.zeros((4, 3), np.float32)}, "are wanted"),
+        ({"mean": np.zeros(3, np.float32), "matrix": np.zeros((4, 3), np.float32)}, "expected"),
         ({"mean": np.zeros(4, np.float32), "matrix": np.full((4, 3), np.nan, np.float32)}, "not finite"),
     ],
 )
@@ -142,5 +142,5 @@ def test_a_damaged_file_is_refused(tmp_path: Path, content: bytes) -> None:
 
 
 def test_a_whitening_of_odd_shapes_is_refused() -> None:
-    with pytest.raises(RetrievalError, match="wanted"):
+    with pytest.raises(RetrievalError, match="expected"):
         Whitening(np.zeros(3, np.float32), np.zeros(3, np.float32))

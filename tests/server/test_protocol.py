@@ -6,32 +6,31 @@ from typing import Any
 
 import pytest
 
+from edgecompose.bundle.manifest import Defaults
 from edgecompose.errors import ApiError, EdgeComposeError
 from edgecompose.generation.messages import Message
-from edgecompose.generation.sampler import Sampling
-from edgecompose.merging.methods import MergeSettings
 from edgecompose.request import Request
-from edgecompose.server.protocol import Asked, parse_call, parse_inputs
+from edgecompose.server.protocol import ApiCall, parse_call, parse_inputs
+from edgecompose.settings import MergeSettings, RetrievalSettings, Sampling
 
 TALK = [{"role": "user", "content": "hello"}]
 
 
-def chat(**fields: Any) -> Asked:
-    return parse_call(
-        "chat", {"messages": TALK, **fields}, merge=MergeSettings("svd", energy=0.9), max_tokens=100, default_tokens=10
-    )
+def chat(**fields: Any) -> ApiCall:
+    defaults = Defaults(merge=MergeSettings("svd", energy=0.9), max_tokens=10)
+    return parse_call("chat", {"messages": TALK, **fields}, defaults=defaults, max_tokens=100)
 
 
-def text(**fields: Any) -> Asked:
-    return parse_call("text", {"prompt": "x", **fields}, merge=MergeSettings(), max_tokens=100, default_tokens=10)
+def text(**fields: Any) -> ApiCall:
+    return parse_call("text", {"prompt": "x", **fields}, defaults=Defaults(max_tokens=10), max_tokens=100)
 
 
 def test_a_bare_call_takes_the_defaults() -> None:
     asked = chat()
     assert asked.prompts == ((Message("user", "hello"),),)
-    assert asked.request == Request(merge=MergeSettings("svd", energy=0.9), max_tokens=10, reuse=True)
+    assert asked.request == Request(max_tokens=10, prompt_cache=True)
     assert (asked.model, asked.stream, asked.usage) == ("auto", False, False)
-    assert text().request == Request(merge=MergeSettings(), max_tokens=10, raw=True)
+    assert text().request == Request(max_tokens=10, raw=True)
 
 
 def test_every_field_reaches_the_request() -> None:
@@ -39,14 +38,17 @@ def test_every_field_reaches_the_request() -> None:
         model="task:snli", max_tokens=7, temperature=0.5, top_p=0.9, top_k=5, min_p=0.1, repetition_penalty=1.2, seed=3,
         stop=["a", "b"], stream=True, stream_options={"include_usage": True}, user="me", metadata={"x": 1},
         edgecompose={
-            "exclude": ["cb"], "neighbours": 9, "temperature": 0.2, "nucleus": 0.8, "fallback": 0.1, "shortcut": 0.9,
-            "size_correction": 0.5, "query": "first", "overflow": "truncate", "raw": False, "method": "ties",
-            "density": 0.3, "reuse": False, "choices": ["yes", "no"],
+            "exclude": ["cb"], "neighbours": 9, "routing_temperature": 0.2, "nucleus": 0.8, "fallback": 0.1,
+            "shortcut": 0.9, "class_size_exponent": 0.5, "route_by": "first", "overflow": "truncate",
+            "raw": False, "method": "ties", "density": 0.3, "prompt_cache": False, "choices": ["yes", "no"],
         },
     )  # fmt: skip
     assert asked.request == Request(
-        exclude=("cb",), neighbours=9, temperature=0.2, nucleus=0.8, fallback=0.1, shortcut=0.9, size_correction=0.5,
-        query="first", overflow="truncate", raw=False, merge=MergeSettings("ties", density=0.3, energy=0.9),
+        exclude=("cb",),
+        retrieval=RetrievalSettings(
+            neighbours=9, routing_temperature=0.2, nucleus=0.8, class_size_exponent=0.5, shortcut=0.9, fallback=0.1
+        ),
+        route_by="first", overflow="truncate", raw=False, merge=MergeSettings("ties", density=0.3, energy=0.9),
         max_tokens=7, sampling=Sampling(0.5, 0.9, 3, 5, 0.1, 1.2), stop=("a", "b"), choices=("yes", "no"),
     )  # fmt: skip
     assert (asked.model, asked.stream, asked.usage) == ("task:snli", True, True)
@@ -83,7 +85,7 @@ def test_forms_of_a_message() -> None:
     [
         ({"messages": []}, "'messages' is missing or empty"),
         ({"messages": "hello"}, "'messages' is missing or empty"),
-        ({"messages": ["hello"]}, "a message is 'hello'; a JSON object is wanted"),
+        ({"messages": ["hello"]}, "a message is 'hello'; expected a JSON object"),
         ({"messages": [{"role": "user", "content": None}]}, "content is NoneType"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "only text is read"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "calls a tool"),
@@ -93,24 +95,30 @@ def test_forms_of_a_message() -> None:
         ({"logprobs": True}, "'logprobs' is True"),
         ({"response_format": {"type": "json_object"}}, "'response_format'"),
         ({"presence_penalty": 0.5}, "'presence_penalty'"),
-        ({"max_tokens": 0}, "1 to 100 is wanted"),
-        ({"max_tokens": 101}, "1 to 100 is wanted"),
-        ({"max_tokens": "5"}, "request.max_tokens is '5'; int is wanted"),
-        ({"max_tokens": 1.5}, "int is wanted"),
-        ({"temperature": "hot"}, "float is wanted"),
+        ({"max_tokens": 0}, "expected 1 to 100"),
+        ({"max_tokens": 101}, "expected 1 to 100"),
+        ({"max_tokens": "5"}, "request.max_tokens is '5'; expected int"),
+        ({"max_tokens": 1.5}, "expected int"),
+        ({"temperature": "hot"}, "expected float"),
         ({"temperature": -1}, "temperature is -1"),
-        ({"temperature": True}, "float is wanted"),
-        ({"stream": 1}, "bool is wanted"),
+        ({"temperature": True}, "expected float"),
+        ({"stream": 1}, "expected bool"),
         ({"stop": 5}, "'stop' is 5"),
-        ({"stop": ["a"] * 17}, "16 at most"),
+        ({"stop": ["a"] * 17}, "expected 16 at most"),
         ({"stop": [""]}, "stop string is empty"),
-        ({"adapters": ["snli"]}, "dict.* is wanted"),
-        ({"adapters": {"snli": "1"}}, "float is wanted"),
+        ({"adapters": ["snli"]}, "expected dict"),
+        ({"adapters": {"snli": "1"}}, "expected float"),
         ({"edgecompose": {"magic": 1}}, "unknown fields: magic"),
-        ({"edgecompose": {"neighbours": 0}}, "0 neighbours"),
+        ({"edgecompose": {"neighbours": 0}}, "neighbours is 0; expected 1 or more"),
         ({"edgecompose": {"method": "average"}}, "merge method 'average' is unknown"),
-        ({"edgecompose": {"query": "all"}}, "one of 'last', 'first' is wanted"),
-        ({"edgecompose": {"exclude": "snli"}}, "is wanted"),
+        ({"edgecompose": {"route_by": "all"}}, "expected one of 'last', 'first'"),
+        ({"edgecompose": {"exclude": "snli"}}, "exclude is 'snli'; expected tuple"),
+        ({"edgecompose": {"temperature": 0.1}}, "'temperature' in 'edgecompose' is called 'routing_temperature' now"),
+        ({"edgecompose": {"reuse": False}}, "called 'prompt_cache' now"),
+        ({"edgecompose": {"method": "product", "density": 0.3}}, "density has no effect on method product"),
+        ({"edgecompose": {"method": "linear", "energy": 0.3}}, "energy has no effect on method linear"),
+        ({"adapters": {"snli": 1}, "edgecompose": {"neighbours": 3}}, "neighbours.* has no effect"),
+        ({"adapters": {"snli": 1}, "edgecompose": {"exclude": ["cb"]}}, "exclude has no effect"),
     ],
     ids=str,
 )
@@ -121,9 +129,9 @@ def test_what_cannot_be_done_is_refused(fields: dict[str, Any], words: str) -> N
 
 @pytest.mark.parametrize("body", [None, [], "x", 5])
 def test_a_body_that_is_no_object_is_refused(body: object) -> None:
-    with pytest.raises(ApiError, match="a JSON object is wanted"):
-        parse_call("chat", body, merge=MergeSettings(), max_tokens=1, default_tokens=1)
-    with pytest.raises(ApiError, match="a JSON object is wanted"):
+    with pytest.raises(ApiError, match="expected a JSON object"):
+        parse_call("chat", body, defaults=Defaults(), max_tokens=1)
+    with pytest.raises(ApiError, match="expected a JSON object"):
         parse_inputs(body)
 
 

@@ -9,7 +9,7 @@ from benchmarks.quality import reworded
 from benchmarks.quality_page import page, routing
 from edgecompose.evaluation.examples import EvalExample
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def test_every_figure_of_a_result_is_on_the_page() -> None:
@@ -17,10 +17,10 @@ def test_every_figure_of_a_result_is_on_the_page() -> None:
     text = page(paths)
     for path in paths:
         for result in json.loads(path.read_text(encoding="utf-8"))["settings"].values():
-            for name, found in result["contenders"].items():
+            for name, found in result["variants"].items():
                 assert f"{name} |" in text or f"**{name}** |" in text
                 assert f"| {100 * found['mean_accuracy']:.1f} |" in text
-            for task in result["contenders"][result["main"]]["tasks"]:
+            for task in result["variants"][result["main"]]["tasks"]:
                 assert f"| {task} |" in text
 
 

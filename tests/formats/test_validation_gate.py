@@ -10,9 +10,9 @@ import pytest
 
 pytest.importorskip("edgecompose_export", reason="the exporter is not installed")
 
-from edgecompose.bundle.manifest import Admission
+from edgecompose.bundle.specs import Validation
 from edgecompose.errors import ExportError
-from edgecompose_export.admission import read_admission, verdict
+from edgecompose_export.validation_gate import read_validation, verdict
 
 
 def evaluation() -> dict[str, Any]:
@@ -25,37 +25,37 @@ def evaluation() -> dict[str, Any]:
 
     return {
         "main": "own",
-        "contenders": {"base": scores(0.4, 0.5), "own": scores(0.6, 0.3)},
+        "variants": {"base": scores(0.4, 0.5), "own": scores(0.6, 0.3)},
         "against": {"base": {"by_task": {"a": {"ci95": [0.1, 0.3]}, "b": {"ci95": [-0.4, -0.02]}}}},
     }  # fmt: skip
 
 
 def test_adapters_get_their_verdicts(tmp_path: Path) -> None:
     (tmp_path / "e.json").write_text(json.dumps(evaluation()), encoding="utf-8")
-    assert read_admission(tmp_path / "e.json") == {
-        "a": Admission("helps", 150, 0.4, 0.6, (0.1, 0.3)),
-        "b": Admission("harms", 29, 0.5, 0.3, (-0.4, -0.02)),
+    assert read_validation(tmp_path / "e.json") == {
+        "a": Validation("helps", 150, 0.4, 0.6, (0.1, 0.3)),
+        "b": Validation("hurts", 29, 0.5, 0.3, (-0.4, -0.02)),
     }
 
 
 @pytest.mark.parametrize(
     ("ci95", "wanted"),
-    [((0.01, 0.2), "helps"), ((-0.2, -0.01), "harms"), ((-0.1, 0.1), "unproven"), ((0.0, 0.1), "unproven")],
+    [((0.01, 0.2), "helps"), ((-0.2, -0.01), "hurts"), ((-0.1, 0.1), "unproven"), ((0.0, 0.1), "unproven")],
 )
 def test_verdict(ci95: tuple[float, float], wanted: str) -> None:
     assert verdict(ci95) == wanted
 
 
-@pytest.mark.parametrize("missing", ["main", "contenders", "against"])
+@pytest.mark.parametrize("missing", ["main", "variants", "against"])
 def test_another_json_is_refused(tmp_path: Path, missing: str) -> None:
     found = evaluation()
     del found[missing]
     (tmp_path / "e.json").write_text(json.dumps(found), encoding="utf-8")
     with pytest.raises(ExportError, match="--methods base,own --json"):
-        read_admission(tmp_path / "e.json")
+        read_validation(tmp_path / "e.json")
 
 
 def test_an_evaluation_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "e.json").write_text(json.dumps(evaluation() | {"main": "retrieved"}), encoding="utf-8")
     with pytest.raises(ExportError, match="retrieved"):
-        read_admission(tmp_path / "e.json")
+        read_validation(tmp_path / "e.json")

@@ -30,7 +30,7 @@ from benchmarks.rewordings import (
     reword,
 )
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the task data (../shared/data) is not here")
 TASKS = [
     "anli_r1", "anli_r2", "anli_r3", "arc_challenge", "arc_easy", "boolq", "cb", "commonsense_qa", "copa", "cosmos_qa",

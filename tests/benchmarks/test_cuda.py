@@ -12,15 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import cuda, cuda_graphs, cuda_parity, cuda_timing
+from benchmarks import cuda
+from benchmarks.engine import merge_parity, operators, times
 from edgecompose.bundle.adapter import Adapter
 from edgecompose.engine import device
 from edgecompose.engine.device import choose_device
 from edgecompose.engine.merged import MergedAdapter
 from edgecompose.merging.merger import Merger
-from edgecompose.merging.methods import METHODS, MergeSettings
+from edgecompose.merging.methods import METHODS
+from edgecompose.settings import MergeSettings
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = choose_device("cpu")
 SMALL = ("--device", "cpu", "--shapes", "smollm2-135m", "--layers", "1", "--rounds", "1", "--rank", "4")
 
@@ -28,10 +30,10 @@ SMALL = ("--device", "cpu", "--shapes", "smollm2-135m", "--layers", "1", "--roun
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two methods, and no times of merging."""
-    for module in (cuda, cuda_parity):
+    for module in (cuda, merge_parity):
         monkeypatch.setattr(module, "METHODS", {name: METHODS[name] for name in ("linear", "ties")})
-    monkeypatch.setattr(cuda_timing, "merge_times", lambda *arguments: [])
-    monkeypatch.setattr(cuda_graphs, "COPIED", {"cpu": 1 << 10})
+    monkeypatch.setattr(times, "merge_times", lambda *_, **__: [])
+    monkeypatch.setattr(operators, "COPIED", {"cpu": 1 << 10})
 
 
 def test_the_script_runs_where_there_is_no_gpu(tmp_path: Path) -> None:
@@ -89,7 +91,7 @@ def test_a_folder_that_holds_no_base_is_named(tmp_path: Path, capsys: pytest.Cap
 def test_a_wrong_result_is_named(
     few: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(cuda_parity, "relative_error", lambda a, b, s: 0.5 * (s.majority_sign == "frequency"))
+    monkeypatch.setattr(merge_parity, "relative_error", lambda a, b, s: 0.5 * (s.majority_sign == "frequency"))
     assert cuda.main([*SMALL, "--bundle", str(tmp_path)]) == 1
     shown = capsys.readouterr()
     assert shown.err == (
@@ -110,7 +112,7 @@ def test_a_method_that_cannot_be_run_is_named(
                 raise RuntimeError("no kernel\nfor it")
             return super().merge(adapters, weights, settings, inner)
 
-    monkeypatch.setattr(cuda_parity, "Merger", Broken)
+    monkeypatch.setattr(merge_parity, "Merger", Broken)
     assert cuda.main([*SMALL, "--bundle", str(tmp_path)]) == 1
     shown = capsys.readouterr()
     assert shown.err == (
@@ -122,28 +124,32 @@ def test_a_method_that_cannot_be_run_is_named(
 def test_the_error_of_exact_methods_is_that_of_the_update() -> None:
     rng = np.random.default_rng(0)
     a, b = (rng.standard_normal((2, 4, width)).astype(np.float32) for width in (8, 6))
-    wanted, exact, paper = {"q_proj": (a, b)}, MergeSettings("product"), MergeSettings("linear")
+    expected, exact, factor_wise = {"q_proj": (a, b)}, MergeSettings("product"), MergeSettings("linear")
     scaled = {"q_proj": (a * np.float32(2), b * np.float32(0.5))}
-    assert cuda_parity.relative_error(scaled, wanted, exact) < 1e-6 < cuda_parity.relative_error(scaled, wanted, paper)
+    assert (
+        merge_parity.relative_error(scaled, expected, exact)
+        < 1e-6
+        < merge_parity.relative_error(scaled, expected, factor_wise)
+    )
     fewer = {"q_proj": (a[:, :3], b[:, :3])}
-    assert cuda_parity.relative_error(fewer, wanted, exact) > 1e-3
-    assert cuda_parity.relative_error(fewer, wanted, paper) == np.inf
-    assert cuda_parity.relative_error({}, wanted, exact) == np.inf
-    assert cuda_parity.relative_error({"q_proj": (a + np.float32(np.nan), b)}, wanted, exact) == np.inf
+    assert merge_parity.relative_error(fewer, expected, exact) > 1e-3
+    assert merge_parity.relative_error(fewer, expected, factor_wise) == np.inf
+    assert merge_parity.relative_error({}, expected, exact) == np.inf
+    assert merge_parity.relative_error({"q_proj": (a + np.float32(np.nan), b)}, expected, exact) == np.inf
 
 
 def test_a_vote_that_ties_may_flip_and_no_more() -> None:
     a, b = np.ones((1, 1, 200_000), np.float32), np.ones((1, 1, 8), np.float32)
     for flipped, passes in ((2, True), (3, False)):
-        found = a.copy()
-        found[..., :flipped] = -1
-        error = cuda_parity.relative_error({"q": (found, b)}, {"q": (a, b)}, MergeSettings("ties"))
-        assert (error <= cuda_parity.TOLERANCE) is passes
-        assert cuda_parity.relative_error({"q": (found, b)}, {"q": (a, b)}, MergeSettings("linear")) == 2
+        flipped_a = a.copy()
+        flipped_a[..., :flipped] = -1
+        error = merge_parity.relative_error({"q": (flipped_a, b)}, {"q": (a, b)}, MergeSettings("ties"))
+        assert (error <= merge_parity.TOLERANCE) is passes
+        assert merge_parity.relative_error({"q": (flipped_a, b)}, {"q": (a, b)}, MergeSettings("linear")) == 2
 
 
 @pytest.mark.parametrize(("operator", "inputs"), [("Identity", 1), ("Add", 2)])
 def test_the_graph_that_copies(operator: str, inputs: int) -> None:
-    session = device.open_session(cuda_graphs.one_node(operator, inputs), CPU, name="copy")
+    session = device.open_session(operators.one_node(operator, inputs), CPU, name="copy")
     values = np.arange(300, dtype=np.float32)
     np.testing.assert_array_equal(session.run(None, {"x": values})[0], values * inputs)

@@ -1,31 +1,21 @@
-"""What ONNX Runtime itself does on a device: how fast it copies, and which nodes of our graphs it runs elsewhere."""
+"""ONNX Runtime on a device: the bandwidth of its copies, and the nodes of our graphs that it runs elsewhere."""
 
 from __future__ import annotations
 
 import collections
-import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.measuring.timing import time_rounds
 from edgecompose.engine.device import Device, open_session
 
 #: Values copied (float32), far more than the last cache holds.
 COPIED = {"cuda": 1 << 26, "cpu": 1 << 24}
-WARM_UP = 2
 _FLOAT32, _OPSET, _IR = 1, 21, 10
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Milliseconds a round."""
-
-    least: float
-    median: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,29 +30,17 @@ class Bandwidth:
 
     @property
     def best(self) -> float:
-        """What counts as the copy bandwidth of the device."""
+        """The copy bandwidth of the device: the larger of both."""
         return max(self.identity, self.add)
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Nodes of an optimised graph, and those of them, counted by operator, that do not run on the wanted device."""
+    """Nodes of an optimised graph, and those of them, counted by operator, that run on another device."""
 
     graph: str
     nodes: int
     elsewhere: dict[str, int]
-
-
-def time_rounds(run: Callable[[], object], rounds: int, *, warm_up: int = WARM_UP) -> Timing:
-    """Time what returns only when the device is done; ONNX Runtime synchronises at the end of each run."""
-    for _ in range(warm_up):
-        run()
-    spent = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        run()
-        spent.append((time.perf_counter() - start) * 1e3)
-    return Timing(min(spent), statistics.median(spent))
 
 
 def copy_bandwidth(device: Device, rounds: int) -> Bandwidth:
@@ -86,7 +64,10 @@ def copy_bandwidth(device: Device, rounds: int) -> Bandwidth:
 
 
 def one_node(operator: str, inputs: int) -> bytes:
-    """An ONNX model, y = operator(x, ...) with x as each input, float32 (n,); written by hand: no onnx at run time."""
+    """An ONNX model, y = operator(x, ...) with x as each input, float32 (n,).
+
+    It is written by hand, since onnx is not installed at run time.
+    """
     node = b"".join(_field(1, b"x") for _ in range(inputs)) + _field(2, b"y") + _field(4, operator.encode())
     tensor = _field(1, _FLOAT32) + _field(2, _field(1, _field(2, b"n")))
     x, y = (_field(1, name) + _field(2, _field(1, tensor)) for name in (b"x", b"y"))
@@ -102,16 +83,16 @@ def _field(number: int, value: int | bytes) -> bytes:
 
 
 def _varint(value: int) -> bytes:
-    found = bytearray()
+    content = bytearray()
     while value > 127:
-        found.append(value & 127 | 128)
+        content.append(value & 127 | 128)
         value >>= 7
-    found.append(value)
-    return bytes(found)
+    content.append(value)
+    return bytes(content)
 
 
-def placements(device: Device, graphs: dict[str, Path]) -> Iterator[Placement]:
-    """Where the nodes of our merge graphs and of other graphs land.
+def placements(device: Device, graphs: Mapping[str, Path]) -> Iterator[Placement]:
+    """The placement of our merge graphs and of other graphs.
 
     A node without a kernel on the device runs on the CPU, and its inputs and results are copied.
     """

@@ -1,4 +1,4 @@
-"""Response times of `edgecompose serve` under several clients at once; used by `speed.py`."""
+"""Response times of `edgecompose serve` under several clients at once."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ _PROMPTS = (
 
 
 def measure_server(bundle: Path, calls: int = 48) -> dict[str, Any]:
-    """Seconds of calls to /v1/chat/completions, retrieval and blend of each prompt its own, at most 16 tokens.
+    """Seconds of calls to /v1/chat/completions of at most 16 tokens; each prompt has its own retrieval and blend.
 
-    One answer is written at a time (`--workers 1`), so that clients wait for each other.
+    The server writes one answer at a time (`--workers 1`), so clients wait for each other.
     """
     command = [sys.executable, "-m", "edgecompose", "serve", str(bundle), "--port", "0", "--device", "cpu"]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         assert server.stderr is not None
-        found = re.search(r"http://\S+", server.stderr.readline())
-        if found is None:
+        address = re.search(r"http://\S+", server.stderr.readline())
+        if address is None:
             raise SystemExit(f"the server did not start: {server.stderr.read()}")
-        with httpx.Client(base_url=found[0], timeout=300, trust_env=False) as client:
+        with httpx.Client(base_url=address[0], timeout=300, trust_env=False) as client:
             for number in range(len(_PROMPTS)):
                 _call(client, number)
             return {str(count): _load(client, count, calls) for count in CLIENTS}
@@ -52,17 +52,19 @@ def _load(client: httpx.Client, clients: int, calls: int) -> dict[str, float]:
     start = time.perf_counter()
     with ThreadPoolExecutor(clients) as threads:
         done = list(threads.map(lambda number: _call(client, number), range(calls)))
-    spent = time.perf_counter() - start
+    elapsed = time.perf_counter() - start
     seconds = sorted(seconds for seconds, _ in done)
     return {
-        "p50_s": statistics.median(seconds), "p99_s": seconds[min(len(seconds) - 1, int(0.99 * len(seconds)))],
-        "calls_per_s": calls / spent, "tokens_per_s": sum(tokens for _, tokens in done) / spent,
-    }  # fmt: skip
+        "p50_s": statistics.median(seconds),
+        "p99_s": seconds[min(len(seconds) - 1, int(0.99 * len(seconds)))],
+        "calls_per_s": calls / elapsed,
+        "tokens_per_s": sum(tokens for _, tokens in done) / elapsed,
+    }
 
 
 def _call(client: httpx.Client, number: int) -> tuple[float, int]:
-    """Seconds of one call, and how many tokens it gave."""
-    prompt = f"{_PROMPTS[number % len(_PROMPTS)]}"
+    """Seconds of one call, and the number of tokens of its answer."""
+    prompt = _PROMPTS[number % len(_PROMPTS)]
     body = {"model": "auto", "messages": [{"role": "user", "content": prompt}], "max_tokens": TOKENS}
     start = time.perf_counter()
     response = client.post("v1/chat/completions", json=body)

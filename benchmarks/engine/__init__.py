@@ -1,0 +1,1 @@
+"""Parts of `cuda.py`: parity of two devices, their times, and what ONNX Runtime does on them."""

@@ -1,0 +1,1 @@
+"""Parts of `merge.py`: the same merges by PEFT."""
