@@ -9,8 +9,7 @@ EMBEDDER := build/embedder/embedder.json
 BUNDLE := models/demo/manifest.json
 FLOAT_BASE := build/base-fp32/base.json
 FLOAT_BUNDLE := build/demo-fp32/manifest.json
-EXPORTERS := $(addprefix export/edgecompose_export/,$(addsuffix .py,base base_source cuda_graph decoder_config decoder_graph folding \
-  graph_writer layerwise mixed_precision stored_weights weight_blocks weight_source))
+EXPORTERS := $(shell find $(addprefix export/edgecompose_export/,base calibration decoder graphs tokenizer weights) -name "*.py" -o -name "*.txt")
 SHIPPED := models/demo.toml $(wildcard models/validation.json) $(wildcard models/adapters/*.safetensors) $(wildcard models/examples/*)
 
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)

@@ -25,13 +25,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.rewordings import AUGMENT, reword
 from edgecompose_export.adapters import export_adapter
-from edgecompose_export.base import read_base_spec
-from edgecompose_export.base_source import open_base
+from edgecompose_export.base.source import open_base
+from edgecompose_export.base.spec import read_base_spec
 from edgecompose_export.bundles import build_bundle
 from edgecompose_export.datasets import Example, read_examples
 from edgecompose_export.embedder import export_embedder, open_embedder
 from edgecompose_export.examples import write_examples
-from edgecompose_export.train import REPORT_FILE, TrainSettings, train_adapter
+from edgecompose_export.training.batches import TrainSettings
+from edgecompose_export.training.train import REPORT_FILE, train_adapter
 from edgecompose_export.validation_gate import read_validation
 
 STEPS = ("train", "adapters", "examples", "plain", "table")

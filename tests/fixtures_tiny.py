@@ -53,7 +53,8 @@ class TinyZoo:
 
     def base(self, architecture: str, precision: Any = "fp32") -> Exported:
         """The exported base, however far a precision is from float32."""
-        from edgecompose_export.base import export_base, read_base_spec
+        from edgecompose_export.base.export import export_base
+        from edgecompose_export.base.spec import read_base_spec
 
         source = self.model(architecture)
         folder = self._once(

@@ -59,7 +59,7 @@ _NOT_HERE = "wants a program that is not installed with ours"
 NOT_RUN: dict[str, str] = {
     "make demo": _BUILDS, "make test": "runs this", "make airgap": _BUILDS, "make binary": _BUILDS,
     "make airgap BUNDLE_DIR=my-bundle": _BUILDS,
-    "edgecompose-export fetch qwen2.5-coder-0.5b-instruct -o build/models": "downloads; see tests/test_fetch.py",
+    "edgecompose-export fetch qwen2.5-coder-0.5b-instruct -o build/models": "downloads; see tests/export/test_fetch.py",
     "pip install 'edgecompose[cpu]'": _DOWNLOADS, "pip install 'edgecompose[gpu]'": _DOWNLOADS,
     "pip install 'edgecompose[cpu,server]'": _DOWNLOADS, "pip install 'edgecompose[cpu,gguf]'": _DOWNLOADS,
     **dict.fromkeys(
@@ -80,7 +80,7 @@ NOT_RUN: dict[str, str] = {
     ". .venv/bin/activate": "tests run in an environment of their own",
     "python benchmarks/cuda.py": "wants a GPU; tests/benchmarks/test_cuda.py runs it on the CPU",
     "taskset -c 0,1 edgecompose serve models/demo": "not every system has taskset and two cores",
-    "llama-cli -m SmolLM2-135M-Instruct.Q4_1.gguf --lora blend.gguf": f"{_NOT_HERE}; see tests/test_llama_cpp.py",
+    "llama-cli -m SmolLM2-135M-Instruct.Q4_1.gguf --lora blend.gguf": f"{_NOT_HERE}; see test_llama_cpp.py",
     "vllm serve SmolLM2-135M-Instruct --enable-lora --max-lora-rank 16 --lora-modules blend=small": _NOT_HERE,
 }  # fmt: skip
 #: Tasks of the tiny bundle, and those of the demo that stand for them.

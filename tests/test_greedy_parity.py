@@ -22,9 +22,9 @@ from edgecompose.generation.decode import generate
 from edgecompose.request import Attachment
 from edgecompose.settings import RetrievalSettings
 from edgecompose.timing import Clock
-from edgecompose_export.base import calibration_prompts
-from edgecompose_export.base_source import open_base
-from edgecompose_export.checkpoint import load_model
+from edgecompose_export.base.checkpoint import load_model
+from edgecompose_export.base.source import open_base
+from edgecompose_export.calibration.prompts import calibration_prompts
 
 ROOT = Path(__file__).parent.parent
 BUNDLE, MODEL = ROOT / "build" / "demo-fp32", ROOT / "build" / "models" / "smollm2-135m-instruct"

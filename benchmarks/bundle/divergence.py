@@ -20,9 +20,9 @@ class Divergence:
         import torch
         from peft import PeftModel
 
-        from edgecompose_export.base_source import open_base
-        from edgecompose_export.checkpoint import load_model
-        from edgecompose_export.train import base_tokenizer
+        from edgecompose_export.base.checkpoint import load_model
+        from edgecompose_export.base.source import open_base
+        from edgecompose_export.training.train import base_tokenizer
 
         opened = open_base(base)
         tokenizer = base_tokenizer(opened)

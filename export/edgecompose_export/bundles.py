@@ -34,7 +34,7 @@ from edgecompose.retrieval.index import new_index, open_index
 from edgecompose.retrieval.whitening import load_whitening
 from edgecompose_export import __version__
 from edgecompose_export.adapters import export_adapter, source_kind
-from edgecompose_export.base import read_base_spec
+from edgecompose_export.base.spec import read_base_spec
 from edgecompose_export.datasets import read_examples
 from edgecompose_export.embedder import open_embedder, read_embedder_spec
 from edgecompose_export.examples import (

@@ -1,4 +1,4 @@
-"""Task examples as JSON lines; knows nothing of models."""
+"""Task examples as JSON lines, and JSON files; knows nothing of models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edgecompose.errors import ExportError
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One line of a task file: a prompt and the answer that is wanted for it."""
+    """One line of a task file: a prompt, its expected answer, and the choices if there are any."""
 
     prompt: str
     answer: str
@@ -23,11 +23,11 @@ def read_examples(path: Path, *, limit: int | None = None) -> list[Example]:
     """Examples of a JSONL file whose lines have `prompt`, `answer` and optionally `choices`.
 
     Args:
-        path: the file, UTF-8, one JSON object a line; blank lines are passed over.
+        path: the file, UTF-8, one JSON object a line; blank lines are skipped.
         limit: read at most this many.
 
     Raises:
-        ExportError: no file, no example, or a line that breaks the format; names the line.
+        ExportError: no file, no example, or a line in another format; the message names the line.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -37,7 +37,7 @@ def read_examples(path: Path, *, limit: int | None = None) -> list[Example]:
         _example(line, f"{path.name}:{number}") for number, line in enumerate(text.split("\n"), start=1) if line.strip()
     ]
     if not examples:
-        raise ExportError(f"examples '{path}' holds no example; one JSON object a line is wanted")
+        raise ExportError(f"examples '{path}' holds no example; expected one JSON object a line")
     return examples[:limit]
 
 
@@ -55,15 +55,15 @@ def read_json(path: Path) -> Any:
 
 def _example(line: str, place: str) -> Example:
     try:
-        found = json.loads(line)
+        fields = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ExportError(f"{place} is not JSON ({error}); one JSON object a line is wanted") from error
-    if not isinstance(found, dict):
-        raise ExportError(f"{place} is a {type(found).__name__}; a JSON object is wanted")
+        raise ExportError(f"{place} is not JSON ({error}); expected one JSON object a line") from error
+    if not isinstance(fields, dict):
+        raise ExportError(f"{place} is a {type(fields).__name__}, expected a JSON object")
     for key in ("prompt", "answer"):
-        if not isinstance(found.get(key), str) or not found[key].strip():
-            raise ExportError(f"{place} has no '{key}'; a non-empty string is wanted")
-    choices = found.get("choices")
+        if not isinstance(fields.get(key), str) or not fields[key].strip():
+            raise ExportError(f"{place} has no '{key}', expected a non-empty string")
+    choices = fields.get("choices")
     if choices is not None and not (isinstance(choices, list) and all(isinstance(c, str) for c in choices)):
-        raise ExportError(f"{place}: 'choices' is neither null nor a list of strings")
-    return Example(found["prompt"], found["answer"], None if choices is None else tuple(choices))
+        raise ExportError(f"{place}: 'choices' is {choices!r:.40}, expected null or a list of strings")
+    return Example(fields["prompt"], fields["answer"], None if choices is None else tuple(choices))

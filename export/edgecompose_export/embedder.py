@@ -1,4 +1,4 @@
-"""A sentence encoder to ONNX, float32 or int8, with pooling, maximum length and normalisation recorded."""
+"""Exports a sentence encoder to ONNX, float32 or int8, and records its pooling, maximum length and normalisation."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from edgecompose.bundle.specs import EmbedderSpec
 from edgecompose.engine.device import choose_device
 from edgecompose.errors import ExportError
 from edgecompose.retrieval.embedder import Embedder
-from edgecompose_export.base import calibration_prompts
+from edgecompose_export.calibration.prompts import calibration_prompts
 from edgecompose_export.datasets import read_json
-from edgecompose_export.onnx_files import save_graph
+from edgecompose_export.graphs.onnx_files import save_graph
 
 EmbedderPrecision = Literal["f32", "int8"]
 EMBEDDER_PRECISIONS: tuple[EmbedderPrecision, ...] = get_args(EmbedderPrecision)
@@ -44,10 +44,10 @@ def export_embedder(
 
     Args:
         source: a sentence-transformers folder (config.json, modules.json, safetensors, tokenizer.json).
-        ends: tokens at each end of a prompt that are pooled once more by themselves; 0 for none.
+        ends: tokens at each end of a prompt that are also pooled separately; 0 for none.
 
     Raises:
-        ExportError: not such a folder, a pooling other than mean or cls, or `output` already holds one.
+        ExportError: not such a folder, a pooling other than mean or cls, or `output` already holds an embedder.
     """
     if (output / SPEC_FILE).exists():
         raise ExportError(f"'{output}' already holds an exported embedder; remove it or give another folder")
@@ -70,17 +70,19 @@ def export_embedder(
 
 
 def describe_encoder(source: Path, precision: EmbedderPrecision, ends: int = 0) -> EmbedderSpec:
-    """What the folder of a sentence encoder says of itself."""
+    """The description of the sentence encoder in a folder."""
     config = _read_json(source / "config.json")
     weights = source / "model.safetensors"
-    for needed in (weights, source / "tokenizer.json"):
-        if not needed.is_file():
-            raise ExportError(f"embedder '{source}' has no {needed.name}; a sentence-transformers folder is wanted")
+    for file in (weights, source / "tokenizer.json"):
+        if not file.is_file():
+            raise ExportError(f"embedder '{source}' has no {file.name}; give a sentence-transformers folder")
     modules = _read_json(source / "modules.json", optional=True) or []
     types = [str(m.get("type", "")).rsplit(".", 1)[-1] for m in modules]
     unknown = sorted(set(types) - {"Transformer", "Pooling", "Normalize"})
     if unknown:
-        raise ExportError(f"embedder '{source}' has modules {', '.join(unknown)}, which are not supported")
+        raise ExportError(
+            f"embedder '{source}' has modules {', '.join(unknown)}, expected Transformer, Pooling and Normalize"
+        )
     pooling = _pooling(source, modules)
     sizes = {key: config.get(key) for key in ("hidden_size", "max_position_embeddings")}
     wrong = sorted(key for key, value in sizes.items() if not isinstance(value, int) or value < 1)
@@ -89,11 +91,17 @@ def describe_encoder(source: Path, precision: EmbedderPrecision, ends: int = 0) 
     positions = int(sizes["max_position_embeddings"] or 0)
     bert = _read_json(source / "sentence_bert_config.json", optional=True) or {}
     return EmbedderSpec(
-        graph="encoder.onnx", tokenizer="tokenizer.json", identity=sha256_of(weights), precision=precision,
-        dimension=int(sizes["hidden_size"] or 0) * (3 if ends else 1), ends=ends,
+        graph="encoder.onnx",
+        tokenizer="tokenizer.json",
+        identity=sha256_of(weights),
+        precision=precision,
+        dimension=int(sizes["hidden_size"] or 0) * (3 if ends else 1),
+        ends=ends,
         max_length=min(int(bert.get("max_seq_length") or positions), positions),
-        pooling=pooling, normalize="Normalize" in types or not modules, source=source.name,
-    )  # fmt: skip
+        pooling=pooling,
+        normalize="Normalize" in types or not modules,
+        source=source.name,
+    )
 
 
 def read_embedder_spec(folder: Path) -> EmbedderSpec:
@@ -107,20 +115,21 @@ def read_embedder_spec(folder: Path) -> EmbedderSpec:
 def open_embedder(folder: Path) -> tuple[Embedder, EmbedderSpec]:
     """An exported embedder, ready to use on the CPU."""
     spec = read_embedder_spec(folder)
-    return Embedder(folder / spec.graph, folder / spec.tokenizer, spec, choose_device("cpu")), spec
+    device = choose_device("cpu")
+    return Embedder(folder / spec.graph, folder / spec.tokenizer, spec=spec, device=device), spec
 
 
 def _pooling(source: Path, modules: list[dict[str, Any]]) -> Literal["mean", "cls"]:
     folder = next((m.get("path", "") for m in modules if str(m.get("type", "")).endswith("Pooling")), None)
     if folder is None:
         return "mean"
-    flags = _read_json(source / folder / "config.json")
-    chosen = sorted(k for k, v in flags.items() if k.startswith("pooling_mode_") and v is True)
-    if chosen == ["pooling_mode_mean_tokens"]:
+    config = _read_json(source / folder / "config.json")
+    flags = sorted(k for k, v in config.items() if k.startswith("pooling_mode_") and v is True)
+    if flags == ["pooling_mode_mean_tokens"]:
         return "mean"
-    if chosen == ["pooling_mode_cls_token"]:
+    if flags == ["pooling_mode_cls_token"]:
         return "cls"
-    raise ExportError(f"embedder '{source}' pools by {', '.join(chosen) or 'nothing'}; mean or cls is supported")
+    raise ExportError(f"embedder '{source}' pools by {', '.join(flags) or 'nothing'}, expected mean or cls")
 
 
 def _read_json(path: Path, *, optional: bool = False) -> Any:
@@ -129,7 +138,7 @@ def _read_json(path: Path, *, optional: bool = False) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ExportError(f"'{path}' cannot be read: {error}; a sentence-transformers folder is wanted") from error
+        raise ExportError(f"'{path}' cannot be read: {error}; give a sentence-transformers folder") from error
 
 
 def _export_float(source: Path, work: Path) -> None:
@@ -139,9 +148,13 @@ def _export_float(source: Path, work: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the tracer warns of constants in transformers' own mask code
             main_export(
-                str(source), output=work, task="feature-extraction", library_name="transformers",
-                local_files_only=True, do_validation=False,
-            )  # fmt: skip
+                str(source),
+                output=work,
+                task="feature-extraction",
+                library_name="transformers",
+                local_files_only=True,
+                do_validation=False,
+            )
     except Exception as error:  # optimum, transformers and torch raise classes of all kinds on damaged files
         raise ExportError(f"embedder '{source}' cannot be exported by optimum: {error}") from error
 
@@ -149,13 +162,13 @@ def _export_float(source: Path, work: Path) -> None:
 def _quantize(source: Path, target: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    logging.getLogger().setLevel(logging.ERROR)  # it advises a pre-processing step that optimum has done
+    logging.getLogger().setLevel(logging.ERROR)  # it recommends a pre-processing step that optimum has done
     quantize_dynamic(source, target, weight_type=QuantType.QInt8, per_channel=True)
 
 
 def _mean_cosine(reference: Path, output: Path, spec: EmbedderSpec) -> float:
     device = choose_device("cpu")
-    exact = Embedder(reference, output / spec.tokenizer, spec, device)
-    near = Embedder(output / spec.graph, output / spec.tokenizer, spec, device)
+    exact = Embedder(reference, output / spec.tokenizer, spec=spec, device=device)
+    near = Embedder(output / spec.graph, output / spec.tokenizer, spec=spec, device=device)
     pairs = [(exact.embed(text), near.embed(text)) for text in calibration_prompts()]
     return float(np.mean([a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) for a, b in pairs]))

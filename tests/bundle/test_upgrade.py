@@ -26,7 +26,7 @@ def as_version_4(fields: dict[str, Any]) -> dict[str, Any]:
         del fields["defaults"][name]
     fields["base"]["folding"] = fields["base"].pop("fusing")
     if fields["base"]["folding"] is not None:
-        fields["base"]["folding"]["fold_graph"] = fields["base"]["folding"].pop("fuse_graph")
+        fields["base"]["folding"]["fuse_graph"] = fields["base"]["folding"].pop("fuse_graph")
     for adapter in fields["adapters"].values():
         adapter["admission"] = adapter.pop("validation")
         if adapter["admission"] is not None and adapter["admission"]["verdict"] == "hurts":

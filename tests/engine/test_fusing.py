@@ -34,10 +34,10 @@ from edgecompose.formats.architectures import PACKED
 from edgecompose.merging.merger import Merger
 from edgecompose.settings import MergeSettings
 from edgecompose_export.bundles import add_task, remove_task
-from edgecompose_export.folding import DECODER_GRAPH, FOLD_GRAPH
+from edgecompose_export.graphs.fuse import DECODER_GRAPH, FOLD_GRAPH
 from tests import tiny
+from tests.export.test_base import IDS, NO_ADAPTER, difference, load_exported
 from tests.fixtures_tiny import TASKS, Exported, TinyZoo
-from tests.test_base_export import IDS, NO_ADAPTER, difference, load_exported
 
 Float = npt.NDArray[np.float32]
 PROMPT = TASKS["animals"][0]
@@ -177,13 +177,13 @@ def test_only_float_bases_get_the_graphs_and_no_weight_is_stored_twice(zoo: Tiny
 
 
 def test_weights_that_do_not_divide_into_panels_are_one(zoo: TinyZoo, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgecompose_export import folding
-    from edgecompose_export.weight_source import open_weights
+    from edgecompose_export.graphs import fuse
+    from edgecompose_export.weights.source import open_weights
 
     config = dataclasses.replace(open_weights(zoo.model("llama")).config, hidden=50)
-    assert folding._panels(config, ("o_proj",)) == (1, 64, 50)
-    monkeypatch.setattr(folding, "PANEL", 10)
-    assert folding._panels(config, ("o_proj",)) == (5, 64, 10)
+    assert fuse._panels(config, ("o_proj",)) == (1, 64, 50)
+    monkeypatch.setattr(fuse, "PANEL", 10)
+    assert fuse._panels(config, ("o_proj",)) == (5, 64, 10)
 
 
 @pytest.mark.parametrize("change", ["fold", "folded decoder"])

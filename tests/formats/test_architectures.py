@@ -34,7 +34,7 @@ from edgecompose.formats.peft import write_peft_folder
 from edgecompose.merging.merger import Merger
 from edgecompose.settings import MergeSettings
 from edgecompose_export.adapters import export_adapter
-from edgecompose_export.base import export_base
+from edgecompose_export.base.export import export_base
 from tests import gguf_models, tiny
 from tests.fixtures_tiny import TinyZoo
 from tests.formats.test_lora_source import gguf_tensors, mlx_tensors, same_arrays, updates, write_gguf, write_mlx

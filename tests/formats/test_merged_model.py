@@ -35,9 +35,9 @@ from edgecompose.formats.peft import write_peft_folder
 from edgecompose.merging.merger import Merger
 from edgecompose.settings import MergeSettings
 from edgecompose_export.adapters import export_adapter
-from edgecompose_export.base_source import open_base
-from edgecompose_export.checkpoint import DType, load_model
-from edgecompose_export.checkpoint import write_checkpoint as convert
+from edgecompose_export.base.checkpoint import DType, load_model
+from edgecompose_export.base.checkpoint import write_checkpoint as convert
+from edgecompose_export.base.source import open_base
 from tests import tiny
 from tests.fixtures_tiny import TinyZoo
 from tests.formats.test_adapters_export import slots_of_llama

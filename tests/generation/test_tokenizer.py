@@ -17,7 +17,7 @@ from edgecompose.generation.language_model import LanguageModel
 from edgecompose.generation.messages import Message
 from edgecompose.generation.tokenizer import Tokenizer
 from edgecompose_export.datasets import Example
-from edgecompose_export.train import encode_example
+from edgecompose_export.training.batches import encode_example
 from tests.factories import TEXT, write_tokenizer
 
 CHATML = """{% for message in messages %}

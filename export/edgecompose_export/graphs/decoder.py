@@ -1,0 +1,87 @@
+"""The decoder graph of an architecture: embedding, blocks and output layer. Linear layers have adapter slots.
+
+The graph has the inputs that the decoding loop feeds: `input_ids` (batch, s) int64, `seqlens_k` (batch,) int32 (total
+length less one), `total_sequence_length` () int32, `logits_kept` (1,) int64 (default 1: the output layer sees the last
+position only), a cache of keys and of values for each layer, and for LongRoPE `long_context` () int64 (default 0).
+Every linear module that a LoRA adapter may target has two optional inputs, `layers.<i>.<module>.A` (r, in) and
+`layers.<i>.<module>.B` (r, out), whose default values have rank 0: without feeds the graph computes the base alone.
+
+Cosines and sines are computed in each pass, for its positions only: a table of 131,072 positions would take as many
+bytes as a small model. `Weights` decides where weights lie, and in which form.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from onnx import TensorProto, numpy_helper
+
+from edgecompose.bundle.specs import SlotGroup
+from edgecompose.formats.architectures import MODULES
+from edgecompose_export.decoder.config import DecoderConfig
+from edgecompose_export.graphs.block import BlockWeights, add_and_norm, write_blocks
+from edgecompose_export.graphs.writer import GraphWriter
+
+_LAST = np.iinfo(np.int64).max
+
+
+class Weights(BlockWeights, Protocol):
+    """The weights that a whole graph reads."""
+
+    def embed(self, graph: GraphWriter, ids: str) -> str:
+        """Embeddings (batch, s, hidden) of token ids (batch, s)."""
+
+    def head(self, graph: GraphWriter, hidden: str) -> str:
+        """Logits of hidden states."""
+
+
+def slot_groups(config: DecoderConfig) -> tuple[SlotGroup, ...]:
+    """The adapter slots of a decoder."""
+    count = len(config.layers)
+    return tuple(SlotGroup(m, count, n_in=config.widths[m][1], n_out=config.widths[m][0]) for m in MODULES)
+
+
+def write_decoder(config: DecoderConfig, weights: Weights, *, slots: bool) -> GraphWriter:
+    """The whole graph of a decoder.
+
+    Args:
+        slots: whether linear modules have adapter slots.
+    """
+    graph = GraphWriter("decoder")
+    ids = graph.input("input_ids", TensorProto.INT64, ["batch_size", "sequence_length"])
+    for name, shape in (("seqlens_k", ["batch_size"]), ("total_sequence_length", [])):
+        graph.input(name, TensorProto.INT32, shape)
+    graph.input("logits_kept", TensorProto.INT64, [1])
+    graph.tensor(numpy_helper.from_array(np.array([1], np.int64), "logits_kept"))
+    hidden = weights.embed(graph, ids)
+    if config.embedding_multiplier != 1:
+        factor = graph.constant(config.embedding_multiplier, np.float32)
+        hidden = graph.node("Mul", [hidden, factor], "embedding/scaled")
+    hidden, pending = write_blocks(graph, config, weights, layers=range(len(config.layers)), hidden=hidden, slots=slots)
+    hidden, _ = add_and_norm(graph, config, weights, hidden=hidden, pending=pending, norm="final_norm", name="final")
+    start = graph.node("Neg", ["logits_kept"], "last/start")
+    last = graph.node("Slice", [hidden, start, graph.constant([_LAST]), graph.constant([1])], "last/hidden")
+    write_logits(graph, config, weights, hidden=last)
+    return graph
+
+
+def write_logits(graph: GraphWriter, config: DecoderConfig, weights: Weights, *, hidden: str) -> None:
+    """The output layer, the scale and the cap of logits, and the output `logits`."""
+    plain = not (config.logit_softcap or config.logit_divisor != 1)
+    logits = weights.head(graph, hidden)
+    if config.logit_divisor != 1:
+        logits = graph.node("Div", [logits, graph.constant(config.logit_divisor, np.float32)], "logits/divided")
+    if config.logit_softcap:
+        cap = graph.constant(config.logit_softcap, np.float32)
+        logits = graph.node("Div", [logits, cap], "logits/in_caps")
+        logits = graph.node("Mul", [graph.node("Tanh", [logits], "logits/tanh"), cap], "logits/capped")
+    graph.node("Identity", [logits], "logits") if not plain else _rename(graph, logits, "logits")
+    graph.output("logits", TensorProto.FLOAT, ["batch_size", "kept", config.vocabulary])
+
+
+def _rename(graph: GraphWriter, old: str, new: str) -> None:
+    """Rename the only output of the last node."""
+    node = graph.nodes[-1]
+    assert list(node.output) == [old], f"{old} is not the output of the last node"
+    node.output[0] = new

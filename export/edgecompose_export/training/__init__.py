@@ -1,0 +1,1 @@
+"""Fine-tuning of LoRA adapters with torch and peft."""
