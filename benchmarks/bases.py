@@ -7,7 +7,7 @@
 A base is a GGUF file, a Hugging Face folder, or the name of a folder below build/models. A fresh process exports it at
 each precision; its time and peak memory are measured. Then the base decodes and reads, alone and with a blend of three
 random adapters in all linear modules. llama.cpp (`pip install llama-cpp-python`) does the same, with the blend as its
-LoRA file. Both take turns in the same processes. Decoding is greedy, 64 tokens after a prompt of 128. Reported are
+LoRA file. Both take turns in the same processes. DecoderState is greedy, 64 tokens after a prompt of 128. Reported are
 medians over rounds, then over processes. Peak memory is that of a process which reads 128 tokens and writes 8, less the
 size of its graph or GGUF file. Beside it stands the memory that is no page of a file. ONNX Runtime copies the weights
 into the order that its kernels read, and the pages of the file count until the system takes them back.

@@ -6,7 +6,7 @@ It measures composing, decoding, reading prompts, time to the first token, cold 
 requests, and the server under several clients. llama.cpp takes part if `llama-cpp-python` is installed. Our decoder and
 llama.cpp take turns, round by round, in one process with the same number of threads, so both see the same machine.
 llama.cpp runs alone, and with the same blends as LoRA files: that is the same work, and the ratio to look at. The ratio
-moves by up to a tenth from process to process, with the layout of memory. Decoding is therefore measured in several
+moves by up to a tenth from process to process, with the layout of memory. DecoderState is therefore measured in several
 processes, and the median counts. The last line of the output is the result as JSON.
 """
 

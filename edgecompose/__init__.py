@@ -6,7 +6,8 @@ from edgecompose.chat import Chat
 from edgecompose.composer import Composer, open_bundle
 from edgecompose.errors import EdgeComposeError
 from edgecompose.generation.messages import Message
-from edgecompose.request import Answer, Composition, Request, Retrieval
+from edgecompose.request import Answer, Composition, Request
+from edgecompose.retrieval.retriever import Retrieval
 from edgecompose.settings import MergeSettings, RetrievalSettings, Sampling
 from edgecompose.streaming import Generation
 

@@ -11,7 +11,8 @@ from typing import TypeVar
 
 from edgecompose.composer import Composer
 from edgecompose.generation.messages import Prompt
-from edgecompose.request import Answer, Composition, Request, Retrieval
+from edgecompose.request import Answer, Composition, Request
+from edgecompose.retrieval.retriever import Retrieval
 from edgecompose.streaming import Generation
 
 T = TypeVar("T")

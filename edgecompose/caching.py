@@ -1,11 +1,11 @@
-"""Values by name, up to a number of bytes: the one cache of this package."""
+"""What is kept: values by name up to a number of bytes, and parts that are loaded when first needed."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -60,3 +60,37 @@ class LruCache(Generic[T]):
         value = self._entries.pop(name, None)
         if value is not None:
             self.bytes -= self._size_of(value)
+
+
+class Lazy(Generic[T]):
+    """A property that is computed when first read, by one thread, under its owner's lock `_loading`.
+
+    `drop` on the owner makes it computed anew.
+    """
+
+    def __init__(self, load: Callable[[Any], T]) -> None:
+        self._load, self.__doc__ = load, load.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> T:
+        with instance._loading:
+            if self._name not in vars(instance):
+                vars(instance)[self._name] = self._load(instance)
+            value: T = vars(instance)[self._name]
+            return value
+
+
+class LazyParts:
+    """An owner of `Lazy` properties."""
+
+    def __init__(self) -> None:
+        self._loading = threading.RLock()
+
+    def drop(self) -> None:
+        """Drop every lazy part; each is loaded again when needed."""
+        with self._loading:
+            for name, part in vars(type(self)).items():
+                if isinstance(part, Lazy):
+                    vars(self).pop(name, None)

@@ -13,7 +13,7 @@ from edgecompose.errors import GenerationError, MergeError, RetrievalError
 from edgecompose.generation.decode import Finish
 from edgecompose.generation.messages import Overflow, RouteBy
 from edgecompose.merging.methods import method_of
-from edgecompose.retrieval.index import Neighbour
+from edgecompose.retrieval.retriever import Retrieval
 from edgecompose.settings import MergeSettings, RetrievalSettings, Sampling, override
 
 #: How a blend meets the base: as low-rank inputs beside its weights, or fused into a copy of them.
@@ -69,16 +69,6 @@ class Request:
             raise GenerationError("a stop string is empty; give some text for each")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise GenerationError(f"max_tokens is {self.max_tokens}; expected 1 or more")
-
-
-@dataclass(frozen=True, slots=True)
-class Retrieval:
-    """Neighbours, the distribution over tasks before the nucleus cut, the tasks that it kept, and adapter weights."""
-
-    neighbours: tuple[Neighbour, ...]
-    distribution: Mapping[str, float]
-    nucleus: Mapping[str, float]
-    weights: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

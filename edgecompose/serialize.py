@@ -16,8 +16,9 @@ from edgecompose.engine.device import Device
 from edgecompose.engine.merged import MergeReport
 from edgecompose.errors import DeviceError
 from edgecompose.merging.methods import parameters_of
-from edgecompose.request import Answer, Composition, Retrieval
+from edgecompose.request import Answer, Composition
 from edgecompose.retrieval.index import Neighbour
+from edgecompose.retrieval.retriever import Retrieval
 from edgecompose.settings import MergeSettings
 from edgecompose.timing import STAGES
 

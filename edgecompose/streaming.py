@@ -8,18 +8,25 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
 from edgecompose.errors import EdgeComposeError, GenerationError
+from edgecompose.generation.decode import Chunk
 from edgecompose.request import Answer, Composition
 
 
 class Generation:
-    """An answer that is being written: iterate over its pieces of text, then read `answer`.
+    """An answer in progress: iterate over its text, then read `answer`.
 
-    Closing it, or leaving its `with` block, stops the model at the token it is at; any thread may close it.
+    Closing it, or leaving its `with` block, stops the model at the present token; any thread may close it.
+
+    Args:
+        chunks: the answer, chunk by chunk.
+        answer: describes the whole, once all chunks were read.
     """
 
-    def __init__(self, composition: Composition, pieces: Generator[str, None, Answer]) -> None:
+    def __init__(
+        self, composition: Composition, chunks: Generator[Chunk, None, None], answer: Callable[[], Answer]
+    ) -> None:
         self.composition = composition
-        self._pieces = pieces
+        self._chunks, self._describe = chunks, answer
         self._answer: Answer | None = None
         self._lock = threading.Lock()
         self._closed = False
@@ -28,15 +35,16 @@ class Generation:
         return self
 
     def __next__(self) -> str:
-        if self._closed:
-            raise StopIteration  # or who reads would take the lock again and again before who closes gets it
-        try:
+        while not self._closed:  # or a reader would take the lock again before the thread that closes gets it
             with self._lock:
-                return next(self._pieces)
-        except StopIteration as ended:
-            if ended.value is not None:
-                self._answer = ended.value
-            raise
+                chunk = next(self._chunks, None)
+                if chunk is None:
+                    if self._answer is None and not self._closed:
+                        self._answer = self._describe()
+                    break
+            if chunk.text:
+                return chunk.text
+        raise StopIteration
 
     def __enter__(self) -> Generation:
         return self
@@ -50,17 +58,17 @@ class Generation:
         """Stop, wherever the answer is; returns when the model has stopped."""
         self._closed = True
         with self._lock:
-            self._pieces.close()
+            self._chunks.close()
 
     @property
     def answer(self) -> Answer:
-        """The whole answer and how it came about.
+        """The whole answer and how it was computed.
 
         Raises:
-            GenerationError: it was not written to its end.
+            GenerationError: it was not read to its end.
         """
         if self._answer is None:
-            raise GenerationError("the answer is not complete; read all of its pieces first")
+            raise GenerationError("the answer is not complete; read all of it first")
         return self._answer
 
 

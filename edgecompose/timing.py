@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar, cast
 
+T = TypeVar("T")
 #: In the order of the data flow; `load` is files read on first use, `total` all of it.
 STAGES = ("load", "embed", "retrieve", "weigh", "merge", "fuse", "prefill", "decode", "total")
+_END = object()
 
 
 @dataclass(slots=True)
-class Clock:
-    """Milliseconds spent in each stage."""
+class Timings:
+    """Milliseconds of each stage, added up."""
 
-    spent: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    elapsed_ms: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -24,4 +27,16 @@ class Clock:
         try:
             yield
         finally:
-            self.spent[name] += (time.perf_counter() - start) * 1e3
+            self.elapsed_ms[name] += (time.perf_counter() - start) * 1e3
+
+    def each(self, items: Generator[T, None, None], stage: str) -> Generator[T, None, None]:
+        """The same items; the time that each takes to come is added to a stage. Closing this closes them."""
+        try:
+            while True:
+                with self.stage(stage):
+                    item = next(items, _END)
+                if item is _END:
+                    return
+                yield cast(T, item)
+        finally:
+            items.close()

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("torch", reason="exports want the packages of edgecompose-export")
 
 from edgecompose import AsyncComposer, Request, open_bundle
-from edgecompose.engine.decoder import Decoding
+from edgecompose.engine.decoder_state import DecoderState
 from edgecompose.errors import PromptTooLong
 from tests.fixtures_tiny import TASKS
 
@@ -42,13 +42,13 @@ def test_answers_at_once_are_answers_alone(bundle: Path, workers: int) -> None:
 
 def test_pieces_come_one_by_one_and_leaving_stops_the_model(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
-    forward = Decoding.forward
+    forward = DecoderState.forward
 
-    def counting(self: Decoding, ids: Any, **settings: Any) -> Any:
+    def counting(self: DecoderState, ids: Any, **settings: Any) -> Any:
         passes.append(len(ids))
         return forward(self, ids, **settings)
 
-    monkeypatch.setattr(Decoding, "forward", counting)
+    monkeypatch.setattr(DecoderState, "forward", counting)
 
     async def work() -> None:
         with open_bundle(bundle, device="cpu") as composer:
@@ -68,9 +68,9 @@ def test_pieces_come_one_by_one_and_leaving_stops_the_model(bundle: Path, monkey
 
 def test_who_is_cancelled_leaves_a_model_that_stopped(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entered, go_on, passes = threading.Event(), threading.Event(), []
-    forward = Decoding.forward
+    forward = DecoderState.forward
 
-    def slow(self: Decoding, ids: Any, **settings: Any) -> Any:
+    def slow(self: DecoderState, ids: Any, **settings: Any) -> Any:
         passes.append(len(ids))
         entered.set()
         assert go_on.wait(30)
@@ -80,7 +80,7 @@ def test_who_is_cancelled_leaves_a_model_that_stopped(bundle: Path, monkeypatch:
         with open_bundle(bundle, device="cpu") as composer:
             wanted = composer.run(PROMPTS[0], REQUEST).text
             async with AsyncComposer(composer) as aio:
-                monkeypatch.setattr(Decoding, "forward", slow)
+                monkeypatch.setattr(DecoderState, "forward", slow)
                 task = asyncio.create_task(aio.run(PROMPTS[0], REQUEST))
                 await asyncio.to_thread(entered.wait, 30)
                 task.cancel()

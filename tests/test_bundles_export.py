@@ -121,7 +121,7 @@ def test_choices_are_ranked(composer: Composer) -> None:
     assert answer.text == max(answer.choices, key=answer.choices.__getitem__)
     turned = composer.run(PROMPT, Request(choices=("maybe so", "no", "yes")))
     assert turned.choices == pytest.approx(answer.choices, abs=1e-5)
-    with pytest.raises(EdgeComposeError, match="given twice"):
+    with pytest.raises(EdgeComposeError, match="appears twice"):
         composer.run(PROMPT, Request(choices=("yes", "yes")))
 
 
@@ -697,8 +697,8 @@ def test_a_damaged_bundle_is_not_changed(bundle_copy: Path, part: str, new_task:
 
 
 def test_vectors_in_the_index_are_those_of_the_embedder(composer: Composer) -> None:
-    query = composer.embedder.embed(PROMPT)
-    (nearest,) = composer.index.search(query, 1)
+    query = composer.retriever.embedder.embed(PROMPT)
+    (nearest,) = composer.retriever.index.search(query, 1)
     assert nearest.key == 0
     assert nearest.similarity == pytest.approx(1, abs=2e-3)
     assert np.linalg.norm(query) == pytest.approx(1, abs=1e-5)
@@ -715,7 +715,7 @@ def test_a_prompt_seen_before_is_neither_embedded_nor_searched_again(
         def refuse(text: str) -> None:
             raise AssertionError(f"embedded again: {text}")
 
-        monkeypatch.setattr(opened.embedder, "embed", refuse)
+        monkeypatch.setattr(opened.retriever.embedder, "embed_tokens", refuse)
         assert opened.retrieve(prompt) == first
         for other in (
             Request(exclude=("numbers",)),

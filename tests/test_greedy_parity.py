@@ -18,10 +18,11 @@ import torch
 from edgecompose import Composer, Request, open_bundle
 from edgecompose.engine.merged import MergedAdapter
 from edgecompose.formats.peft import write_peft_folder
-from edgecompose.generation.decode import generate
+from edgecompose.generation.decode import decode
+from edgecompose.generation.stopping import AnswerText
 from edgecompose.request import Attachment
 from edgecompose.settings import RetrievalSettings
-from edgecompose.timing import Clock
+from edgecompose.timing import Timings
 from edgecompose_export.base.checkpoint import load_model
 from edgecompose_export.base.source import open_base
 from edgecompose_export.calibration.prompts import calibration_prompts
@@ -76,11 +77,18 @@ def cases(composer: Composer, tmp_path_factory: pytest.TempPathFactory) -> list[
 def test_twenty_prompts(composer: Composer, cases: list[Case], attachment: Attachment) -> None:
     tokenizer, adapters, differ = composer.model.tokenizer, 0, []
     for case in cases:
-        blend = composer.model.attach(case.merged, fuse=attachment == "fuse", clock=Clock())
+        blend = composer.model.attach(case.merged, fuse=attachment == "fuse", timings=Timings())
         decoder: Any = composer.model.fused_decoder if attachment == "fuse" else composer.model.decoder
-        decoding = decoder.start(blend, len(case.ids) + TOKENS)
-        logits, ends = decoding.forward(case.ids)[0], composer.bundle.manifest.base.end_tokens
-        ours = list(generate(decoding, logits, max_tokens=TOKENS, end_tokens=ends))
+        state = decoder.start(blend, len(case.ids) + TOKENS)
+        logits, ends = state.forward(case.ids)[0], composer.bundle.manifest.base.end_tokens
+        ours: list[int] = []
+
+        def draw(row: Any, ours: list[int] = ours) -> int:
+            ours.append(int(row.argmax()))
+            return ours[-1]
+
+        list(decode(state, logits, AnswerText(tokenizer), max_tokens=TOKENS, end_tokens=ends, draw=draw))
+        ours = [token for token in ours if token not in ends]
         if ours != case.theirs:
             differ.append((case.prompt, tokenizer.decode(ours), tokenizer.decode(case.theirs)))
         answer = composer.run(case.prompt, dataclasses.replace(REQUEST, raw=case.raw, attachment=attachment))

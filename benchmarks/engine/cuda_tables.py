@@ -70,6 +70,6 @@ def compose_lines(rows: Sequence[ComposeTime]) -> list[str]:
 
 
 def decode_line(ours: DecodeRate, theirs: DecodeRate) -> str:
-    """Decoding under a blend of one rank on the device against the CPU."""
+    """DecoderState under a blend of one rank on the device against the CPU."""
     ratio = f"{ours.median / theirs.median:5.1f}x"
     return f"{ratio}  {ours.base:8} {ours.rank:5} {ours.median:10.1f} {ours.best:8.1f} {theirs.median:9.1f}"

@@ -144,7 +144,7 @@ def compose_time(folder: Path, device: Device, *, prompt: str, rounds: int) -> C
 
 
 def decode_rates(base: Base, device: Device, rounds: int) -> list[DecodeRate]:
-    """Decoding under blends of random adapters of the ranks of BLENDS; the blends take turns."""
+    """DecoderState under blends of random adapters of the ranks of BLENDS; the blends take turns."""
     decoder, merger, ids = Decoder(base.graphs[device.kind], base.spec, device), Merger(device), base.prompt()
     capacity = min(base.spec.context, len(ids) + 4 * TOKENS)
     steps = {}

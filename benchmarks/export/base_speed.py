@@ -126,7 +126,7 @@ def measure_memory(exported: Exported, gguf: Path | None, rank: int) -> dict[str
 
 
 def speed_in_this_process(exported: Exported, gguf: Path | None, effort: Effort) -> dict[str, Any]:
-    """Decoding and reading of every variant in turns, in this process."""
+    """DecoderState and reading of every variant in turns, in this process."""
     spec, folder = exported.spec, exported.adapters(effort.rank)
     ids = (Tokenizer(exported.folder / spec.tokenizer).encode(PROMPT) * READ_TOKENS)[:READ_TOKENS]
     prompt = ids[:PROMPT_TOKENS]

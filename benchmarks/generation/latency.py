@@ -38,7 +38,7 @@ def measure_compose(composer: Composer, runs: int = 30) -> dict[str, float]:
         "new_best": min(stages["new"]),
         "cached": statistics.median(cached),
         "prompt_tokens": len(composer.model.tokenizer.encode_prompt(PROMPT)),
-        "rank": float(sum(composer.adapter(name).rank for name in names)),
+        "rank": float(sum(composer.blends.adapter(name).rank for name in names)),
     }
 
 

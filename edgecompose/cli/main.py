@@ -279,7 +279,7 @@ def inspect(bundle: Path, compatibility: bool, as_json: bool) -> None:
     if compatibility:
         names = sorted(manifest.adapters)
         with open_composer(bundle, "cpu") as composer:
-            shown["compatibility"] = serialize.compatibility_json(names, composer.inner_products(names))
+            shown["compatibility"] = serialize.compatibility_json(names, composer.blends.inner_products(names))
         lines += ["", *serialize.describe_compatibility(shown["compatibility"])]
     if as_json:
         print_json(shown)

@@ -16,10 +16,11 @@ from edgecompose.errors import EvaluationError, GenerationError, MergeError
 from edgecompose.evaluation.answer_cache import AnswerCache, AnswerKey, CachedAnswer, open_answer_cache
 from edgecompose.evaluation.examples import EvalExample, first_line
 from edgecompose.evaluation.results import Evaluation, Result
-from edgecompose.merging.methods import METHODS, composition_digest
-from edgecompose.request import Request, Retrieval
+from edgecompose.merging.methods import METHODS
+from edgecompose.request import Request
+from edgecompose.retrieval.retriever import Retrieval
 from edgecompose.settings import MergeSettings, override
-from edgecompose.timing import STAGES
+from edgecompose.timing import STAGES, Timings
 
 Kind = Literal["base", "own", "top1", "uniform", "retrieved", "fixed"]
 #: Kinds that have a name to be called by; 'fixed' wants weights beside it.
@@ -145,8 +146,9 @@ class _Routes:
         """Retrieval and milliseconds a stage."""
         key = (repr(request.retrieval), request.exclude)
         if key not in self._found:
-            spent: dict[str, float] = {}
-            self._found[key] = self._composer.retrieve(self._prompt, request, spent=spent), spent
+            timings = Timings()
+            retrieval = self._composer.retrieve(self._prompt, request, timings=timings)
+            self._found[key] = retrieval, timings.elapsed_ms
         return self._found[key]
 
 
@@ -164,15 +166,15 @@ class _Bench:
             return None
         request = _request(variant, example, here)
         retrieves = variant.kind in ("top1", "uniform", "retrieved")
-        retrieval, spent = routes.find(request) if retrieves else (_NOTHING, {})
+        retrieval, elapsed_ms = routes.find(request) if retrieves else (_NOTHING, {})
         weights = self._weights(variant, example, request, retrieval)
         if variant.kind != "retrieved":
             request = dataclasses.replace(request, weights=weights)
         request = dataclasses.replace(request, raw=self._composer.sends_raw(request, retrieval))
         cached = self._cached(example, request, weights)
         top = next(iter(retrieval.distribution.items()), (None, None))
-        timings = {s: cached.timings_ms.get(s, 0.0) + spent.get(s, 0.0) for s in STAGES}
-        timings["total"] += sum(spent.values())  # whose own total is 0
+        timings = {s: cached.timings_ms.get(s, 0.0) + elapsed_ms.get(s, 0.0) for s in STAGES}
+        timings["total"] += sum(elapsed_ms.values())  # whose own total is 0
         return Result(
             example, cached.right, cached.answer, weights, top[0], top[1],
             retrieval.neighbours[0].similarity if retrieval.neighbours else None,
@@ -194,7 +196,7 @@ class _Bench:
         if variant.kind == "retrieved":
             return dict(retrieval.weights)
         tasks = list(retrieval.nucleus) if variant.kind == "uniform" else list(retrieval.distribution)[:1]
-        return self._composer.adapters_for({task: 1 / len(tasks) for task in tasks}, request.exclude)
+        return self._composer.retriever.adapters_for({task: 1 / len(tasks) for task in tasks}, request.exclude)
 
     def _cached(self, example: EvalExample, request: Request, weights: Mapping[str, float]) -> CachedAnswer:
         key = self._key(example, request, weights)
@@ -210,16 +212,14 @@ class _Bench:
                 f"change it or leave it out, it begins {example.prompt:.60}"
             ) from error
         text = answer.text if request.choices else first_line(answer.text)
-        timings = {stage: round(spent, 3) for stage, spent in answer.timings_ms.items()}
+        timings = {stage: round(elapsed, 3) for stage, elapsed in answer.timings_ms.items()}
         cached = CachedAnswer(text, example.is_right(text), timings)
         self._answer_cache.add(key, example.task, cached)
         return cached
 
     def _key(self, example: EvalExample, request: Request, weights: Mapping[str, float]) -> AnswerKey:
-        manifest = self._manifest
         settings = override(self._composer.default_merge, request.merge, MergeError)
-        digests = {name: manifest.files[manifest.adapters[name].file].sha256 for name in weights}
-        composition = composition_digest(digests, weights, settings)
+        composition = self._composer.blends.digest(weights, settings)
         return AnswerKey(
             self._base(request), example.id, composition, bool(request.raw),
             "choices" if request.choices else "text", None if request.choices else request.max_tokens,

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import functools
-import threading
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgecompose.bundle.files import Bundle
 from edgecompose.bundle.specs import PromptForm
-from edgecompose.caching import LruCache
-from edgecompose.engine.decoder import Decoder, Decoding, Float, FusedDecoder, check_capacity, decoder_graph
+from edgecompose.caching import Lazy, LazyParts, LruCache
+from edgecompose.engine.decoder import Decoder, FusedDecoder, decoder_graph
+from edgecompose.engine.decoder_state import DecoderState, Float, check_capacity
 from edgecompose.engine.device import Device
 from edgecompose.engine.fusing import FusedWeights, Fuser, fused_bytes, require_fusing
 from edgecompose.engine.memory import release_freed_memory
 from edgecompose.engine.merged import MergedAdapter
 from edgecompose.errors import GenerationError
-from edgecompose.generation.decode import Finish, generate, score_choices, stream_text
+from edgecompose.generation.decode import Chunk, decode
 from edgecompose.generation.messages import Message, Overflow, shortened
-from edgecompose.generation.prompt_cache import PrefixCache
-from edgecompose.generation.sampler import Sampler, likeliest
+from edgecompose.generation.prompt_cache import PromptCache
+from edgecompose.generation.sampler import Sampler, greedy
+from edgecompose.generation.scoring import score_choices
+from edgecompose.generation.stopping import AnswerText
 from edgecompose.generation.tokenizer import Tokenizer
 from edgecompose.settings import Sampling
-from edgecompose.timing import Clock
+from edgecompose.timing import Timings
 
 Blend = MergedAdapter | FusedWeights
 #: Caches have room for the prompt and so many tokens at once; for longer answers they grow.
@@ -39,52 +40,50 @@ class Encoded:
     form: PromptForm
 
 
-class LanguageModel:
+class LanguageModel(LazyParts):
     """The tokenizer and the decoders of a bundle's base; parts are loaded when first needed. Safe between threads.
 
-    Folded weights are kept up to `fused_cache_bytes`, by default the last that were used.
+    Fused weights are kept up to `fused_cache_bytes`, by default the last that were used.
     """
 
     def __init__(self, bundle: Bundle, device: Device, *, fused_cache_bytes: int | None = None) -> None:
+        super().__init__()
         self._bundle, self._device = bundle, device
         self._spec = bundle.manifest.base
-        self._size_of_folded = 0 if self._spec.fusing is None else fused_bytes(self._spec.fusing)
-        limit = self._size_of_folded if fused_cache_bytes is None else fused_cache_bytes
-        self._folded: LruCache[FusedWeights] = LruCache(limit, lambda folded: folded.bytes)
-        self._prefixes = PrefixCache()
-        self._loading = threading.RLock()
+        self._fused_bytes = 0 if self._spec.fusing is None else fused_bytes(self._spec.fusing)
+        limit = self._fused_bytes if fused_cache_bytes is None else fused_cache_bytes
+        self._fused: LruCache[FusedWeights] = LruCache(limit, lambda weights: weights.bytes)
+        self._prompts = PromptCache()
 
     def close(self) -> None:
         """Drop the sessions and what was computed; they are loaded again if asked for."""
         with self._loading:
-            self._folded.clear()
-            self._prefixes.clear()
-            for part in ("tokenizer", "decoder", "fusing", "fused_decoder"):
-                self.__dict__.pop(part, None)
+            self._fused.clear()
+            self._prompts.clear()
+            self.drop()
 
-    @functools.cached_property
+    @Lazy
     def tokenizer(self) -> Tokenizer:
         """The base's tokenizer and chat template."""
-        with self._loading:
-            template = None if self._spec.chat_template is None else self._bundle.text(self._spec.chat_template)
-            return Tokenizer(self._bundle.path(self._spec.tokenizer), chat_template=template)
+        template = None if self._spec.chat_template is None else self._bundle.text(self._spec.chat_template)
+        return Tokenizer(self._bundle.path(self._spec.tokenizer), chat_template=template)
 
-    @functools.cached_property
+    @Lazy
     def decoder(self) -> Decoder:
         """The base model."""
         decoder = Decoder(self._beside_decoder(decoder_graph(self._spec, self._device)), self._spec, self._device)
         release_freed_memory()
         return decoder
 
-    @functools.cached_property
+    @Lazy
     def fusing(self) -> Fuser:
-        """The fold graph of a float base."""
+        """The graph that fuses a blend into a float base."""
         graph = require_fusing(self._spec).fuse_graph
         return Fuser(self._beside_decoder(graph), self._spec, self._device)
 
-    @functools.cached_property
+    @Lazy
     def fused_decoder(self) -> FusedDecoder:
-        """The decoder that reads folded weights."""
+        """The decoder that reads fused weights."""
         graph = decoder_graph(self._spec, self._device, folded=True)
         return FusedDecoder(self._beside_decoder(graph), self._spec, self._device)
 
@@ -118,58 +117,52 @@ class LanguageModel:
             raise GenerationError("the prompt is empty; give some text")
         return Encoded(ids, len(whole) - len(ids), "raw" if raw else "chat")
 
-    def attach(self, merged: MergedAdapter, *, fuse: bool, clock: Clock) -> Blend:
-        """What meets the base: the blend, or a copy of the base's weights with it; nothing to fold in none."""
+    def attach(self, merged: MergedAdapter, *, fuse: bool, timings: Timings) -> Blend:
+        """What meets the base: the blend, or a copy of the base's weights with it; a blend of nothing fuses nothing."""
         if not fuse or not merged.modules:
             return merged
-        with clock.stage("load"), self._loading:
-            folding = self.fusing
-        with clock.stage("fuse"), self._loading:  # one copy of the weights at a time
-            folded = self._folded.get(merged.digest)
-            if folded is None:
-                # what goes is let go of first, so that its memory is used again
-                self._folded.make_room(self._size_of_folded)
-                folded = folding.fuse(merged)
-                self._folded.put(merged.digest, folded)
-            return folded
+        with timings.stage("load"):
+            fuser = self.fusing
+        with timings.stage("fuse"), self._loading:  # one copy of the weights at a time
+            weights = self._fused.get(merged.digest)
+            if weights is None:
+                # the old weights are released first, so that their memory is used again
+                self._fused.make_room(self._fused_bytes)
+                weights = fuser.fuse(merged)
+                self._fused.put(merged.digest, weights)
+            return weights
 
     def write(
         self,
         encoded: Encoded,
         blend: Blend,
-        clock: Clock,
+        timings: Timings,
         *,
         max_tokens: int,
         sampling: Sampling | None,
         stop: Sequence[str],
-        reuse: bool,
-    ) -> Generator[str, None, tuple[int, Finish]]:
-        """Pieces of the answer as they become certain; returns how many tokens it has and why it ended."""
-        decoding, logits = self._read(encoded.ids, blend, max_tokens, clock, reuse=reuse)
-        draw = likeliest if sampling is None else Sampler(sampling, encoded.ids)
-        tokens = generate(decoding, logits, max_tokens=max_tokens, end_tokens=self._spec.end_tokens, draw=draw)
-        stream, count = stream_text(tokens, self.tokenizer, stop), 0
+        prompt_cache: bool,
+    ) -> Generator[Chunk, None, None]:
+        """The answer to a prompt, chunk by chunk."""
+        cached = prompt_cache and isinstance(blend, MergedAdapter)
+        state, logits = self._read(encoded.ids, blend, max_tokens, timings, cached=cached)
+        draw = greedy if sampling is None else Sampler(sampling, encoded.ids)
+        text = AnswerText(self.tokenizer, stop)
+        chunks = decode(state, logits, text, max_tokens=max_tokens, end_tokens=self._spec.end_tokens, draw=draw)
         try:
-            while True:
-                with clock.stage("decode"):
-                    token, piece = next(stream)
-                count += token >= 0
-                if piece:
-                    yield piece
-        except StopIteration as ended:
-            return count, ended.value
+            yield from timings.each(chunks, "decode")
         except Exception:
-            reuse = False  # a sequence that broke is not what its tokens say
+            cached = False  # the cache of a sequence that failed may not be what its tokens say
             raise
         finally:
-            if reuse and isinstance(blend, MergedAdapter):
-                self._prefixes.put(decoding)
+            if cached:
+                self._prompts.put(state)
 
-    def choose(self, encoded: Encoded, choices: Sequence[Sequence[int]], blend: Blend, clock: Clock) -> list[float]:
+    def choose(self, encoded: Encoded, choices: Sequence[Sequence[int]], blend: Blend, timings: Timings) -> list[float]:
         """Mean log-likelihood (nats a token) of each choice, given as token ids."""
-        decoding, logits = self._read(encoded.ids, blend, max(map(len, choices)), clock, reuse=False)
-        with clock.stage("decode"):
-            return score_choices(decoding, logits, choices)
+        state, logits = self._read(encoded.ids, blend, max(map(len, choices)), timings, cached=False)
+        with timings.stage("decode"):
+            return score_choices(state, logits, choices)
 
     def _ids(self, messages: Sequence[Message], raw: bool) -> list[int]:
         if raw:
@@ -183,18 +176,20 @@ class LanguageModel:
             return None
         return (*messages[:-1], Message("user", self.tokenizer.decode(last[excess:])))
 
-    def _read(self, ids: list[int], blend: Blend, room: int, clock: Clock, *, reuse: bool) -> tuple[Decoding, Float]:
+    def _read(
+        self, ids: list[int], blend: Blend, room: int, timings: Timings, *, cached: bool
+    ) -> tuple[DecoderState, Float]:
         """A sequence that has read a prompt, and the logits after it."""
         capacity, reserve = len(ids) + room, len(ids) + min(room, _FIRST_ROOM)
-        with clock.stage("load"), self._loading:
+        with timings.stage("load"):
             decoder = self.fused_decoder if isinstance(blend, FusedWeights) else self.decoder
-        with clock.stage("prefill"):
-            decoding = self._prefixes.take(blend.digest, ids) if reuse and isinstance(blend, MergedAdapter) else None
-            if decoding is None:
-                decoding = decoder.start(blend, capacity, reserve=reserve)  # type: ignore[arg-type]  # its own kind
+        with timings.stage("prefill"):
+            state = self._prompts.take(blend.digest, ids) if cached else None
+            if state is None:
+                state = decoder.start(blend, capacity, reserve=reserve)  # type: ignore[arg-type]  # its own kind
             else:
-                decoding.extend(capacity)
-            return decoding, decoding.forward(ids[decoding.length :])[0]
+                state.extend(capacity)
+            return state, state.forward(ids[state.length :])[0]
 
     def _beside_decoder(self, graph: str) -> Path:
         """Checked path of a graph that reads the decoder's data file, which is checked as well."""

@@ -1,50 +1,50 @@
-"""Sequences that came to their end, kept for prompts that begin as they did."""
+"""Sequences that ended, kept for prompts that begin as they did."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
 
-from edgecompose.engine.decoder import Decoding
+from edgecompose.engine.decoder_state import DecoderState
 
-#: Fewer tokens in common are read again sooner than a sequence is taken from its keeper.
-_WORTHWHILE = 16
+#: Reading fewer tokens again is faster than a sequence is taken from the cache.
+_FEWEST_COMMON = 16
 
 
-class PrefixCache:
+class PromptCache:
     """The last `limit` sequences. Safe between threads; a sequence that was taken belongs to its taker."""
 
     def __init__(self, limit: int = 4) -> None:
         self._limit = limit
-        self._kept: list[Decoding] = []
+        self._states: list[DecoderState] = []
         self._lock = threading.Lock()
 
-    def take(self, composition: str, ids: Sequence[int]) -> Decoding | None:
+    def take(self, composition: str, ids: Sequence[int]) -> DecoderState | None:
         """The sequence under the same blend that shares most tokens with `ids`, rewound to those; None where few.
 
-        At least the last of `ids` is left to be read, as its logits are wanted.
+        At least the last of `ids` is left to be read, for its logits.
 
         Args:
             composition: the content hash of the blend.
         """
         with self._lock:
-            fits = [d for d in self._kept if d.composition == composition]
-            found = max(fits, key=lambda d: common_prefix(d.tokens, ids), default=None)
-            if found is None or common_prefix(found.tokens, ids) < _WORTHWHILE:
+            fitting = [state for state in self._states if state.composition == composition]
+            longest = max(fitting, key=lambda state: common_prefix(state.tokens, ids), default=None)
+            if longest is None or common_prefix(longest.tokens, ids) < _FEWEST_COMMON:
                 return None
-            self._kept.remove(found)
-        found.rewind(min(common_prefix(found.tokens, ids), len(ids) - 1))
-        return found
+            self._states.remove(longest)
+        longest.rewind(min(common_prefix(longest.tokens, ids), len(ids) - 1))
+        return longest
 
-    def put(self, decoding: Decoding) -> None:
+    def put(self, state: DecoderState) -> None:
         """Keep a sequence that nobody writes any more."""
         with self._lock:
-            self._kept = [decoding, *self._kept][: self._limit]
+            self._states = [state, *self._states][: self._limit]
 
     def clear(self) -> None:
         """Forget all."""
         with self._lock:
-            self._kept = []
+            self._states = []
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:

@@ -15,7 +15,7 @@ from edgecompose.settings import Sampling
 Float = npt.NDArray[np.float32]
 Double = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.intp]
-#: So many of the likeliest tokens are sorted first; all of them only where these do not reach top-p.
+#: So many of the most likely tokens are sorted first; all of them only where these do not reach top-p.
 _FIRST = 512
 
 
@@ -40,7 +40,7 @@ class Sampler:
         if self._seen is not None:
             logits = penalised(logits, self._seen, self._sampling.repetition_penalty)
         if self._sampling.temperature == 0:
-            token = likeliest(logits)
+            token = greedy(logits)
         else:
             kept, shares = candidates(logits, self._sampling)
             token = int(self._rng.choice(kept, p=shares))
@@ -49,7 +49,7 @@ class Sampler:
         return token
 
 
-def likeliest(logits: Float) -> int:
+def greedy(logits: Float) -> int:
     """The token of the largest of `logits` (vocabulary,)."""
     return int(logits.argmax())
 
@@ -58,13 +58,13 @@ def penalised(logits: Float, seen: Iterable[int], penalty: float) -> Float:
     """A copy of `logits` (vocabulary,) with those of `seen` ids made less likely where `penalty` is above 1."""
     changed = logits.copy()
     ids = np.fromiter(seen, np.intp)
-    found = changed[ids]
-    changed[ids] = np.where(found > 0, found / np.float32(penalty), found * np.float32(penalty))
+    values = changed[ids]
+    changed[ids] = np.where(values > 0, values / np.float32(penalty), values * np.float32(penalty))
     return changed
 
 
 def candidates(logits: Float, sampling: Sampling) -> tuple[Ids, Double]:
-    """The tokens that may be drawn, likeliest first, and their probabilities, which sum to 1.
+    """The tokens that may be drawn, most likely first, and their probabilities, which sum to 1.
 
     Args:
         logits: (vocabulary,), of which at least one is finite.

@@ -94,18 +94,17 @@ def nucleus(distribution: Mapping[str, float], p: float) -> dict[str, float]:
 
 
 def adapter_weights(
-    tasks: Mapping[str, float], adapters_of: Mapping[str, Mapping[str, float]], *, barred: Collection[str] = ()
+    tasks: Mapping[str, float], adapters_of: Mapping[str, Mapping[str, float]], *, excluded: Collection[str] = ()
 ) -> dict[str, float]:
     """Weights of adapters, largest first, from weights of tasks; tasks that share an adapter add up.
 
     Args:
         adapters_of: adapter -> weight of each task; a task without any leaves its share to the base.
-        barred: adapters that are passed over, as those that do harm; what else serves a task takes their part of its
-            share, and the base where nothing does.
+        excluded: adapters that get nothing; the task's other adapters take their part of its share, or else the base.
     """
     weights: dict[str, float] = {}
     for task, weight in tasks.items():
-        allowed = {name: part for name, part in adapters_of[task].items() if name not in barred}
+        allowed = {name: part for name, part in adapters_of[task].items() if name not in excluded}
         left = math.fsum(allowed.values())
         grown = math.fsum(adapters_of[task].values()) / left if left > 0 else 1.0
         for adapter, part in allowed.items():

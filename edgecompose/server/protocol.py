@@ -155,7 +155,7 @@ def call_of(composer: Composer, kind: Kind, body: object, *, max_tokens: int) ->
         raise ApiError(f"'adapters' and the model '{call.model}' exclude each other; use 'auto'", param="adapters")
     _refuse_retrieval(call.request, f"the model '{call.model}'")
     task = call.model.removeprefix("task:")
-    weights = {} if call.model == "base" else composer.adapters_for({task: 1.0})
+    weights = {} if call.model == "base" else composer.retriever.adapters_for({task: 1.0})
     return dataclasses.replace(call, request=dataclasses.replace(call.request, weights=weights))
 
 

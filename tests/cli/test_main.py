@@ -375,7 +375,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], str]] = {
         ("run", "{bundle}", PROMPT, "--method", "linear", "--adapter", "animals=1", "--adapter", "numbers=1"),
         "ranks [2, 4]",
     ),
-    "choice twice": (("run", "{bundle}", PROMPT, "--choices", "a,a"), "given twice"),
+    "choice twice": (("run", "{bundle}", PROMPT, "--choices", "a,a"), "appears twice"),
     "nothing left": (
         ("retrieve", "{bundle}", PROMPT, "--exclude", "animals", "--exclude", "numbers", "--exclude", "colours"),
         "no example is left",
@@ -482,7 +482,7 @@ def write_questions(path: Path, *more: Any) -> Path:
 
 def test_an_evaluation_as_json_has_the_documented_keys(bundle: Path, tmp_path: Path) -> None:
     data = write_questions(tmp_path / "questions.jsonl")
-    found = result_of("eval", bundle, data, data)  # a file given twice counts once
+    found = result_of("eval", bundle, data, data)  # a file appears twice counts once
     assert set(found) == {"main", *METRICS_KEYS, "settings", "variants", "against"}
     assert found["main"] == "retrieved"
     assert list(found["variants"]) == ["base", "own", "retrieved"]
@@ -603,7 +603,7 @@ def test_compose_writes_a_whole_model(zoo: TinyZoo, bundle: Path, tmp_path: Path
     with open_bundle(bundle, device="cpu") as composer:
         ids = composer.model.tokenizer.encode("the cat sat on a blue mat, twice")
         merged = composer.compose(PROMPT, Request(weights={"animals": 1.0})).merged
-        ours = composer.model.decoder.start(merged, len(ids)).forward(ids, kept=len(ids)).copy()
+        ours = composer.model.decoder.start(merged, len(ids)).forward(ids, rows=len(ids)).copy()
     with torch.no_grad():
         assert np.abs(ours - model(torch.tensor([ids])).logits[0].numpy()).max() <= 1e-3
     assert "exists" in fault_of("compose", bundle, PROMPT, *wanted)
@@ -645,8 +645,8 @@ def test_a_composed_folder_gives_peft_the_logits_of_the_decoder(
         settings = MergeSettings(found["method"])
         merged = composer.compose(PROMPT, Request(weights=found["weights"], merge=settings)).merged
         assert merged.digest == found["composition"]
-        blends = (merged, composer.merger.merge([], [], settings))
-        ours, plain = (composer.model.decoder.start(b, len(ids)).forward(ids, kept=len(ids)).copy() for b in blends)
+        blends = (merged, composer.blends.merger.merge([], [], settings))
+        ours, plain = (composer.model.decoder.start(b, len(ids)).forward(ids, rows=len(ids)).copy() for b in blends)
     with torch.no_grad():
         theirs = model(torch.tensor([ids])).logits[0].numpy()
     assert np.abs(ours - theirs).max() <= 1e-3

@@ -25,7 +25,8 @@ from edgecompose import Composer, EdgeComposeError, Request, open_bundle
 from edgecompose.bundle.files import sha256_of, verify
 from edgecompose.bundle.manifest import MANIFEST_FILE
 from edgecompose.bundle.specs import BaseSpec, FusingSpec
-from edgecompose.engine.decoder import Decoder, Decoding, FusedDecoder
+from edgecompose.engine.decoder import Decoder, FusedDecoder
+from edgecompose.engine.decoder_state import DecoderState
 from edgecompose.engine.device import choose_device
 from edgecompose.engine.fusing import FusedWeights, Fuser, fused_bytes, require_fusing
 from edgecompose.engine.merged import MergedAdapter
@@ -61,10 +62,10 @@ class Opened:
     fusing: Fuser
     folded: FusedDecoder
 
-    def attach(self, merged: MergedAdapter) -> Decoding:
+    def attach(self, merged: MergedAdapter) -> DecoderState:
         return self.decoder.start(merged, len(IDS))
 
-    def fuse(self, merged: MergedAdapter) -> Decoding:
+    def fuse(self, merged: MergedAdapter) -> DecoderState:
         return self.folded.start(self.fusing.fuse(merged), len(IDS))
 
 
@@ -88,9 +89,9 @@ def open_base(base: Exported, spec: BaseSpec | None = None) -> Opened:
     )
 
 
-def steps(decoding: Decoding) -> Float:
+def steps(decoding: DecoderState) -> Float:
     """Logits of all positions: a prefill, a chunk, then token by token."""
-    rows = [decoding.forward(IDS[:25], kept=25).copy(), decoding.forward(IDS[25:32], kept=7).copy()]
+    rows = [decoding.forward(IDS[:25], rows=25).copy(), decoding.forward(IDS[25:32], rows=7).copy()]
     rows += [decoding.forward([token]).copy() for token in IDS[32:]]
     return np.concatenate(rows)
 

@@ -63,7 +63,7 @@ def open_decoder(base: Exported) -> Decoder:
 
 def logits_of(decoder: Decoder, ids: Sequence[int] = IDS, merged: MergedAdapter = NO_ADAPTER) -> Float:
     """Logits of all positions, from one prefill."""
-    return decoder.start(merged, len(ids)).forward(ids, kept=len(ids)).copy()
+    return decoder.start(merged, len(ids)).forward(ids, rows=len(ids)).copy()
 
 
 def torch_logits(model: Any, ids: Sequence[int] = IDS) -> Float:
@@ -162,7 +162,7 @@ def test_chunks_give_what_one_prefill_gives(base: Exported, adapted: MergedAdapt
     decoder = open_decoder(base)
     decoding, rows, start = decoder.start(adapted, len(IDS) + 3), [], 0
     for count in chunks:
-        rows.append(decoding.forward(IDS[start : start + count], kept=count).copy())
+        rows.append(decoding.forward(IDS[start : start + count], rows=count).copy())
         start += count
     assert difference(np.concatenate(rows), logits_of(decoder, IDS, adapted)) <= 1e-4
 
@@ -173,7 +173,7 @@ def test_a_rewound_sequence_forgets(base: Exported, adapted: MergedAdapter) -> N
     decoding.forward(IDS[:25])
     decoding.forward(list(reversed(IDS[:15])))
     decoding.rewind(25)
-    rows = decoding.forward(IDS[25:], kept=15)
+    rows = decoding.forward(IDS[25:], rows=15)
     assert decoding.length == len(IDS)
     assert difference(rows, logits_of(decoder, IDS, adapted)[25:]) <= 1e-4
 
@@ -181,7 +181,7 @@ def test_a_rewound_sequence_forgets(base: Exported, adapted: MergedAdapter) -> N
 @pytest.mark.parametrize("kept", [1, 2, 40])
 def test_only_the_kept_positions_have_logits(base: Exported, kept: int) -> None:
     decoder = open_decoder(base)
-    found = decoder.start(NO_ADAPTER, len(IDS)).forward(IDS, kept=kept)
+    found = decoder.start(NO_ADAPTER, len(IDS)).forward(IDS, rows=kept)
     assert difference(found, logits_of(decoder)[-kept:]) <= 1e-5
 
 
@@ -377,20 +377,20 @@ def test_the_exported_tokenizer_is_that_of_transformers(zoo: TinyZoo) -> None:
     assert base.spec.end_tokens == (theirs.pad_token_id, theirs.eos_token_id)  # <|endoftext|> ends a text, too
 
 
-def test_a_sequence_takes_the_seat_of_one_before_it_under_the_same_blend(zoo: TinyZoo) -> None:
+def test_a_sequence_takes_the_cache_of_one_before_it_under_the_same_blend(zoo: TinyZoo) -> None:
     exported = zoo.base("llama", "fp32")
     decoder = Decoder(exported.folder / exported.spec.graph, exported.spec, choose_device("cpu"))
     alone, other = MergedAdapter({}, "alone"), MergedAdapter({}, "other")
     first = decoder.start(alone, 20)
     logits = [first.forward([5, 6, 7]).copy(), first.forward([8]).copy()]
-    seat = first.seat
+    cache = first._cache
     second = decoder.start(alone, 20)
-    assert second.seat is not seat  # the first is taken
+    assert second._cache is not cache  # the first is taken
     del first
     gc.collect()
-    assert decoder.start(other, 20).seat is not seat
+    assert decoder.start(other, 20)._cache is not cache
     again = decoder.start(alone, 30)
-    assert again.seat is seat
+    assert again._cache is cache
     np.testing.assert_array_equal(again.forward([5, 6, 7]), logits[0])
     np.testing.assert_array_equal(again.forward([8]), logits[1])
     with pytest.raises(GenerationError, match="of 30 tokens"):
@@ -402,11 +402,11 @@ def test_a_cache_that_grows_holds_what_one_made_large_holds(zoo: TinyZoo) -> Non
     decoder = Decoder(exported.folder / exported.spec.graph, exported.spec, choose_device("cpu"))
     wide = decoder.start(NO_ADAPTER, 200)
     narrow = decoder.start(NO_ADAPTER, 200, reserve=5)
-    assert narrow.seat.capacity < 70 and wide.seat.capacity >= 200
+    assert narrow._cache.capacity < 70 and wide._cache.capacity >= 200
     steps = [[5, 6, 7], *([token] for token in range(60)), [9] * 40, *([token] for token in range(40))]
     for ids in steps:
         np.testing.assert_array_equal(narrow.forward(ids), wide.forward(ids))
-    assert narrow.tokens == wide.tokens and narrow.seat.capacity >= narrow.length == 143
+    assert narrow.tokens == wide.tokens and narrow._cache.capacity >= narrow.length == 143
     with pytest.raises(GenerationError, match="of 200 tokens"):
         narrow.forward([1] * 58)
     narrow.extend(210)
@@ -416,16 +416,16 @@ def test_a_cache_that_grows_holds_what_one_made_large_holds(zoo: TinyZoo) -> Non
 
 
 @pytest.mark.parametrize("kept", [1, 3, 4, 5, 9, 18])
-def test_a_long_prompt_is_read_in_pieces(zoo: TinyZoo, kept: int) -> None:
+def test_a_long_prompt_is_read_in_chunks(zoo: TinyZoo, kept: int) -> None:
     exported = zoo.base("llama", "fp32")
     decoder = Decoder(exported.folder / exported.spec.graph, exported.spec, choose_device("cpu"))
     ids = [5 + 7 * i % 90 for i in range(18)]
     whole = decoder.start(MergedAdapter({}, "whole"), 30)
-    wanted = whole.forward(ids, kept=kept).copy()
+    wanted = whole.forward(ids, rows=kept).copy()
     later = whole.forward([9, 10]).copy()
     pieces = decoder.start(MergedAdapter({}, "pieces"), 30)
-    pieces.seat.piece = 4
-    found = pieces.forward(ids, kept=kept)
+    pieces._chunk = 4
+    found = pieces.forward(ids, rows=kept)
     assert found.shape == wanted.shape == (kept, exported.spec.vocabulary)
     np.testing.assert_allclose(found, wanted, atol=2e-5)
     assert pieces.tokens == whole.tokens[:18]

@@ -22,11 +22,12 @@ from onnx import TensorProto, helper
 from edgecompose import Composer, Request, open_bundle
 from edgecompose.bundle.files import Bundle, sha256_of, verify
 from edgecompose.bundle.specs import BaseSpec, EmbedderSpec
-from edgecompose.engine import decoder as decoders
 from edgecompose.engine import device as devices
-from edgecompose.engine.decoder import Decoder, Decoding, FusedDecoder, decoder_graph
+from edgecompose.engine.decoder import Decoder, FusedDecoder, decoder_graph
+from edgecompose.engine.decoder_state import DecoderState
 from edgecompose.engine.device import Device, choose_device, host
 from edgecompose.engine.fusing import Fuser, require_fusing
+from edgecompose.engine.kv_cache import KVCache, cache_dtype
 from edgecompose.engine.merged import MergedAdapter
 from edgecompose.errors import BundleError, ExportError, GenerationError
 from edgecompose.merging.merger import Merger
@@ -65,12 +66,12 @@ def blend_for(base: Exported, zoo: TinyZoo, merger: Merger, folder: Path) -> Mer
     return merger.merge(adapters, [0.7, -0.5], MergeSettings())
 
 
-def steps(decoding: Decoding) -> list[Float]:
+def steps(decoding: DecoderState) -> list[Float]:
     """Logits of a prompt, a chunk, single tokens, and again after going back."""
-    rows = [decoding.forward(IDS[:25], kept=25).copy(), decoding.forward(IDS[25:32], kept=7).copy()]
+    rows = [decoding.forward(IDS[:25], rows=25).copy(), decoding.forward(IDS[25:32], rows=7).copy()]
     rows += [decoding.forward([token]).copy() for token in IDS[32:]]
     decoding.rewind(30)
-    return [*rows, decoding.forward(IDS[30:], kept=len(IDS) - 30).copy()]
+    return [*rows, decoding.forward(IDS[30:], rows=len(IDS) - 30).copy()]
 
 
 def check_near(found: Sequence[Float], wanted: Sequence[Float]) -> None:
@@ -211,9 +212,9 @@ class Placed:
 def test_a_float32_cache_stays_on_the_host(zoo: TinyZoo, graph: str) -> None:
     base, device = zoo.base("llama"), Placed()
     session = Decoder(base.folder / graph, base.spec, CPU)._session
-    seat = decoders._Seat(session, base.spec, device, NO_ADAPTER)  # type: ignore[arg-type]
-    seat.grow(9, kept=0)
-    halves = [((1, base.spec.kv_heads, seat.capacity, base.spec.head_size), np.float16)] * 4
+    cache = KVCache(session, base.spec, device, NO_ADAPTER)  # type: ignore[arg-type]
+    cache.grow(9, length=0)
+    halves = [((1, base.spec.kv_heads, cache.capacity, base.spec.head_size), np.float16)] * 4
     assert device.made == ([] if graph == "decoder.onnx" else halves)
 
 
@@ -222,7 +223,7 @@ def test_caches_of_another_type_are_refused(types: list[str]) -> None:
     inputs = [SimpleNamespace(name=f"past_key_values.{i}.key", type=f"tensor({t})") for i, t in enumerate(types)]
     session = SimpleNamespace(get_inputs=lambda: [SimpleNamespace(name="input_ids", type="tensor(int64)"), *inputs])
     with pytest.raises(BundleError, match="caches are of type .*export the bundle again"):
-        decoders._cache_dtype(session)
+        cache_dtype(session)
 
 
 def test_what_a_step_changes_is_bound_at_each_step(zoo: TinyZoo, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,8 @@ import torch
 import transformers
 
 from edgecompose.bundle.specs import BaseSpec
-from edgecompose.engine.decoder import Decoder, Decoding
+from edgecompose.engine.decoder import Decoder
+from edgecompose.engine.decoder_state import DecoderState
 from edgecompose.engine.device import choose_device
 from edgecompose.engine.merged import MergedAdapter
 from edgecompose.errors import ExportError
@@ -98,21 +99,21 @@ def logits_of(model: Any, ids: list[int]) -> Float:
         return np.asarray(model(torch.tensor([ids])).logits[0].float().numpy())
 
 
-def in_one_piece(decoding: Decoding, ids: list[int]) -> Float:
-    return decoding.forward(ids, kept=len(ids)).copy()
+def in_one_piece(decoding: DecoderState, ids: list[int]) -> Float:
+    return decoding.forward(ids, rows=len(ids)).copy()
 
 
-def token_by_token(decoding: Decoding, ids: list[int]) -> Float:
+def token_by_token(decoding: DecoderState, ids: list[int]) -> Float:
     return np.concatenate([decoding.forward([token]).copy() for token in ids])
 
 
-def rewound(decoding: Decoding, ids: list[int]) -> Float:
+def rewound(decoding: DecoderState, ids: list[int]) -> Float:
     third = len(ids) // 3
     decoding.forward(ids)
     decoding.rewind(third)
     decoding.forward(ids[:5])
     decoding.rewind(third)
-    return decoding.forward(ids[third:], kept=len(ids) - third).copy()
+    return decoding.forward(ids[third:], rows=len(ids) - third).copy()
 
 
 def test_logits_are_those_of_transformers(shape: str, tmp_path: Path) -> None:
@@ -127,7 +128,7 @@ def test_logits_are_those_of_transformers(shape: str, tmp_path: Path) -> None:
     expected = logits_of(model, ids)
     scale = np.abs(expected).max()
     assert scale > 0.3
-    ways: tuple[Callable[[Decoding, list[int]], Float], ...] = (in_one_piece, token_by_token, rewound)
+    ways: tuple[Callable[[DecoderState, list[int]], Float], ...] = (in_one_piece, token_by_token, rewound)
     for feed in ways:
         rows = feed(decoder.start(NO_ADAPTER, LENGTH + 5), ids)
         # before LongRoPE's limit, rows that came one by one had the short frequencies, as in transformers

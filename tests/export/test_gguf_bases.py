@@ -96,7 +96,7 @@ def our_logits(path: Path, ids: list[int], folder: Path) -> Float:
     )  # fmt: skip
     decoder = Decoder(folder / "decoder.onnx", spec, choose_device("cpu"))
     state = decoder.start(MergedAdapter({}, "base"), len(ids))
-    return state.forward(ids, kept=len(ids)).copy()
+    return state.forward(ids, rows=len(ids)).copy()
 
 
 def llama_cpp_logits(path: Path, ids: list[int], *, n_ctx: int = 512, fast: float = -1.0, slow: float = -1.0) -> Float:

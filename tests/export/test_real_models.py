@@ -14,7 +14,7 @@ from edgecompose.bundle.specs import BaseSpec
 from edgecompose.engine.decoder import Decoder
 from edgecompose.engine.device import choose_device
 from edgecompose.engine.merged import MergedAdapter
-from edgecompose.generation.decode import log_softmax
+from edgecompose.generation.scoring import log_softmax
 from edgecompose.generation.tokenizer import Tokenizer
 from edgecompose_export.base.export import export_base
 from edgecompose_export.weights.source import open_weights
@@ -87,7 +87,7 @@ def test_logits_are_those_of_llama_cpp(real: Real, gguf_path: Path) -> None:
     assert llama.tokenize(prompt.encode(), add_bos=False, special=True) == ids
     llama.eval(ids)
     theirs = log_softmax(np.array(llama.scores[: len(ids)], np.float32))
-    ours = log_softmax(real.decoder.start(_NO_ADAPTER, len(ids)).forward(ids, kept=len(ids)).copy())
+    ours = log_softmax(real.decoder.start(_NO_ADAPTER, len(ids)).forward(ids, rows=len(ids)).copy())
     kl = float((np.exp(theirs) * (theirs - ours)).sum(-1).mean())
     assert 0 <= kl < 0.01
     assert ours[-1].argmax() == theirs[-1].argmax()

@@ -67,7 +67,7 @@ class Case:
     def logits(self, blend: MergedAdapter, how: str) -> Float:
         decoding = self.decoder.start(blend, len(IDS))
         if how == "whole":
-            return decoding.forward(IDS, kept=len(IDS)).copy()
+            return decoding.forward(IDS, rows=len(IDS)).copy()
         return np.concatenate([decoding.forward([token]).copy() for token in IDS])
 
 

@@ -25,7 +25,7 @@ def test_onnxruntime_loads_it_and_gives_the_same_logits(
         merged = composer.compose(PROMPT, Request(weights=weights)).merged
         path = write_onnx_adapter(merged, tmp_path / "made" / "blend.onnx_adapter")
         ids = composer.model.tokenizer.encode(PROMPT)
-        wanted = composer.model.decoder.start(merged, len(ids)).forward(ids, kept=len(ids)).copy()
+        wanted = composer.model.decoder.start(merged, len(ids)).forward(ids, rows=len(ids)).copy()
         spec = composer.bundle.manifest.base
         graph = composer.bundle.path(spec.graph)
     adapter = onnxruntime.LoraAdapter()

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("torch", reason="exports want the packages of edgecompose-export")
 
 from edgecompose import Answer, Chat, Composer, MergeSettings, Message, Request, Sampling, open_bundle
-from edgecompose.engine.decoder import Decoding
+from edgecompose.engine.decoder_state import DecoderState
 from edgecompose.errors import GenerationError, PromptTooLong
 
 PROMPTS = ["the cat sat on a mat", "two and two is four", "grass grows green", "a dog barks at night and sleeps by day"]
@@ -30,13 +30,13 @@ def opened(bundle: Path) -> Iterator[Composer]:
 def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many tokens each pass of the model read."""
     counts: list[int] = []
-    forward = Decoding.forward
+    forward = DecoderState.forward
 
-    def counting(self: Decoding, ids: Sequence[int], **settings: Any) -> Any:
+    def counting(self: DecoderState, ids: Sequence[int], **settings: Any) -> Any:
         counts.append(len(ids))
         return forward(self, ids, **settings)
 
-    monkeypatch.setattr(Decoding, "forward", counting)
+    monkeypatch.setattr(DecoderState, "forward", counting)
     return counts
 
 
@@ -226,18 +226,18 @@ class Interrupted:
 def test_ctrl_c_inside_a_pass_leaves_a_cache_that_agrees_with_its_tokens(
     opened: Composer, monkeypatch: pytest.MonkeyPatch, interrupted: int
 ) -> None:
-    session, run, passes = opened.model.decoder._session, Decoding._pass, itertools.count(1)
-    opened.model._prefixes.clear()
+    session, run, passes = opened.model.decoder._session, DecoderState._pass, itertools.count(1)
+    opened.model._prompts.clear()
 
-    def interrupting(self: Decoding, ids: Sequence[int], kept: int) -> Any:
+    def interrupting(self: DecoderState, ids: Sequence[int], rows: int) -> Any:
         self._session = Interrupted() if next(passes) == interrupted else session
-        return run(self, ids, kept)
+        return run(self, ids, rows)
 
     chat = Chat(opened, Request(weights={"animals": 1.0}, max_tokens=12))
     with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
-        context.setattr(Decoding, "_pass", interrupting)
+        context.setattr(DecoderState, "_pass", interrupting)
         chat.say(" ".join(PROMPTS))
-    (cached,) = opened.model._prefixes._kept
+    (cached,) = opened.model._prompts._states
     cached._session = session
     fresh = opened.model.decoder.start(opened.compose(PROMPTS[0], Request(weights={"animals": 1.0})).merged, 200)
     tokens = list(cached.tokens)

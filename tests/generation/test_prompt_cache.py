@@ -1,4 +1,4 @@
-"""Which sequence a prompt goes on from."""
+"""Which earlier sequence a prompt continues."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import cast
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgecompose.engine.decoder import Decoding
-from edgecompose.generation.prompt_cache import PrefixCache, common_prefix
+from edgecompose.engine.decoder_state import DecoderState
+from edgecompose.generation.prompt_cache import PromptCache, common_prefix
 
 LONG = list(range(40))
 
@@ -23,8 +23,8 @@ class Sequence:
         del self.tokens[length:]
 
 
-def kept(cache: PrefixCache, composition: str, tokens: list[int]) -> Decoding:
-    made = cast(Decoding, Sequence(composition, tokens))
+def kept(cache: PromptCache, composition: str, tokens: list[int]) -> DecoderState:
+    made = cast(DecoderState, Sequence(composition, tokens))
     cache.put(made)
     return made
 
@@ -37,7 +37,7 @@ def test_a_common_prefix_is_common_and_the_longest(one: list[int], other: list[i
 
 
 def test_the_longest_prefix_under_the_same_blend_is_taken_once() -> None:
-    cache = PrefixCache()
+    cache = PromptCache()
     short, long, foreign = kept(cache, "a", LONG[:20]), kept(cache, "a", LONG[:30]), kept(cache, "b", LONG)
     assert cache.take("a", LONG) is long and long.tokens == LONG[:30]
     assert cache.take("a", [*LONG[:18], 99]) is short and short.tokens == LONG[:18]
@@ -46,20 +46,20 @@ def test_the_longest_prefix_under_the_same_blend_is_taken_once() -> None:
 
 
 def test_the_last_token_is_left_to_be_read() -> None:
-    cache = PrefixCache()
+    cache = PromptCache()
     whole = kept(cache, "a", LONG)
     assert cache.take("a", LONG[:25]) is whole and whole.tokens == LONG[:24]
 
 
 def test_few_tokens_in_common_are_not_worth_a_sequence() -> None:
-    cache = PrefixCache()
+    cache = PromptCache()
     kept(cache, "a", LONG)
     assert cache.take("a", [*LONG[:5], *range(100, 150)]) is None
     assert cache.take("a", LONG) is not None
 
 
 def test_the_oldest_are_forgotten() -> None:
-    cache = PrefixCache(2)
+    cache = PromptCache(2)
     for first in range(3):
         kept(cache, "a", [first, *LONG])
     assert cache.take("a", [0, *LONG]) is None

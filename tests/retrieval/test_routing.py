@@ -115,12 +115,12 @@ def test_a_task_may_be_served_by_a_blend_by_another_or_by_none() -> None:
 
 
 def test_what_is_barred_leaves_its_share_to_the_base() -> None:
-    assert adapter_weights({"a": 0.7, "b": 0.3}, {"a": {"a": 1.0}, "b": {"b": 1.0}}, barred=["a"]) == {"b": 0.3}
+    assert adapter_weights({"a": 0.7, "b": 0.3}, {"a": {"a": 1.0}, "b": {"b": 1.0}}, excluded=["a"]) == {"b": 0.3}
 
 
 def test_what_else_serves_a_task_takes_the_part_of_what_is_barred() -> None:
     serving = {"a": {"a": 0.5, "b": 0.25, "c": 0.25}, "d": {"d": 0.8}}
-    weights = adapter_weights({"a": 0.6, "d": 0.4}, serving, barred=["a"])
+    weights = adapter_weights({"a": 0.6, "d": 0.4}, serving, excluded=["a"])
     assert weights == pytest.approx({"b": 0.3, "c": 0.3, "d": 0.32})
 
 

@@ -24,7 +24,7 @@ pytest.importorskip("torch", reason="exports want the packages of edgecompose-ex
 import uvicorn
 
 from edgecompose import Composer, Request, open_bundle
-from edgecompose.engine.decoder import Decoding
+from edgecompose.engine.decoder_state import DecoderState
 from edgecompose.retrieval.embedder import Embedder
 from edgecompose.server.app import create_app
 from edgecompose.server.config import ServerSettings
@@ -125,8 +125,12 @@ def test_completions_through_the_official_client(served: Served) -> None:
 def test_embeddings_through_the_official_client(served: Served) -> None:
     found = served.client().embeddings.create(model="any", input=[PROMPT, "hello"])
     for one, text in zip(found.data, (PROMPT, "hello"), strict=True):
-        np.testing.assert_array_equal(np.asarray(one.embedding, np.float32), served.composer.embedder.embed(text))
-    assert found.usage.prompt_tokens == sum(len(served.composer.embedder.tokens(text)) for text in (PROMPT, "hello"))
+        np.testing.assert_array_equal(
+            np.asarray(one.embedding, np.float32), served.composer.retriever.embedder.embed(text)
+        )
+    assert found.usage.prompt_tokens == sum(
+        len(served.composer.retriever.embedder.tokens(text)) for text in (PROMPT, "hello")
+    )
     plain = served.client().embeddings.create(model="any", input=PROMPT, encoding_format="float")
     assert plain.data[0].embedding == pytest.approx(found.data[0].embedding)
 
@@ -256,14 +260,14 @@ def test_a_key(bundle: Path) -> None:
 def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[int]]]:
     """Passes of the model that wait until they are let go on; gives how many began."""
     go_on, passes = threading.Event(), list[int]()
-    forward = Decoding.forward
+    forward = DecoderState.forward
 
-    def slow(self: Decoding, ids: Any, **settings: Any) -> Any:
+    def slow(self: DecoderState, ids: Any, **settings: Any) -> Any:
         passes.append(len(ids))
         assert go_on.wait(30)
         return forward(self, ids, **settings)
 
-    monkeypatch.setattr(Decoding, "forward", slow)
+    monkeypatch.setattr(DecoderState, "forward", slow)
 
     def release() -> list[int]:
         go_on.set()
@@ -366,7 +370,7 @@ def test_embeddings_are_tokenised_away_from_the_event_loop_and_the_encoder_is_op
     init, tokens = Embedder.__init__, Embedder.tokens
 
     def opening(self: Embedder, *arguments: Any) -> None:
-        opened.append(served.composer._loading._is_owned())  # type: ignore[attr-defined]
+        opened.append(served.composer.retriever._loading._is_owned())  # type: ignore[attr-defined]
         init(self, *arguments)
 
     def tokenising(self: Embedder, text: str) -> list[int]:

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("torch", reason="exports want the packages of edgecompose-export")
 
 from edgecompose import Composer, Request, open_bundle
-from edgecompose.engine.decoder import Decoding
+from edgecompose.engine.decoder_state import DecoderState
 from edgecompose.server.stdio import StdioServer
 from tests.fixtures_tiny import TASKS
 
@@ -112,15 +112,15 @@ def test_what_is_no_call_is_refused_and_others_go_on(parent: Parent, line: bytes
 
 def test_cancelling_and_shutting_down(composer: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
     entered, go_on, passes = threading.Event(), threading.Event(), list[int]()
-    forward = Decoding.forward
+    forward = DecoderState.forward
 
-    def slow(self: Decoding, ids: Any, **settings: Any) -> Any:
+    def slow(self: DecoderState, ids: Any, **settings: Any) -> Any:
         passes.append(len(ids))
         entered.set()
         assert go_on.wait(30)
         return forward(self, ids, **settings)
 
-    monkeypatch.setattr(Decoding, "forward", slow)
+    monkeypatch.setattr(DecoderState, "forward", slow)
     parent = Parent(composer)
     parent.call(1, "chat", **{**CHAT, "max_tokens": 60})
     parent.call(2, "chat", **CHAT)

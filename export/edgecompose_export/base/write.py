@@ -14,7 +14,7 @@ from edgecompose.engine.device import choose_device
 from edgecompose.engine.memory import release_freed_memory
 from edgecompose.engine.merged import MergedAdapter
 from edgecompose.errors import ExportError
-from edgecompose.generation.decode import log_softmax
+from edgecompose.generation.scoring import log_softmax
 from edgecompose_export.base.precision import FLOAT_PRECISIONS
 from edgecompose_export.base.source import Base
 from edgecompose_export.calibration.comparison import Comparison, compare
@@ -138,7 +138,7 @@ class BaseWriter:
         chunks = list(stored_logits(self._source.config, stored, self._folder, states=states))
         blockwise = log_softmax(np.concatenate(chunks, -1))
         decoder = Decoder(self._folder / spec.graph, spec, choose_device("cpu"))
-        whole = log_softmax(decoder.start(_NO_ADAPTER, len(prompt)).forward(prompt, kept=len(prompt)))
+        whole = log_softmax(decoder.start(_NO_ADAPTER, len(prompt)).forward(prompt, rows=len(prompt)))
         kl = float((np.exp(blockwise) * (blockwise - whole)).sum(-1).mean())
         if not kl <= limit:
             raise ExportError(

@@ -1,0 +1,99 @@
+"""One answer in the making: the prompt is read, chunks are written, and the whole is described."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+
+from edgecompose.bundle.files import Bundle
+from edgecompose.engine.device import Device
+from edgecompose.engine.fusing import FusedWeights
+from edgecompose.generation.decode import Chunk, Finish
+from edgecompose.generation.language_model import Blend, Encoded, LanguageModel
+from edgecompose.request import Answer, Composition, Request
+from edgecompose.retrieval.embedder import embedder_device
+from edgecompose.timing import Timings
+
+
+@dataclass(slots=True, eq=False)
+class Answering:
+    """A request whose blend is there, and what its answer became so far.
+
+    Attributes:
+        query: the text that retrieval read.
+        choices: those of the request, as token ids.
+        in_template: gives the prompt in the chat template, for a raw prompt that gets no answer; None otherwise.
+    """
+
+    model: LanguageModel
+    query: str
+    request: Request
+    composition: Composition
+    blend: Blend
+    encoded: Encoded
+    choices: Sequence[Sequence[int]]
+    max_tokens: int
+    in_template: Callable[[], Encoded] | None
+    timings: Timings
+    _texts: list[str] = field(default_factory=list)
+    _tokens: int = 0
+    _finish: Finish = "stop"
+    _scores: dict[str, float] | None = None
+
+    def chunks(self) -> Generator[Chunk, None, None]:
+        """The answer, chunk by chunk; for choices, the most likely one at once."""
+        for chunk in self._chunks():
+            self._texts.append(chunk.text)
+            self._tokens += chunk.tokens
+            self._finish = chunk.finish_reason or self._finish
+            yield chunk
+
+    def answer(self, bundle: Bundle, device: Device) -> Answer:
+        """The whole answer and how it was computed, once all chunks were read."""
+        embedded = self.request.weights is None
+        merged, encoded = self.composition.merged, self.encoded
+        return Answer(
+            prompt=self.query,
+            text="".join(self._texts),
+            retrieval=self.composition.retrieval,
+            settings=self.composition.settings,
+            composition=merged.digest,
+            device=device,
+            timings_ms=self.timings.elapsed_ms,
+            prompt_tokens=len(encoded.ids),
+            generated_tokens=self._tokens,
+            choices=self._scores,
+            report=merged.report,
+            attachment="fuse" if isinstance(self.blend, FusedWeights) else "attach",
+            embedder_device=embedder_device(bundle.manifest.embedder, device) if embedded else None,
+            finish=self._finish,
+            dropped_tokens=encoded.dropped,
+            prompt_form=encoded.form,
+        )
+
+    def _chunks(self) -> Generator[Chunk, None, None]:
+        if self.choices:
+            yield self._best_choice()
+            return
+        yield from self._write()
+        if not self._tokens and self.in_template is not None:
+            self.encoded = self.in_template()
+            yield from self._write()
+
+    def _write(self) -> Generator[Chunk, None, None]:
+        written = self.model.write(
+            self.encoded,
+            self.blend,
+            self.timings,
+            max_tokens=self.max_tokens,
+            sampling=self.request.sampling,
+            stop=self.request.stop,
+            prompt_cache=self.request.prompt_cache,
+        )
+        yield from self.timings.each(written, "total")
+
+    def _best_choice(self) -> Chunk:
+        with self.timings.stage("total"):
+            scores = self.model.choose(self.encoded, self.choices, self.blend, self.timings)
+        self._scores = dict(zip(self.request.choices, scores, strict=True))
+        return Chunk(max(self._scores, key=self._scores.__getitem__), sum(map(len, self.choices)), "stop")
