@@ -31,7 +31,7 @@ def merge(parts: Sequence[Part], settings: MergeSettings) -> tuple[Double, Doubl
     """Merged A (L, in, R) and B (L, R, out)."""
     weights = [w * module.scaling.astype(np.float64)[:, None, None] for module, w in parts]
     both = [factors(module) for module, _ in parts]
-    if method_of(settings).ranks == "sum":
+    if method_of(settings).plan != "entrywise":
         a = np.concatenate([w * a for w, (a, _) in zip(weights, both, strict=True)], axis=2)
         return a, np.concatenate([b for _, b in both], axis=1)
     roots = [np.sqrt(np.abs(w)) for w in weights]
@@ -49,7 +49,7 @@ def prune(values: Double, density: float) -> Double:
 
 
 def _combine(tensors: Sequence[Double], weights: Sequence[Double], settings: MergeSettings) -> Double:
-    if method_of(settings).trims:
+    if method_of(settings).sparsify is not None:
         tensors = [np.stack([prune(layer, settings.density) for layer in tensor]) for tensor in tensors]
     weighted = np.array([w * tensor for w, tensor in zip(weights, tensors, strict=True)])
     if "majority_sign" not in method_of(settings).parameters:

@@ -82,7 +82,7 @@ def cases(
     """The plain method on all pools of adapters that it accepts, and each edge of its parameters on two of them."""
     row = METHODS[method]
     for name, adapters in pools.items():
-        if row.ranks != "same" or name != "mixed ranks":
+        if row.plan != "entrywise" or name != "mixed ranks":
             yield name, adapters, MergeSettings(method)
     edges: dict[str, list[MergeSettings]] = {
         "density": [MergeSettings(method, density) for density in (0.1, 0.37, 1.0)],

@@ -3,7 +3,7 @@
 File: safetensors. For each module `m` (q_proj, ...), the tensors `m.A.codes`, `m.A.scales`, `m.B.codes`,
 `m.B.scales` (see `quantization`), `m.gains` (2,) float32, `m.scaling` (L,) float32, which is alpha/r or
 alpha/sqrt(r) and 0 in layers that the adapter leaves alone, `m.ranks` (L,) int32, and `m.thresholds`
-(2, 9, L) float32 (see `trimming`), which prunes would otherwise have to find by sorting.
+(2, 9, L) float32 (see `merging.sparsify`), which pruning would otherwise compute by sorting.
 The metadata names the format, the bits, and the base.
 """
 
@@ -37,7 +37,7 @@ class AdapterModule:
     """Both factors of one module in all layers.
 
     `a` is (L, r, in), `b` is (L, r, out); `scaling` (L,) float32; `ranks` (L,) int32, rows beyond a
-    layer's rank being zero; `thresholds` (2, 9, L) float32, of A and of B, as `trimming.thresholds` gives them.
+    layer's rank being zero; `thresholds` (2, 9, L) float32, of A and of B, as `sparsify.thresholds` gives them.
     """
 
     a: QuantizedFactor

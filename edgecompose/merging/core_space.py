@@ -22,7 +22,7 @@ _RIDGE = 1e-6
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Mixes:
+class Recombination:
     """Merged factors as mixtures of the stacked rows: A' = a A, B' = b B; `a`, `b` (L, P, R), or None for the rows as
     they are.
 
@@ -64,7 +64,7 @@ def inner_products(gram_a: Double, gram_b: Double, ranks: tuple[int, ...]) -> Do
     return np.asarray(np.add.reduceat(np.add.reduceat(both, starts, axis=0), starts, axis=1), np.float64)
 
 
-def truncate(gram_a: Double, gram_b: Double, rank: int | None, energy: float | None) -> Mixes:
+def truncate(gram_a: Double, gram_b: Double, rank: int | None, energy: float | None) -> Recombination:
     """Best approximation of A^T B of lower rank, by QR of the factors and the SVD of a small core.
 
     With B B^T = F F^T (Cholesky), the squared singular values s^2 are the eigenvalues of F^T (A A^T) F; for an
@@ -85,12 +85,12 @@ def truncate(gram_a: Double, gram_b: Double, rank: int | None, energy: float | N
         enough = np.where(total == 0, 1, (shares < energy - 1e-12).sum(axis=1) + 1)
         count = min(count, int(enough.max()))
     if count == squares.shape[1]:  # nothing is cut: the rows as they are, bit for bit
-        return Mixes(None, None, total, total)
+        return Recombination(None, None, total, total)
     kept = squares[:, :count]
     floor = np.where(total == 0, 1, total * 1e-14)[:, None]
     balance = np.maximum(kept, floor)[:, :, None] ** 0.25  # square root of the singular value
     left = np.swapaxes(root @ vectors[:, :, :count], 1, 2)
-    return Mixes(left / balance, left @ gram_a / balance**3, total, kept.sum(axis=1))
+    return Recombination(left / balance, left @ gram_a / balance**3, total, kept.sum(axis=1))
 
 
 def core_space(gram_a: Double, gram_b: Double, ranks: tuple[int, ...]) -> CoreSpace:

@@ -1,7 +1,7 @@
 """Blends quantised adapters into the tensors that a decoder is bound to; knows nothing of prompts or files.
 
 The arithmetic runs in ONNX Runtime on the chosen device, from the quantised arrays, module by module, in few large
-operations. What does not depend on the weights is kept: trimmed codes, and the small matrices of the exact methods.
+operations. What does not depend on the weights is kept: sparse codes, and the small matrices of the exact methods.
 docs/concepts/merging.md says what each method computes and when to use it.
 """
 
@@ -22,10 +22,10 @@ from edgecompose.engine.buffers import BufferPool, aligned
 from edgecompose.engine.device import Device, View
 from edgecompose.engine.merged import SIDES, MergedAdapter, MergedModule, MergeReport, Side
 from edgecompose.errors import MergeError
-from edgecompose.merging import core_space, sparsify
+from edgecompose.merging import core_space
 from edgecompose.merging.gather import HostRows, Part, Parts, ResidentRows, Rows, layer_chunks, ranks_of
 from edgecompose.merging.methods import composition_digest, effective, method_of
-from edgecompose.merging.recombination import Mixer
+from edgecompose.merging.recombination import Recombiner
 from edgecompose.merging.runner import GraphRunner
 from edgecompose.settings import MergeSettings
 
@@ -33,8 +33,8 @@ Double = npt.NDArray[np.float64]
 _LARGEST_WEIGHT = 1e6
 #: Values, signed values, those that agree, and which do.
 _COPIES_OF_A_VOTE = 4
-#: Trimmed codes that are kept for the next blend with the same adapter.
-_TRIMMED_BYTES = 128 << 20
+#: Sparse codes that are kept for the next blend with the same adapter.
+_SPARSE_BYTES = 128 << 20
 
 
 class Merger:
@@ -48,11 +48,13 @@ class Merger:
         self._device = device
         self._runner = GraphRunner(device)
         self._pool = BufferPool(device)
-        self._trimmed: LruCache[AdapterModule] = LruCache(_TRIMMED_BYTES, lambda m: m.a.codes.nbytes + m.b.codes.nbytes)
+        self._sparsified: LruCache[AdapterModule] = LruCache(
+            _SPARSE_BYTES, lambda m: m.a.codes.nbytes + m.b.codes.nbytes
+        )
         self._host = HostRows()
-        wanted = device.kind == "cuda" if resident is None else resident
-        self._resident = ResidentRows(device, self._runner.copy) if wanted else None
-        self._mixer = Mixer(self._runner, functools.partial(self._gather, stacked=True))
+        on_device = device.kind == "cuda" if resident is None else resident
+        self._resident = ResidentRows(device, self._runner.copy) if on_device else None
+        self._recombiner = Recombiner(self._runner, functools.partial(self._gather, stacked=True))
 
     def merge(
         self,
@@ -82,15 +84,15 @@ class Merger:
         if not settings.norm_guard:
             return self._merge(adapters, weights, modules, settings, digest, 1.0)
         inner = self.inner_products(adapters) if inner is None else inner
-        given = np.array(weights, np.float64)
-        wanted = float(np.abs(given) @ np.sqrt(np.maximum(np.diag(inner), 0)))
-        if method_of(settings).name in ("product", "cat"):
-            found = math.sqrt(max(float(given @ inner @ given), 0.0))
+        vector = np.array(weights, np.float64)
+        target = float(np.abs(vector) @ np.sqrt(np.maximum(np.diag(inner), 0)))
+        if method_of(settings).gram_norm:
+            norm = math.sqrt(max(float(vector @ inner @ vector), 0.0))
         else:
-            found = self.norm(self._merge(adapters, weights, modules, settings, digest, 1.0))
-        factor = wanted / found if found > 1e-6 * wanted else 1.0  # updates that cancel are not blown up
+            norm = self.norm(self._merge(adapters, weights, modules, settings, digest, 1.0))
+        factor = target / norm if norm > 1e-6 * target else 1.0  # updates that cancel are not blown up
         # every method is homogeneous in the weights, so the factor goes there
-        return self._merge(adapters, (factor * given).tolist(), modules, settings, digest, factor)
+        return self._merge(adapters, (factor * vector).tolist(), modules, settings, digest, factor)
 
     def inner_products(self, adapters: Sequence[Adapter]) -> Double:
         """<ΔW_i, ΔW_j> of every pair, summed over modules and layers: (K, K), computed from factors."""
@@ -98,7 +100,7 @@ class Merger:
         for module in sorted({m for a in adapters for m in a.modules}):
             present = [i for i, a in enumerate(adapters) if module in a.modules]
             parts = [_exact_part(adapters[i], module, 1.0) for i in present]
-            grams = self._mixer.gram_matrices({module: parts})[module]
+            grams = self._recombiner.gram_matrices({module: parts})[module]
             total[np.ix_(present, present)] += core_space.inner_products(*grams, ranks_of(parts))
         return total
 
@@ -124,82 +126,96 @@ class Merger:
         digest: str,
         norm_factor: float,
     ) -> MergedAdapter:
-        chosen = list(zip(adapters, weights, strict=True))
-        if method_of(settings).family == "paper" and method_of(settings).ranks == "same":
-            found = self._runner.map(lambda module: self._paper_parts(module, chosen, settings), modules)
-            parts = dict(zip(modules, found, strict=True))
-            merged = self._allocate(parts, {m: p[0].a.rank for m, p in parts.items()}, digest, MergeReport(norm_factor))
-            kind = settings.method.removeprefix("dare_")
-            graph = f"ties_{settings.majority_sign}" if kind == "ties" else "linear"
-            copies = 1 if graph == "linear" else _COPIES_OF_A_VOTE
-            chunks = layer_chunks(parts, self._device, even_weights=True, copies=copies)
-            self._runner.map(lambda item: self._combine(graph, merged, parts, *item), chunks)
-        elif settings.method in ("product", "cat"):
-            parts = {m: [_exact_part(a, m, w) for a, w in chosen if m in a.modules] for m in modules}
-            ranks = {m: sum(ranks_of(p)) for m, p in parts.items()}
-            merged = self._allocate(parts, ranks, digest, MergeReport(norm_factor))
-            self._runner.map(lambda item: self._stack(merged, parts, *item), layer_chunks(parts, self._device))
-        else:
-            merged = self._merge_core(chosen, modules, settings, digest, norm_factor)
+        chosen, report = list(zip(adapters, weights, strict=True)), MergeReport(norm_factor)
+        plan = method_of(settings).plan
+        if plan == "entrywise":
+            return self._merge_entrywise(chosen, modules, settings, digest, report)
+        if plan == "stack":
+            return self._merge_stacked(chosen, modules, digest, report)
+        return self._merge_recombined(chosen, modules, settings, digest, report)
+
+    def _merge_stacked(
+        self, chosen: Sequence[tuple[Adapter, float]], modules: Sequence[str], digest: str, report: MergeReport
+    ) -> MergedAdapter:
+        """Rows of all adapters one after another."""
+        parts = {m: [_exact_part(a, m, w) for a, w in chosen if m in a.modules] for m in modules}
+        merged = self._allocate(parts, {m: sum(ranks_of(p)) for m, p in parts.items()}, digest, report)
+        self._runner.map(lambda item: self._stack(merged, parts, *item), layer_chunks(parts, self._device))
         return merged
 
-    def _merge_core(
+    def _merge_entrywise(
         self,
         chosen: Sequence[tuple[Adapter, float]],
         modules: Sequence[str],
         settings: MergeSettings,
         digest: str,
-        norm_factor: float,
+        report: MergeReport,
     ) -> MergedAdapter:
-        """The svd and the methods in core space: Gram matrices, small matrices from them, and mixtures of the rows."""
-        members = {m: [(a, w) for a, w in chosen if m in a.modules] for m in modules}
-        parts = {m: [_exact_part(a, m, 1.0) for a, _ in found] for m, found in members.items()}
-        mixes = self._mixer.mixes(members, parts, settings)
-        total = sum(float(mix.energy.sum()) for mix in mixes.values())
-        kept = sum(float(mix.kept_energy.sum()) for mix in mixes.values())
-        report = MergeReport(norm_factor, max(0.0, 1 - kept / total) if total else 0.0)
-        if settings.method == "svd":
-            parts = {m: [_exact_part(a, m, w) for a, w in found] for m, found in members.items()}
-        ranks = {m: sum(ranks_of(parts[m])) if mix.b is None else mix.b.shape[1] for m, mix in mixes.items()}
-        merged = self._allocate(parts, ranks, digest, report)
-        self._runner.map(lambda item: self._mix(merged, parts, mixes, *item), layer_chunks(parts, self._device))
+        """Rows of one rank, combined entry by entry."""
+        method = method_of(settings)
+        assert method.graph is not None
+        graph = method.graph(settings)
+        members = self._runner.map(lambda module: self._factor_parts(module, chosen, settings), modules)
+        parts = dict(zip(modules, members, strict=True))
+        merged = self._allocate(parts, {m: p[0].a.rank for m, p in parts.items()}, digest, report)
+        copies = 1 if graph == "linear" else _COPIES_OF_A_VOTE
+        chunks = layer_chunks(parts, self._device, even_weights=True, copies=copies)
+        self._runner.map(lambda item: self._combine(graph, merged, parts, *item), chunks)
         return merged
 
-    def _paper_parts(self, module: str, chosen: Sequence[tuple[Adapter, float]], settings: MergeSettings) -> list[Part]:
-        """Factors trimmed as the method wants them, and PEFT's weights: sqrt(|w s|) on both, the sign on A."""
+    def _merge_recombined(
+        self,
+        chosen: Sequence[tuple[Adapter, float]],
+        modules: Sequence[str],
+        settings: MergeSettings,
+        digest: str,
+        report: MergeReport,
+    ) -> MergedAdapter:
+        """Stacked rows, recombined by small matrices that come from their Gram matrices."""
+        members = {m: [(a, w) for a, w in chosen if m in a.modules] for m in modules}
+        parts = {m: [_exact_part(a, m, 1.0) for a, _ in pairs] for m, pairs in members.items()}
+        recombined = self._recombiner.recombine(members, parts, settings)
+        total = sum(float(one.energy.sum()) for one in recombined.values())
+        kept = sum(float(one.kept_energy.sum()) for one in recombined.values())
+        report = replace(report, discarded_energy=max(0.0, 1 - kept / total) if total else 0.0)
+        if method_of(settings).plan == "truncate":
+            parts = {m: [_exact_part(a, m, w) for a, w in pairs] for m, pairs in members.items()}
+        ranks = {m: sum(ranks_of(parts[m])) if one.b is None else one.b.shape[1] for m, one in recombined.items()}
+        merged = self._allocate(parts, ranks, digest, report)
+        chunks = layer_chunks(parts, self._device)
+        self._runner.map(lambda item: self._recombine(merged, parts, recombined, *item), chunks)
+        return merged
+
+    def _factor_parts(
+        self, module: str, chosen: Sequence[tuple[Adapter, float]], settings: MergeSettings
+    ) -> list[Part]:
+        """Sparse factors, and PEFT's weights: sqrt(|w s|) on both, the sign on A."""
         members = [(a, w) for a, w in chosen if module in a.modules]
         if len(members) > 1:
             _check_common_rank(module, [a.modules[module] for a, _ in members])
-        rescale = 1 / settings.density if method_of(settings).trims == "drop" else 1.0
+        sparsify = method_of(settings).sparsify
+        rescale = 1 / settings.density if sparsify is not None and sparsify.rescales else 1.0
         parts = []
         for adapter, weight in members:
-            key, trimmed = self._trim(adapter, module, settings)
-            scale = np.float32(weight) * trimmed.scaling
+            key, factors = self._sparse(adapter, module, settings)
+            scale = np.float32(weight) * factors.scaling
             root = (np.sqrt(np.abs(scale)) * np.float32(rescale)).astype(np.float32)
-            parts.append(Part(key, trimmed.a, trimmed.b, np.where(scale < 0, -root, root), root))
+            parts.append(Part(key, factors.a, factors.b, np.where(scale < 0, -root, root), root))
         return parts
 
-    def _trim(self, adapter: Adapter, module: str, settings: MergeSettings) -> tuple[str, AdapterModule]:
+    def _sparse(self, adapter: Adapter, module: str, settings: MergeSettings) -> tuple[str, AdapterModule]:
         """A module without the entries that the method drops, and the name of its content."""
-        found, key = adapter.modules[module], f"{adapter.digest}/{module}"
-        kind = method_of(settings).trims
-        if kind is None or settings.density == 1:
-            return key, found
-        key = f"{key}/{kind}/{settings.density}/{settings.dare_seed if kind == 'drop' else ''}"
-        trimmed = self._trimmed.get(key)
-        if trimmed is None:
-            if kind == "prune":
-                a, b = (
-                    sparsify.prune(f, settings.density, t)
-                    for f, t in zip((found.a, found.b), found.thresholds, strict=True)
-                )
-            else:
-                a, b = (
-                    sparsify.drop(f, settings.density, f"{key}/{side}") for f, side in ((found.a, "A"), (found.b, "B"))
-                )
-            trimmed = replace(found, a=a, b=b)
-            self._trimmed.put(key, trimmed)
-        return key, trimmed
+        whole, key = adapter.modules[module], f"{adapter.digest}/{module}"
+        sparsify = method_of(settings).sparsify
+        if sparsify is None or settings.density == 1:
+            return key, whole
+        seed = f"{key}/{'drop' if sparsify.seeded else 'prune'}/{settings.density}/"
+        seed += str(settings.dare_seed) if sparsify.seeded else ""
+        sparse = self._sparsified.get(seed)
+        if sparse is None:
+            sparse = sparsify.module(whole, settings.density, seed)
+            self._sparsified.put(seed, sparse)
+        return seed, sparse
 
     def _allocate(self, parts: Parts, ranks: Mapping[str, int], digest: str, report: MergeReport) -> MergedAdapter:
         """A blend to be filled; its buffer goes back to the pool with it, so it is the buffer's only owner."""
@@ -227,19 +243,24 @@ class Merger:
         address, (rank, width) = merged.address(module, side, layers.start)
         self._runner.run(f"{rows.graph}{graph}", feeds, address, (1, (layers.stop - layers.start) * rank * width))
 
-    def _mix(
-        self, merged: MergedAdapter, parts: Parts, mixes: Mapping[str, core_space.Mixes], module: str, side: Side,
+    def _recombine(
+        self,
+        merged: MergedAdapter,
+        parts: Parts,
+        recombined: Mapping[str, core_space.Recombination],
+        module: str,
+        side: Side,
         layers: slice,
-    ) -> None:  # fmt: skip
-        mix = mixes[module].a if side == "A" else mixes[module].b
-        if mix is None:
+    ) -> None:
+        matrix = recombined[module].a if side == "A" else recombined[module].b
+        if matrix is None:
             self._stack(merged, parts, module, side, layers)
             return
         rows = self._gather(parts[module], side, layers, stacked=True)
         address, (rank, width) = merged.address(module, side, layers.start)
         count = layers.stop - layers.start
-        shape = np.array([count, mix.shape[2], width], np.int64)
-        feeds = {**rows.feeds, "mix": mix[layers].astype(np.float32), "shape": shape}
+        shape = np.array([count, matrix.shape[2], width], np.int64)
+        feeds = {**rows.feeds, "mix": matrix[layers].astype(np.float32), "shape": shape}
         self._runner.run(f"{rows.graph}mix", feeds, address, (count, rank, width))
 
     def _gather(self, parts: Sequence[Part], side: Side, layers: slice, *, stacked: bool) -> Rows:

@@ -1,10 +1,10 @@
-"""The table of merge methods, their parameters, and the content hash of a blend; knows nothing of arrays.
+"""The table of merge methods: a row holds the functions of a method; and the content hash of a blend.
 
 Two families, never called by the same name:
 
 * exact: the methods act on the updates ΔW_i = s_i A_i^T B_i, never formed. Any ranks, any sign of weight, and the
   result does not depend on how an update was factored.
-* paper: the methods act on the factors A and B apart, as PEFT's `add_weighted_adapter` does; all but `cat` need
+* factor-wise: the methods act on the factors A and B apart, as PEFT's `add_weighted_adapter` does; all but `cat` need
   adapters of one rank and depend on how (A, B) was factored.
 """
 
@@ -13,74 +13,185 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
+
 from edgecompose.errors import MergeError
+from edgecompose.merging.core_space import disjoint_mean, weighted_sum
+from edgecompose.merging.sparsify import MAGNITUDE, RANDOM, Sparsify
 from edgecompose.settings import MergeSettings
 
+Double = npt.NDArray[np.float64]
 #: Weights are rounded to this step before they enter the content hash.
 _WEIGHT_STEP = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
 class MergeMethod:
-    """One row of the table of methods.
+    """One row.
 
-    `parameters` are the fields of MergeSettings that it reads. `ranks` tells what rank the result has: the 'sum' of the
-    ranks, the 'same' rank that all adapters must have, or a 'cap'. `cost` names the work for R stacked ranks, K
-    adapters of rank r and n values a row.
+    Attributes:
+        parameters: the fields of MergeSettings that the method reads.
+        plan: how `Merger` computes it. 'stack' puts the rows of all adapters one after another; 'entrywise' combines
+            rows of one rank by `graph`; 'truncate' and 'core' recombine the stacked rows by small matrices.
+        cost: the work for R stacked ranks, K adapters of rank r and n values a row.
+        source: the paper or program that defines it.
+        sparsify: drops entries first; None keeps all.
+        graph: the merge graph of 'entrywise', by settings.
+        combine: updates (K, L, R, R) and weights (K,) -> (L, R, R), of 'core'.
+        single: the method that one adapter alone is computed with, where it is another.
+        gram_norm: the Gram matrix of the updates gives the norm of the blend.
     """
 
     name: str
-    family: Literal["exact", "paper"]
+    family: Literal["exact", "factor-wise"]
     parameters: tuple[str, ...]
-    ranks: Literal["sum", "same", "cap"]
+    plan: Literal["stack", "entrywise", "truncate", "core"]
     cost: str
     source: str
-
-    @property
-    def trims(self) -> Literal["prune", "drop"] | None:
-        """How entries are dropped before they are combined."""
-        if "density" not in self.parameters:
-            return None
-        return "drop" if "dare_seed" in self.parameters else "prune"
+    sparsify: Sparsify | None = None
+    graph: Callable[[MergeSettings], str] | None = None
+    combine: Callable[[Double, Double], Double] | None = None
+    single: str | None = None
+    gram_norm: bool = False
 
 
-_PEFT = "PEFT add_weighted_adapter"
+def _linear(settings: MergeSettings) -> str:
+    return "linear"
+
+
+def _ties(settings: MergeSettings) -> str:
+    return f"ties_{settings.majority_sign}"
+
+
 _PASS = "R n, one pass"
 _ROWS = "K r n, one pass"
 _VOTES = "K r n, one pass, six operations a value"
 _CORE = "2 R^2 n and three decompositions of R x R a layer"
+_PEFT = "PEFT add_weighted_adapter"
 _CORE_SPACE = "Core Space (arXiv 2509.17786)"
 _TIES, _DARE = "TIES (arXiv 2306.01708)", "DARE (arXiv 2311.03099)"
 METHODS: Mapping[str, MergeMethod] = {
     row.name: row
     for row in (
-        MergeMethod("product", "exact", (), "sum", _PASS, "sum of w s A^T B by stacking (arXiv 2410.13025)"),
         MergeMethod(
-            "svd", "exact", ("rank", "energy"), "cap", _CORE, "best approximation of product (Eckart and Young, 1936)"
-        ),
-        MergeMethod("core_ties", "exact", ("density",), "sum", _CORE, f"{_TIES} in {_CORE_SPACE}"),
-        MergeMethod("core_prune", "exact", ("density",), "sum", _CORE, f"magnitude pruning in {_CORE_SPACE}"),
-        MergeMethod("core_dare", "exact", ("density", "dare_seed"), "sum", _CORE, f"{_DARE} in {_CORE_SPACE}"),
-        MergeMethod("cat", "paper", (), "sum", _PASS, f"{_PEFT} 'cat' (arXiv 2602.21222)"),
-        MergeMethod("linear", "paper", (), "same", _ROWS, f"{_PEFT} 'linear' (arXiv 2212.04089 on factors)"),
-        MergeMethod(
-            "ties", "paper", ("density", "majority_sign"), "same", _VOTES, f"{_PEFT} 'ties', {_TIES} on factors"
-        ),
-        MergeMethod("magnitude_prune", "paper", ("density",), "same", _ROWS, f"{_PEFT} 'magnitude_prune'"),
-        MergeMethod(
-            "dare_linear", "paper", ("density", "dare_seed"), "same", _ROWS,
-            f"{_PEFT} 'dare_linear', {_DARE} on factors",
+            name="product",
+            family="exact",
+            parameters=(),
+            plan="stack",
+            cost=_PASS,
+            source="sum of w s A^T B by stacking (arXiv 2410.13025)",
+            gram_norm=True,
         ),
         MergeMethod(
-            "dare_ties", "paper", ("density", "dare_seed", "majority_sign"), "same", _VOTES,
-            f"{_PEFT} 'dare_ties', {_DARE} on factors",
+            name="svd",
+            family="exact",
+            parameters=("rank", "energy"),
+            plan="truncate",
+            cost=_CORE,
+            source="best approximation of product (Eckart and Young, 1936)",
+        ),
+        MergeMethod(
+            name="core_ties",
+            family="exact",
+            parameters=("density",),
+            plan="core",
+            cost=_CORE,
+            source=f"{_TIES} in {_CORE_SPACE}",
+            sparsify=MAGNITUDE,
+            combine=disjoint_mean,
+            single="product",
+        ),
+        MergeMethod(
+            name="core_prune",
+            family="exact",
+            parameters=("density",),
+            plan="core",
+            cost=_CORE,
+            source=f"magnitude pruning in {_CORE_SPACE}",
+            sparsify=MAGNITUDE,
+            combine=weighted_sum,
+            single="product",
+        ),
+        MergeMethod(
+            name="core_dare",
+            family="exact",
+            parameters=("density", "dare_seed"),
+            plan="core",
+            cost=_CORE,
+            source=f"{_DARE} in {_CORE_SPACE}",
+            sparsify=RANDOM,
+            combine=weighted_sum,
+            single="product",
+        ),
+        MergeMethod(
+            name="cat",
+            family="factor-wise",
+            parameters=(),
+            plan="stack",
+            cost=_PASS,
+            source=f"{_PEFT} 'cat' (arXiv 2602.21222)",
+            gram_norm=True,
+        ),
+        MergeMethod(
+            name="linear",
+            family="factor-wise",
+            parameters=(),
+            plan="entrywise",
+            cost=_ROWS,
+            source=f"{_PEFT} 'linear' (arXiv 2212.04089 on factors)",
+            graph=_linear,
+        ),
+        MergeMethod(
+            name="ties",
+            family="factor-wise",
+            parameters=("density", "majority_sign"),
+            plan="entrywise",
+            cost=_VOTES,
+            source=f"{_PEFT} 'ties', {_TIES} on factors",
+            sparsify=MAGNITUDE,
+            graph=_ties,
+            single="linear",
+        ),
+        MergeMethod(
+            name="magnitude_prune",
+            family="factor-wise",
+            parameters=("density",),
+            plan="entrywise",
+            cost=_ROWS,
+            source=f"{_PEFT} 'magnitude_prune'",
+            sparsify=MAGNITUDE,
+            graph=_linear,
+            single="linear",
+        ),
+        MergeMethod(
+            name="dare_linear",
+            family="factor-wise",
+            parameters=("density", "dare_seed"),
+            plan="entrywise",
+            cost=_ROWS,
+            source=f"{_PEFT} 'dare_linear', {_DARE} on factors",
+            sparsify=RANDOM,
+            graph=_linear,
+            single="linear",
+        ),
+        MergeMethod(
+            name="dare_ties",
+            family="factor-wise",
+            parameters=("density", "dare_seed", "majority_sign"),
+            plan="entrywise",
+            cost=_VOTES,
+            source=f"{_PEFT} 'dare_ties', {_DARE} on factors",
+            sparsify=RANDOM,
+            graph=_ties,
+            single="linear",
         ),
     )
-}  # fmt: skip
+}
 
 
 def method_of(settings: MergeSettings) -> MergeMethod:
@@ -125,9 +236,9 @@ def effective(settings: MergeSettings, adapters: int) -> MergeSettings:
     """
     if adapters == 0:
         return MergeSettings()
-    row = method_of(settings)
-    if adapters == 1 and row.trims:
-        return replace(settings, method="linear" if row.family == "paper" else "product")
+    single = method_of(settings).single
+    if adapters == 1 and single is not None:
+        return replace(settings, method=single)
     return settings
 
 

@@ -1,27 +1,31 @@
-"""Drops entries of quantised factors, by magnitude or at random; knows nothing of weights or devices.
+"""Sparsifies quantised factors, by magnitude or at random; knows nothing of weights or devices.
 
-What is dropped does not depend on the prompt: a trimmed factor is a quantised factor with more codes of 0.
+What is dropped does not depend on the prompt: a sparse factor is a quantised factor with more codes of 0. Both ways
+keep a share of the entries, the density:
 
-* `prune` keeps floor(density * entries) entries of each layer's factor, those of largest magnitude
-  (TIES, arXiv 2306.01708; PEFT `magnitude_prune`); of equal magnitudes the first in row-major order stay.
-* `drop` keeps each entry with probability `density` (DARE, arXiv 2311.03099). The caller divides by the density.
+* by magnitude: the floor(density * entries) largest of each layer's factor (TIES, arXiv 2306.01708; PEFT
+  `magnitude_prune`); of equal magnitudes the first in row-major order stay.
+* at random: each entry with probability `density` (DARE, arXiv 2311.03099); the caller divides by the density.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from edgecompose.bundle.adapter import DENSITIES
+from edgecompose.bundle.adapter import DENSITIES, AdapterModule
 from edgecompose.bundle.quantization import Codes, QuantizedFactor, dequantize, pack, unpack
 from edgecompose.errors import MergeError
+from edgecompose.merging import core_space
 
 Float = npt.NDArray[np.float32]
+Double = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 Indices = npt.NDArray[np.int64]
 #: A code that no block has: nothing of it is kept.
@@ -42,21 +46,21 @@ def kept_entries(density: float, entries: int) -> int:
 
 
 def thresholds(factor: QuantizedFactor) -> Float:
-    """Smallest magnitude that `prune` keeps, (9, L) float32, for each of DENSITIES and each layer.
+    """Smallest magnitude that `keep_largest` keeps, (9, L) float32, for each of DENSITIES and each layer.
 
     0 where a density keeps nothing.
     """
     magnitudes = _magnitudes(factor)
     ordered = np.sort(magnitudes, axis=-1)
-    found = np.zeros((len(DENSITIES), len(magnitudes)), np.float32)
-    for row, density in zip(found, DENSITIES, strict=True):
+    least = np.zeros((len(DENSITIES), len(magnitudes)), np.float32)
+    for row, density in zip(least, DENSITIES, strict=True):
         kept = int(density * magnitudes.shape[1])
         if kept:
             row[:] = ordered[:, -kept]
-    return found
+    return least
 
 
-def prune(factor: QuantizedFactor, density: float, known: Float | None = None) -> QuantizedFactor:
+def keep_largest(factor: QuantizedFactor, density: float, known: Float | None = None) -> QuantizedFactor:
     """Keep the largest magnitudes of each layer.
 
     Args:
@@ -94,13 +98,13 @@ def _reaching(factor: QuantizedFactor, codes: Codes, least: Float) -> tuple[Mask
         reached = (magnitudes >= least[:, None]).reshape(codes.shape)
         return reached, lambda layer: np.flatnonzero(magnitudes[layer] == least[layer])
     steps = np.abs(factor.scales.astype(np.float32) * np.float32(factor.gain))
-    wanted = np.broadcast_to(least[:, None, None], steps.shape)
-    first = np.divide(wanted, steps, out=np.full_like(steps, _NO_CODE), where=steps > 0)
+    limits = np.broadcast_to(least[:, None, None], steps.shape)
+    first = np.divide(limits, steps, out=np.full_like(steps, _NO_CODE), where=steps > 0)
     first = np.minimum(np.ceil(first), np.float32(_NO_CODE))
-    first = np.where((first - 1) * steps >= wanted, first - 1, first)  # as the products round, not as the quotient does
-    first = np.where(first * steps < wanted, first + 1, first)
-    first = np.where(wanted <= 0, np.float32(0), np.minimum(first, np.float32(_NO_CODE)))
-    exact = first * steps == wanted
+    first = np.where((first - 1) * steps >= limits, first - 1, first)  # as the products round, not as the quotient does
+    first = np.where(first * steps < limits, first + 1, first)
+    first = np.where(limits <= 0, np.float32(0), np.minimum(first, np.float32(_NO_CODE)))
+    exact = first * steps == limits
     least_codes, zero = first.astype(np.uint8), np.uint8(factor.zero_point)
     distance = np.maximum(codes, zero) - np.minimum(codes, zero)
 
@@ -113,7 +117,7 @@ def _reaching(factor: QuantizedFactor, codes: Codes, least: Float) -> tuple[Mask
     return np.asarray(distance >= np.repeat(least_codes, factor.block, axis=-1)), equal
 
 
-def drop(factor: QuantizedFactor, density: float, seed: str) -> QuantizedFactor:
+def keep_random(factor: QuantizedFactor, density: float, seed: str) -> QuantizedFactor:
     """Keep each entry with probability `density` in (0, 1], the same entries for the same seed."""
     shape = (*factor.codes.shape[:2], factor.width)
     return _masked(factor, unpack(factor), random_mask(shape, density, seed))
@@ -139,3 +143,47 @@ def _magnitudes(factor: QuantizedFactor) -> Float:
     """(L, r n)."""
     values = dequantize(factor)
     return np.abs(values, out=values).reshape(len(values), -1)
+
+
+@dataclass(frozen=True, slots=True)
+class Sparsify:
+    """One way to drop entries before adapters are combined.
+
+    Attributes:
+        module: a module of an adapter, a density and a seed -> the module without the dropped entries.
+        cores: updates (K, L, R, R), a density and a seed for each -> the same with zeros, what is kept rescaled.
+        seeded: the seed decides which entries stay.
+        rescales: what is kept of a factor has to be divided by the density.
+    """
+
+    name: Literal["magnitude", "random"]
+    module: Callable[[AdapterModule, float, str], AdapterModule]
+    cores: Callable[[Double, float, Sequence[str]], Double]
+    seeded: bool = False
+    rescales: bool = False
+
+
+def _largest_of_module(module: AdapterModule, density: float, seed: str) -> AdapterModule:
+    a, b = (
+        keep_largest(factor, density, known)
+        for factor, known in zip((module.a, module.b), module.thresholds, strict=True)
+    )
+    return replace(module, a=a, b=b)
+
+
+def _random_of_module(module: AdapterModule, density: float, seed: str) -> AdapterModule:
+    a = keep_random(module.a, density, f"{seed}/A")
+    return replace(module, a=a, b=keep_random(module.b, density, f"{seed}/B"))
+
+
+def _largest_of_cores(cores: Double, density: float, seeds: Sequence[str]) -> Double:
+    return core_space.prune(cores, kept_entries(density, cores[0, 0].size))
+
+
+def _random_of_cores(cores: Double, density: float, seeds: Sequence[str]) -> Double:
+    masks = np.stack([random_mask(cores.shape[1:], density, seed) for seed in seeds])
+    return np.asarray(cores * masks / density, np.float64)
+
+
+MAGNITUDE = Sparsify("magnitude", _largest_of_module, _largest_of_cores)
+RANDOM = Sparsify("random", _random_of_module, _random_of_cores, seeded=True, rescales=True)

@@ -16,6 +16,7 @@ from edgecompose.merging.gather import ResidentRows, resident_codes
 from edgecompose.merging.merger import Merger
 from edgecompose.merging.methods import METHODS
 from edgecompose.merging.runner import GraphRunner
+from edgecompose.merging.sparsify import RANDOM
 from edgecompose.settings import MergeSettings
 from tests.factories import WIDE, make_adapter
 
@@ -116,13 +117,13 @@ def test_codes_of_4_bits_are_the_same_values_in_either_form(bits: Bits) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_adapters_in_float16_blend_as_their_values_do(merger: Merger, method: str) -> None:
     """Against the integers that they were made of; a rounding turns a few votes and ranks at a threshold."""
-    jumps = 0.02 if METHODS[method].trims else 0.0
+    jumps = 0.02 if METHODS[method].sparsify else 0.0
     adapters = _adapters((8, 8, 8))
     halves = [
         replace(a, bits=16, modules={n: replace(m, a=_half(m.a), b=_half(m.b)) for n, m in a.modules.items()})
         for a in adapters
     ]
-    if METHODS[method].trims == "drop":
+    if METHODS[method].sparsify is RANDOM:
         halves = [replace(half, digest=a.digest) for half, a in zip(halves, adapters, strict=True)]
     wanted, found = (Merger(choose_device("cpu")).merge(a, WEIGHTS, MergeSettings(method)) for a in (adapters, halves))
     for name, factors in wanted.factors().items():
