@@ -14,7 +14,7 @@ SHIPPED := models/demo.toml $(wildcard models/validation.json) $(wildcard models
 
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 PLATFORM := $(shell uname -sm | tr 'A-Z ' 'a-z-')
-RUNTIME := $(shell find edgecompose -name '*.py' -o -path '*/graphs/*' -o -path '*/templates/*')
+RUNTIME := $(shell find edgecompose -name '*.py' -o -name '*.onnx' -o -path '*/templates/*')
 WHEEL := build/wheel/edgecompose-$(VERSION)-py3-none-any.whl
 RUNTIME_EXTRAS := cpu,server,gguf
 BINARY_BIN := build/binary/venv/bin

@@ -4,7 +4,7 @@
 
 The blends are random adapters in all slots; speed depends on the rank, not on the values. Each round measures the
 prefill of a prompt and decoding once for every variant, in an order that rotates: the base alone, a blend attached at
-each rank, and a fused one if the base has the graphs for it. `fold_ms` is the time to write a blend into the weights,
+each rank, and a fused one if the base has the graphs for it. `fuse_ms` is the time to write a blend into the weights,
 into memory that an earlier one used. `break_even_tokens` is the shortest answer that fusing makes faster, fusing and
 prefill included. Prints ratios to the base alone first (medians of the ratio within a round), then milliseconds, then
 one JSON line.
@@ -89,13 +89,13 @@ def measure(folder: Path, spec: BaseSpec, *, ranks: Sequence[int], rounds: int) 
         "base": spec.source,
         "precision": spec.precision,
         "rounds": rounds,
-        "can_fold": spec.fusing is not None,
+        "can_fuse": spec.fusing is not None,
         "sessions": {"decoder": loaded.session()},
     }
     variants = attached_variants(loaded.value, blends)
     if spec.fusing is not None:
         start, numbers = prepare_fused(folder, spec, blends)
-        variants["fold"] = start
+        variants["fuse"] = start
         result["sessions"] |= numbers.pop("sessions")
         result |= numbers
     result["prefill_ms"], result["decode_ms_per_token"] = measure_turns(variants, spec, rounds)
@@ -115,22 +115,22 @@ def prepare_fused(folder: Path, spec: BaseSpec, blends: Blends) -> tuple[Start, 
     """Open the sessions and time fusing at each rank; the start of decoding under the last blend, and the numbers."""
     assert spec.fusing is not None
     device, graphs = choose_device("cpu"), spec.fusing
-    fold = load(lambda: Fuser(folder / graphs.fuse_graph, spec, device))
+    fuse = load(lambda: Fuser(folder / graphs.fuse_graph, spec, device))
     decoder = load(lambda: FusedDecoder(folder / graphs.decoder_graph, spec, device))
-    folding: Fuser = fold.value
-    first = load(lambda: folding.fuse(blends[min(blends)]))
+    fusing: Fuser = fuse.value
+    first = load(lambda: fusing.fuse(blends[min(blends)]))
     times: dict[int, list[float]] = {rank: [] for rank in blends}
     for _ in range(FUSE_RUNS):
         for rank, blend in blends.items():
             start = time.perf_counter()
-            folding.fuse(blend)
+            fusing.fuse(blend)
             times[rank].append(elapsed_ms(start))
-    weights = folding.fuse(list(blends.values())[-1])
+    weights = fusing.fuse(list(blends.values())[-1])
     numbers = {
-        "sessions": {"fold": fold.session(), "decoder_folded": decoder.session()},
-        "folded_weights_mb": fused_bytes(graphs) / 1e6,
-        "first_fold_ms": first.seconds * 1e3,
-        "fold_ms": {rank: {"median": statistics.median(t), "best": min(t)} for rank, t in times.items()},
+        "sessions": {"fuse": fuse.session(), "decoder_fused": decoder.session()},
+        "fused_weights_mb": fused_bytes(graphs) / 1e6,
+        "first_fuse_ms": first.seconds * 1e3,
+        "fuse_ms": {rank: {"median": statistics.median(t), "best": min(t)} for rank, t in times.items()},
     }
     return lambda: decoder.value.start(weights, PROMPT_TOKENS + TOKENS), numbers
 
@@ -171,8 +171,8 @@ def summary(times: Times) -> dict[str, Any]:
 def break_even(result: Mapping[str, Any], rank: int) -> float | None:
     """Tokens of the shortest answer that fusing makes faster, the fusing included; None if no answer is."""
     prefill, decode = result["prefill_ms"]["median"], result["decode_ms_per_token"]["median"]
-    gain = decode[f"attach_{rank}"] - decode["fold"]
-    cost = result["fold_ms"][rank]["median"] + prefill["fold"] - prefill[f"attach_{rank}"]
+    gain = decode[f"attach_{rank}"] - decode["fuse"]
+    cost = result["fuse_ms"][rank]["median"] + prefill["fuse"] - prefill[f"attach_{rank}"]
     return max(0.0, float(cost / gain)) if gain > 0 else None
 
 
@@ -192,14 +192,14 @@ def print_table(result: Mapping[str, Any]) -> None:
     for name, ratio in decode["ratio"].items():
         cells = f"{ratio:8.3f}  {prefill['ratio'][name]:8.3f}  {decode['median'][name]:9.2f}"
         print(f"{name:12}  {cells}  {prefill['median'][name]:18.1f}")
-    for rank, times in result.get("fold_ms", {}).items():
+    for rank, times in result.get("fuse_ms", {}).items():
         tokens = result["break_even_tokens"][rank]
         gain = "never pays" if tokens is None else f"pays from {tokens:.0f} tokens on"
         print(f"fusing rank {rank:3}: {times['median']:.0f} ms (best {times['best']:.0f}), {gain}")
     for name, session in result["sessions"].items():
         print(f"session {name:15} {session['load_s']:6.2f} s to load, {session['memory_mb']:6.0f} MB of its own")
-    if result["can_fold"]:
-        print(f"fused weights {result['folded_weights_mb']:.0f} MB, the first fuse {result['first_fold_ms']:.0f} ms")
+    if result["can_fuse"]:
+        print(f"fused weights {result['fused_weights_mb']:.0f} MB, the first fuse {result['first_fuse_ms']:.0f} ms")
     else:
         print("this base has no graphs for fusing")
 

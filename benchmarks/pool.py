@@ -24,11 +24,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.rewordings import AUGMENT, reword
-from edgecompose_export.adapters import export_adapter
+from edgecompose.adapters import convert_adapter
+from edgecompose.retrieval.examples import Example, read_examples
 from edgecompose_export.base.source import open_base
 from edgecompose_export.base.spec import read_base_spec
 from edgecompose_export.bundles import build_bundle
-from edgecompose_export.datasets import Example, read_examples
 from edgecompose_export.embedder import export_embedder, open_embedder
 from edgecompose_export.examples import write_examples
 from edgecompose_export.training.batches import TrainSettings
@@ -56,13 +56,29 @@ class Plan:
 
 #: Long prompts get fewer examples and smaller batches: a step reads some 700 tokens, and a task trains in minutes.
 POOL: dict[str, Plan] = {
-    "imdb": Plan(300, 1, 4), "yelp": Plan(300, 1, 4), "mnli_matched": Plan(600, 2, 8), "squad": Plan(300, 1, 4),
-    "openbookqa": Plan(600, 2, 8), "boolq": Plan(400, 1, 4), "commonsense_qa": Plan(573, 2, 8), "rte": Plan(450, 2, 8),
-    "copa": Plan(399, 2, 8), "arc_easy": Plan(600, 1, 4), "qnli": Plan(600, 1, 4), "cb": Plan(148, 3, 8),
-    "mrpc": Plan(600, 1, 4), "wic": Plan(600, 2, 8), "story_cloze": Plan(450, 1, 4), "wnli": Plan(338, 2, 8),
-    "anli_r3": Plan(400, 1, 4), "piqa": Plan(450, 1, 4), "cosmos_qa": Plan(300, 1, 4), "multirc": Plan(200, 1, 4),
-    "hellaswag": Plan(200, 1, 4), "snli": Plan(600, 2, 8),
-}  # fmt: skip
+    "imdb": Plan(300, 1, 4),
+    "yelp": Plan(300, 1, 4),
+    "mnli_matched": Plan(600, 2, 8),
+    "squad": Plan(300, 1, 4),
+    "openbookqa": Plan(600, 2, 8),
+    "boolq": Plan(400, 1, 4),
+    "commonsense_qa": Plan(573, 2, 8),
+    "rte": Plan(450, 2, 8),
+    "copa": Plan(399, 2, 8),
+    "arc_easy": Plan(600, 1, 4),
+    "qnli": Plan(600, 1, 4),
+    "cb": Plan(148, 3, 8),
+    "mrpc": Plan(600, 1, 4),
+    "wic": Plan(600, 2, 8),
+    "story_cloze": Plan(450, 1, 4),
+    "wnli": Plan(338, 2, 8),
+    "anli_r3": Plan(400, 1, 4),
+    "piqa": Plan(450, 1, 4),
+    "cosmos_qa": Plan(300, 1, 4),
+    "multirc": Plan(200, 1, 4),
+    "hellaswag": Plan(200, 1, 4),
+    "snli": Plan(600, 2, 8),
+}
 
 
 def main() -> None:
@@ -104,7 +120,7 @@ def quantise(work: Path, output: Path, base: Path) -> None:
     for task in POOL:
         target = output / f"{task}.safetensors"
         if (work / task / REPORT_FILE).is_file() and not target.exists():
-            made = export_adapter(work / task, spec, target, 4)
+            made = convert_adapter(work / task, spec, target, 4)
             say(f"{target}: {target.stat().st_size / 1e6:.1f} MB, error {made.spec.error:.3f}")
 
 

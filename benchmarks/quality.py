@@ -68,12 +68,18 @@ def _kind(kind: Kind) -> Entry:
 
 
 CONTENDERS: tuple[Entry, ...] = (
-    _kind("base"), _kind("own"), _kind("top1"), _kind("uniform"),
+    _kind("base"),
+    _kind("own"),
+    _kind("top1"),
+    _kind("uniform"),
     *(_paper(method) for method in ("linear", "cat", "ties", "magnitude_prune")),
-    _ours("ours, linear", main=True, method="linear"), _ours("ours, svd", method="svd", energy=0.99),
-    _ours("ours, core_ties", method="core_ties"), _ours("ours, core_prune", method="core_prune"),
-    _ours("ours, core_dare", method="core_dare"), Entry(Variant(MAIN, "retrieved"), main=True),
-)  # fmt: skip
+    _ours("ours, linear", main=True, method="linear"),
+    _ours("ours, svd", method="svd", energy=0.99),
+    _ours("ours, core_ties", method="core_ties"),
+    _ours("ours, core_prune", method="core_prune"),
+    _ours("ours, core_dare", method="core_dare"),
+    Entry(Variant(MAIN, "retrieved"), main=True),
+)
 
 
 def main() -> None:
@@ -91,8 +97,11 @@ def main() -> None:
     parser.add_argument("--save", type=Path)
     options = parser.parse_args()
     results: dict[str, Any] = {
-        "split": options.split, "limit": options.limit, "cores": usable_cores(), "settings": {},
-    }  # fmt: skip
+        "split": options.split,
+        "limit": options.limit,
+        "cores": usable_cores(),
+        "settings": {},
+    }
     with open_bundle(options.bundle, device="cpu") as composer:
         plain = open_bundle(options.plain, device="cpu") if options.plain else None
         for setting in options.settings:

@@ -141,9 +141,15 @@ def measure(contenders: Sequence[Variant], vectors: Float, queries: Float, wante
             size = path.stat().st_size / 1e6 if path.exists() else vectors.nbytes / 1e6
             reopened = library.reopen(contender, path, queries[0])
         row = Result(
-            contender.name, len(vectors), recall(found, wanted), float(np.median(spent)),
-            float(np.percentile(spent, 99)), seconds, size, *reopened,
-        )  # fmt: skip
+            contender.name,
+            len(vectors),
+            recall(found, wanted),
+            float(np.median(spent)),
+            float(np.percentile(spent, 99)),
+            seconds,
+            size,
+            *reopened,
+        )
         rows.append(row)
         print(_line(row), flush=True)
     return rows
@@ -170,9 +176,13 @@ def resident() -> int | None:
 class _USearch:
     def build(self, contender: Variant, vectors: Float) -> Any:
         index = importlib.import_module("usearch.index").Index(
-            ndim=vectors.shape[1], metric="cos", dtype=contender.dtype, connectivity=contender.connectivity or 16,
-            expansion_add=contender.expansion_add, expansion_search=contender.expansion_search,
-        )  # fmt: skip
+            ndim=vectors.shape[1],
+            metric="cos",
+            dtype=contender.dtype,
+            connectivity=contender.connectivity or 16,
+            expansion_add=contender.expansion_add,
+            expansion_search=contender.expansion_search,
+        )
         index.add(np.arange(len(vectors), dtype=np.uint64), vectors, threads=os.cpu_count() or 1)
         return index
 

@@ -72,9 +72,14 @@ TEMPLATES = {
 }
 #: Task -> dataset, where a dataset's rounds or halves are tasks of their own.
 _DATASETS = {
-    "anli_r1": "anli", "anli_r2": "anli", "anli_r3": "anli", "mnli_matched": "mnli", "mnli_mismatched": "mnli",
-    "arc_easy": "arc", "arc_challenge": "arc",
-}  # fmt: skip
+    "anli_r1": "anli",
+    "anli_r2": "anli",
+    "anli_r3": "anli",
+    "mnli_matched": "mnli",
+    "mnli_mismatched": "mnli",
+    "arc_easy": "arc",
+    "arc_challenge": "arc",
+}
 #: What a field may hold, where that is not any text.
 _FIELD_PATTERNS = {"options": r"- .+\n- .+", "ask": f"{re.escape(CAUSE)}|{re.escape(EFFECT)}"}
 

@@ -17,7 +17,7 @@
     │   └── PromptTooLong               prompt and answer exceed the context of the base
     ├── ApiError                        a call to the server is malformed or not supported
     ├── EvaluationError                 examples, cached answers or a report of an evaluation cannot be used
-    └── ExportError                     input of a build-time command that cannot be exported
+    └── ExportError                     input that cannot be exported, or added to a bundle
 
 A message says what failed, what was found, what was expected and what to do.
 """
@@ -103,4 +103,4 @@ class EvaluationError(EdgeComposeError):
 
 
 class ExportError(EdgeComposeError):
-    """A build-time command was given something that it cannot export."""
+    """Input that cannot be exported, or added to a bundle."""

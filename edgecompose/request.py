@@ -87,7 +87,7 @@ class Answer:
     `prompt` is the text that retrieval read, the user's message of a conversation. `finish` is 'length' where the
     answer was cut at its longest; `dropped_tokens` of the prompt were left out for lack of room.
     `choices` maps each given choice to its mean log-likelihood (nats a token), None when none were given.
-    `attachment` is the one that was used: nothing is folded where no adapter was chosen.
+    `attachment` is the one that was used: nothing is fused where no adapter was chosen.
     `embedder_device` is None where nothing was embedded. `prompt_form` is 'chat' where the chat template was used.
     """
 

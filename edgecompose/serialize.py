@@ -41,13 +41,15 @@ def answer_json(answer: Answer) -> Json:
         "device": device_json(answer.device),
         "timings_ms": {stage: round(answer.timings_ms[stage], 3) for stage in STAGES},
         "tokens": {
-            "prompt": answer.prompt_tokens, "generated": answer.generated_tokens, "dropped": answer.dropped_tokens
+            "prompt": answer.prompt_tokens,
+            "generated": answer.generated_tokens,
+            "dropped": answer.dropped_tokens,
         },
         "finish": answer.finish,
         "prompt_form": answer.prompt_form,
         "composition": answer.composition,
         "merge": merge_json(answer.settings, answer.report),
-    }  # fmt: skip
+    }
     if answer.choices is not None:
         result["choices"] = dict(answer.choices)
     return result
@@ -107,26 +109,36 @@ def manifest_json(manifest: Manifest) -> Json:
         "bytes": sum(entry.bytes for entry in manifest.files.values()),
         "files": len(manifest.files),
         "base": {
-            "source": base.source, "identity": base.identity, "precision": base.precision, "layers": base.layers,
-            "context": base.context, "slots": {g.name: [g.n_in, g.n_out] for g in base.slots},
+            "source": base.source,
+            "identity": base.identity,
+            "precision": base.precision,
+            "layers": base.layers,
+            "context": base.context,
+            "slots": {g.name: [g.n_in, g.n_out] for g in base.slots},
             "distance": None if distance is None else {"kl": distance.kl, "top1": distance.top1},
             "fuse": base.fusing is not None,
         },
         "embedder": {
-            "source": embedder.source, "precision": embedder.precision, "dimension": embedder.dimension,
-            "max_length": embedder.max_length, "pooling": embedder.pooling,
+            "source": embedder.source,
+            "precision": embedder.precision,
+            "dimension": embedder.dimension,
+            "max_length": embedder.max_length,
+            "pooling": embedder.pooling,
         },
         "tasks": {n: {"adapters": t.adapters, "examples": t.examples} for n, t in sorted(manifest.tasks.items())},
         "adapters": {
             name: {
-                "rank": a.rank, "bits": a.bits, "bytes": manifest.files[a.file].bytes,
-                "quantization_error": a.error, "source": a.source,
+                "rank": a.rank,
+                "bits": a.bits,
+                "bytes": manifest.files[a.file].bytes,
+                "quantization_error": a.error,
+                "source": a.source,
                 "validation": None if a.validation is None else dataclasses.asdict(a.validation),
             }
             for name, a in sorted(manifest.adapters.items())
         },
         "defaults": dataclasses.asdict(manifest.defaults),
-    }  # fmt: skip
+    }
 
 
 def doctor_json() -> Json:

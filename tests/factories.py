@@ -103,9 +103,18 @@ def write_index(path: Path, vectors: Float, *, dtype: str = "f32", embedder: str
 
 def write_bundle(root: Path) -> Manifest:
     """A bundle whose files are 16 meaningless bytes each; its manifest is valid and true."""
-    names = ["base/model.onnx", "base/model.onnx.data", "base/tokenizer.json", "base/chat.jinja",
-             "embedder/model.onnx", "embedder/tokenizer.json", "index.usearch", "index.jsonl",
-             "adapters/one.safetensors", "adapters/two.safetensors"]  # fmt: skip
+    names = [
+        "base/model.onnx",
+        "base/model.onnx.data",
+        "base/tokenizer.json",
+        "base/chat.jinja",
+        "embedder/model.onnx",
+        "embedder/tokenizer.json",
+        "index.usearch",
+        "index.jsonl",
+        "adapters/one.safetensors",
+        "adapters/two.safetensors",
+    ]
     for name in names:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +122,16 @@ def write_bundle(root: Path) -> Manifest:
     manifest = Manifest(
         name="test",
         base=BaseSpec(
-            "base/model.onnx", "base/tokenizer.json", BASE, "int8", 128, 2, 8, 300, (1, 2), GROUPS,
+            "base/model.onnx",
+            "base/tokenizer.json",
+            BASE,
+            "int8",
+            128,
+            2,
+            8,
+            300,
+            (1, 2),
+            GROUPS,
             chat_template="base/chat.jinja",
         ),
         embedder=EmbedderSpec("embedder/model.onnx", "embedder/tokenizer.json", "e" * 64, "int8", 8, 64, "mean", True),
@@ -125,7 +143,7 @@ def write_bundle(root: Path) -> Manifest:
         },
         defaults=Defaults(retrieval=RetrievalSettings(neighbours=3)),
         files={name: describe_file(root / name) for name in names},
-    )  # fmt: skip
+    )
     (root / MANIFEST_FILE).write_text(manifest_to_json(manifest), encoding="utf-8")
     return manifest
 

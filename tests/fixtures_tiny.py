@@ -5,6 +5,7 @@ Nothing of torch is imported before that, so tests that want none of it run wher
 
 from __future__ import annotations
 
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ TASKS = {
     "numbers": ("two and two is four", "what is 12 times 9?", "count from one to ten", "the root of 81 is 9"),
     "colours": ("the sky is blue at noon", "mix red with yellow", "grass grows green", "a white page", "pitch black"),
 }
+NEW_PROMPTS = ("where is the station?", "which train is late?", "a ticket to the sea")
 #: LoRA settings of the adapter of each task: different ranks, scales and modules.
 ADAPTERS: dict[str, dict[str, Any]] = {
     "animals": {"r": 4, "lora_alpha": 8},
@@ -112,9 +114,16 @@ class TinyZoo:
     def _write_recipe(self, path: Path) -> None:
         base, (embedder, _) = self.base("llama").folder, self.embedder()
         lines = [
-            'name = "tiny"', f'base = "{base.name}"', f'embedder = "embedders/{embedder.name}"', "bits = 8",
-            "keep_text = true", "[defaults]", "max_tokens = 6", "[defaults.retrieval]", "neighbours = 4",
-        ]  # fmt: skip
+            'name = "tiny"',
+            f'base = "{base.name}"',
+            f'embedder = "embedders/{embedder.name}"',
+            "bits = 8",
+            "keep_text = true",
+            "[defaults]",
+            "max_tokens = 6",
+            "[defaults.retrieval]",
+            "neighbours = 4",
+        ]
         for name in TASKS:
             adapter, examples = self.lora(name, **ADAPTERS[name]), self.task(name)
             places = f'adapter = "{adapter.relative_to(self.root)}"\nexamples = "{examples.relative_to(self.root)}"'
@@ -161,3 +170,20 @@ def bundle(zoo: TinyZoo) -> Path:
 def bundle_copy(bundle: Path, tmp_path: Path) -> Path:
     """The tiny bundle, to be changed."""
     return shutil.copytree(bundle, tmp_path / "copy")
+
+
+@pytest.fixture
+def new_task(zoo: TinyZoo, tmp_path: Path) -> tuple[Path, Path]:
+    """A PEFT folder and examples of a task that the tiny bundle lacks."""
+    from tests import tiny
+
+    examples = tiny.write_task(tmp_path / "travel.jsonl", NEW_PROMPTS)
+    return zoo.lora("travel", r=2, target_modules=["o_proj"]), examples
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of files, in the order in which they were flushed; the disk itself is spared (it may take seconds)."""
+    names: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: names.append(Path(f"/proc/self/fd/{fd}").readlink().name))
+    return names

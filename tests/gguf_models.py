@@ -28,18 +28,30 @@ import transformers
 
 Array = npt.NDArray[Any]
 _SHAPE = {
-    "vocab_size": tiny.VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 298,
-    "eos_token_id": 299, "pad_token_id": 297,
-}  # fmt: skip
+    "vocab_size": tiny.VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 298,
+    "eos_token_id": 299,
+    "pad_token_id": 297,
+}
 _LLAMA3 = {
-    "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
-}  # fmt: skip
+}
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 _LONGROPE = {
-    "type": "longrope", "short_factor": [1.0 + i * 0.1 for i in range(12)], "long_factor": [2.0 + i for i in range(12)],
-}  # fmt: skip
+    "type": "longrope",
+    "short_factor": [1.0 + i * 0.1 for i in range(12)],
+    "long_factor": [2.0 + i for i in range(12)],
+}
 _GEMMA = {"head_dim": 32, "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True}
 
 
@@ -78,44 +90,65 @@ MODELS: Mapping[str, Model] = {
     "gemma": Model("Gemma", "gemma", {**_GEMMA, "hidden_act": "gelu_pytorch_tanh"}),
     "gemma2": Model("Gemma2", "gemma2", {**_GEMMA, "sliding_window": 16, "query_pre_attn_scalar": 32}),
     "gemma3": Model(
-        "Gemma3", "gemma3",
+        "Gemma3",
+        "gemma3",
         {**_GEMMA, "hidden_size": 96, "num_hidden_layers": 7, "sliding_window": 16, "query_pre_attn_scalar": 32},
     ),
     "gemma3-linear": Model(
-        "Gemma3", "gemma3",
+        "Gemma3",
+        "gemma3",
         {
-            **_GEMMA, "num_hidden_layers": 7, "sliding_window": 16, "query_pre_attn_scalar": 32,
+            **_GEMMA,
+            "num_hidden_layers": 7,
+            "sliding_window": 16,
+            "query_pre_attn_scalar": 32,
             "rope_scaling": {"rope_type": "linear", "factor": 8.0},
         },
     ),
     "phi3": Model("Phi3", "phi3", {"original_max_position_embeddings": 512, "sliding_window": 17}),
     "phi3-long": Model(
-        "Phi3", "phi3",
+        "Phi3",
+        "phi3",
         {
-            "hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 1, "partial_rotary_factor": 0.75,
-            "original_max_position_embeddings": 64, "rope_scaling": _LONGROPE, "sliding_window": 1024,
+            "hidden_size": 96,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "partial_rotary_factor": 0.75,
+            "original_max_position_embeddings": 64,
+            "rope_scaling": _LONGROPE,
+            "sliding_window": 1024,
             "tie_word_embeddings": True,
         },
     ),
     "olmo2": Model("Olmo2", "olmo2", {"rope_theta": 5e5, "num_key_value_heads": 4}),
     "granite": Model(
-        "Granite", "granite",
+        "Granite",
+        "granite",
         {
-            "embedding_multiplier": 12.0, "attention_multiplier": 0.0625, "residual_multiplier": 0.22,
-            "logits_scaling": 8.0, "tie_word_embeddings": True,
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.0625,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 8.0,
+            "tie_word_embeddings": True,
         },
     ),
     "stablelm": Model("StableLm", "stablelm", {"use_qkv_bias": True}),
     "stablelm-parallel": Model("StableLm", "stablelm", {"use_parallel_residual": True}),
     "smollm3": Model("SmolLM3", "smollm3", {"num_hidden_layers": 5, "tie_word_embeddings": True}),
-}  # fmt: skip
+}
 
 
 def write_gguf(
-    path: Path, source: Path, kind: str = "F32", *, shard_tensors: int = 0, omit: Sequence[str] = (),
-    extra: Mapping[str, Array] | None = None, extra_type: GGMLQuantizationType | None = None,
+    path: Path,
+    source: Path,
+    kind: str = "F32",
+    *,
+    shard_tensors: int = 0,
+    omit: Sequence[str] = (),
+    extra: Mapping[str, Array] | None = None,
+    extra_type: GGMLQuantizationType | None = None,
     metadata: Mapping[str, Any] | None = None,
-) -> Path:  # fmt: skip
+) -> Path:
     """A Hugging Face folder as GGUF.
 
     Args:
@@ -270,8 +303,14 @@ def _rotary_tensors(config: Any) -> dict[str, Array]:
 
 #: Where float16 scales stand in a block of those types that the package gguf cannot quantise, and the second's sign.
 _SCALES = {
-    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,),
-}  # fmt: skip
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+    "IQ4_NL": (0,),
+    "IQ4_XS": (0,),
+}
 
 
 def quantized(values: Array, kind: str, *, seed: int = 0) -> npt.NDArray[np.uint8]:

@@ -51,8 +51,14 @@ def call(*command: object, home: Path, path: str = "/usr/bin:/bin") -> subproces
         environment |= {"PIP_NO_INDEX": "1", "HTTP_PROXY": CLOSED, "HTTPS_PROXY": CLOSED, "ALL_PROXY": CLOSED}
     return subprocess.run(
         [*(prefix or []), *map(str, command)],
-        capture_output=True, text=True, encoding="utf-8", env=environment, cwd=home, check=False, timeout=300,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env=environment,
+        cwd=home,
+        check=False,
+        timeout=300,
+    )
 
 
 def faults(done: subprocess.CompletedProcess[str]) -> str:
@@ -179,9 +185,10 @@ def pack(folder: Path, output: Path) -> subprocess.CompletedProcess[str]:
 def test_the_same_input_gives_the_same_bytes_and_a_faulty_bundle_none(tmp_path: Path) -> None:
     for name, content in (
         ("executable/edgecompose", "#!/bin/sh\n[ -f \"$2/whole\" ] || { echo 'a fault'; exit 1; }\n"),
-        ("wheels/edgecompose-1.2-py3-none-any.whl", "wheel"), ("bundle/manifest.json", '{"name": "tiny"}'),
+        ("wheels/edgecompose-1.2-py3-none-any.whl", "wheel"),
+        ("bundle/manifest.json", '{"name": "tiny"}'),
         ("bundle/whole", ""),
-    ):  # fmt: skip
+    ):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(content, encoding="utf-8")

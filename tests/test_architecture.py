@@ -11,12 +11,13 @@ import re
 import subprocess
 import sys
 import tomllib
-import types
 from pathlib import Path
 
+import click
 import pytest
 
 import edgecompose
+from edgecompose.cli.main import COMMANDS, main
 from tests.fixtures_tiny import TASKS
 
 ROOT = Path(__file__).parents[1]
@@ -156,16 +157,30 @@ def test_the_export_imports_what_it_declares() -> None:
 
 
 def test_what_is_public_is_listed() -> None:
-    public = {
-        name for name, value in vars(edgecompose).items()
-        if not name.startswith("_") and not isinstance(value, types.ModuleType) and name != "TYPE_CHECKING"
-    }  # fmt: skip
-    late = {"AsyncComposer", "AsyncGeneration"}  # imported when they are asked for
-    assert {type(getattr(edgecompose, name)) for name in late} == {type}
-    assert public | late == set(edgecompose.__all__)
+    assert edgecompose.__all__ == sorted(edgecompose._MODULES)
+    for name in edgecompose.__all__:
+        assert getattr(edgecompose, name).__name__ == name
+    assert set(edgecompose.__all__) <= set(dir(edgecompose))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = edgecompose.nothing  # type: ignore[attr-defined]
-    assert edgecompose.__all__ == sorted(edgecompose.__all__)
+
+
+def test_type_checkers_see_the_public_names_where_they_are_imported_from() -> None:
+    tree = modules(RUNTIME)["__init__"]
+    names = {
+        alias.name: (node.module or "").removeprefix("edgecompose.")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module != "typing"
+        for alias in node.names
+    }
+    assert names == edgecompose._MODULES
+
+
+def test_importing_the_package_and_showing_its_help_load_no_library_for_numbers() -> None:
+    heavy = {"numpy", "onnxruntime", "usearch", "tokenizers", "rich", "asyncio"}
+    for code in ("import edgecompose", "import edgecompose.cli.main as m; m.main(['--help'], standalone_mode=False)"):
+        done = run_python(f"{code}; import sys; print({heavy} & set(sys.modules))")
+        assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "set()"), done.stderr
 
 
 def test_the_versions_agree() -> None:
@@ -194,7 +209,7 @@ class Watch:
         if name == "onnxruntime":
             print("seen", os.environ.get("ORT_DISABLE_TELEMETRY"))
 sys.meta_path.insert(0, Watch())
-import edgecompose
+from edgecompose import open_bundle
 """
     done = run_python(code)
     assert (done.returncode, done.stdout, done.stderr) == (0, "seen 1\n", "")
@@ -204,7 +219,7 @@ def test_importing_changes_no_variable_of_the_host_but_the_one_for_telemetry() -
     code = """
 import os
 before = dict(os.environ)
-import edgecompose, edgecompose.cli, edgecompose.server
+import edgecompose.cli.run, edgecompose.server
 print({name: value for name, value in os.environ.items() if before.get(name) != value}, set(before) - set(os.environ))
 """
     done = run_python(code)
@@ -235,6 +250,14 @@ def test_both_packages_can_be_run_as_modules() -> None:
         assert "Usage: " in done.stdout
 
 
+def test_the_table_of_commands_says_how_each_begins() -> None:
+    for name, (module, help_text) in COMMANDS.items():
+        command = main.get_command(click.Context(main), name)
+        assert command is not None and command.name == name
+        assert (command.help or "").startswith(help_text), name
+        assert f"{module}.py" in {path.name for path in (RUNTIME / "cli").iterdir()}
+
+
 def test_the_help_of_the_export_loads_no_torch() -> None:
     """Its commands import what they need when they run, so that help and mistakes are quick."""
     heavy = "sorted({'torch', 'transformers', 'onnx'} & set(sys.modules))"
@@ -244,7 +267,7 @@ def test_the_help_of_the_export_loads_no_torch() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="seen on Linux")
 def test_usearch_before_onnxruntime_is_refused_and_does_not_crash() -> None:
-    command = [sys.executable, "-c", "import usearch.index; import edgecompose"]
+    command = [sys.executable, "-c", "import usearch.index; from edgecompose import open_bundle"]
     finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert finished.returncode == 1
-    assert "import edgecompose (or onnxruntime) before usearch" in finished.stderr
+    assert "import onnxruntime (or edgecompose.composer) before usearch" in finished.stderr

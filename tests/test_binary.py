@@ -55,9 +55,15 @@ def call(
     environment = {name: str(folders[name]) for name in ("HOME", "TMPDIR")}
     done = subprocess.run(
         [*(prefix or []), str(executable), *map(str, arguments)],
-        input=stdin, capture_output=True, text=True, encoding="utf-8", env=environment, cwd=folders["cwd"], check=False,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env=environment,
+        cwd=folders["cwd"],
+        check=False,
         timeout=120,
-    )  # fmt: skip
+    )
     assert all(not list(folder.iterdir()) for folder in folders.values()), "something was left behind"
     return done
 

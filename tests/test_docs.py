@@ -46,9 +46,29 @@ PAGES = (README, *sorted((ROOT / "docs").rglob("*.md")))
 PROGRAMS: dict[str, click.Group] = {"edgecompose": runtime, "edgecompose-export": export}
 #: First words of a line that make it a command line, in whatever block it stands.
 COMMANDS = frozenset(
-    (*PROGRAMS, "make", "pip", "curl", "python", "python3", "sh", "taskset", "tar", "sha256sum", "git", "cd", "printf",
-     "echo", "export", "llama-cli", "llama-server", "llama-completion", "vllm", "huggingface-cli")
-)  # fmt: skip
+    (
+        *PROGRAMS,
+        "make",
+        "pip",
+        "curl",
+        "python",
+        "python3",
+        "sh",
+        "taskset",
+        "tar",
+        "sha256sum",
+        "git",
+        "cd",
+        "printf",
+        "echo",
+        "export",
+        "llama-cli",
+        "llama-server",
+        "llama-completion",
+        "vllm",
+        "huggingface-cli",
+    )
+)
 #: What a page may have a shell run; whatever is not ours, not here and not in NOT_RUN fails.
 SHELL = frozenset(("curl", "python", "printf", "echo"))
 _BUILDS = "builds for minutes; tests check what it made"
@@ -57,11 +77,16 @@ _AIRGAP = "tests/test_airgap.py does the same with the installer"
 _NOT_HERE = "wants a program that is not installed with ours"
 #: Command lines that no test of this file runs, and why.
 NOT_RUN: dict[str, str] = {
-    "make demo": _BUILDS, "make test": "runs this", "make airgap": _BUILDS, "make binary": _BUILDS,
+    "make demo": _BUILDS,
+    "make test": "runs this",
+    "make airgap": _BUILDS,
+    "make binary": _BUILDS,
     "make airgap BUNDLE_DIR=my-bundle": _BUILDS,
     "edgecompose-export fetch qwen2.5-coder-0.5b-instruct -o build/models": "downloads; see tests/export/test_fetch.py",
-    "pip install 'edgecompose[cpu]'": _DOWNLOADS, "pip install 'edgecompose[gpu]'": _DOWNLOADS,
-    "pip install 'edgecompose[cpu,server]'": _DOWNLOADS, "pip install 'edgecompose[cpu,gguf]'": _DOWNLOADS,
+    "pip install 'edgecompose[cpu]'": _DOWNLOADS,
+    "pip install 'edgecompose[gpu]'": _DOWNLOADS,
+    "pip install 'edgecompose[cpu,server]'": _DOWNLOADS,
+    "pip install 'edgecompose[cpu,gguf]'": _DOWNLOADS,
     **dict.fromkeys(
         (
             "sha256sum -c edgecompose-0.1.0-airgap-linux-x86_64.tar.gz.sha256",
@@ -69,11 +94,15 @@ NOT_RUN: dict[str, str] = {
             "sh edgecompose-0.1.0-airgap-linux-x86_64/install.sh",
             "~/.local/bin/edgecompose run ~/.local/share/edgecompose/bundle"
             " 'Customer review: Great soup. Positive or negative? Answer:'",
-            "sh install.sh", "sh install.sh --prefix /opt/edgecompose", "sh install.sh --python",
-            "sh install.sh --python /usr/bin/python3.11", "sh install.sh --force",
+            "sh install.sh",
+            "sh install.sh --prefix /opt/edgecompose",
+            "sh install.sh --python",
+            "sh install.sh --python /usr/bin/python3.11",
+            "sh install.sh --force",
             "sh ~/.local/share/edgecompose/install.sh --uninstall",
             "sh install.sh --uninstall --prefix /opt/edgecompose",
-            "~/.local/bin/edgecompose doctor", "~/.local/bin/edgecompose verify ~/.local/share/edgecompose/bundle",
+            "~/.local/bin/edgecompose doctor",
+            "~/.local/bin/edgecompose verify ~/.local/share/edgecompose/bundle",
         ),
         _AIRGAP,
     ),
@@ -82,7 +111,7 @@ NOT_RUN: dict[str, str] = {
     "taskset -c 0,1 edgecompose serve models/demo": "not every system has taskset and two cores",
     "llama-cli -m SmolLM2-135M-Instruct.Q4_1.gguf --lora blend.gguf": f"{_NOT_HERE}; see test_llama_cpp.py",
     "vllm serve SmolLM2-135M-Instruct --enable-lora --max-lora-rank 16 --lora-modules blend=small": _NOT_HERE,
-}  # fmt: skip
+}
 #: Tasks of the tiny bundle, and those of the demo that stand for them.
 DEMO_TASKS = {"animals": "snli", "numbers": "cb", "colours": "yelp"}
 _ADDRESS = "http://127.0.0.1:8080"
@@ -164,12 +193,13 @@ class Page:
         if not self._makes_bundle:
             shutil.copytree(self._bundle, self.folder / "my-bundle")
         for name, source in (
-            ("SmolLM2-135M-Instruct", self._zoo.model("llama")), ("all-MiniLM-L6-v2", self._zoo.encoder()),
+            ("SmolLM2-135M-Instruct", self._zoo.model("llama")),
+            ("all-MiniLM-L6-v2", self._zoo.encoder()),
             ("SmolLM2-135M-Instruct.Q4_1.gguf", self._bundle.with_suffix(".gguf")),
             ("lora/snli", self._zoo.lora("animals", **ADAPTERS["animals"])),
             ("lora/boolq", self._zoo.lora("colours", **ADAPTERS["colours"])),
             ("lora/wic", self._zoo.lora("numbers", **ADAPTERS["numbers"])),
-        ):  # fmt: skip
+        ):
             (self.folder / name).parent.mkdir(exist_ok=True)
             (self.folder / name).symlink_to(source)
         self._write_recipe()
@@ -245,9 +275,11 @@ class Page:
     def _shell(self, line: str) -> bytes:
         command = line.replace(_ADDRESS, self.address).replace("curl ", "curl --fail ")
         environment = {
-            **os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'export'}", "PYTHONWARNINGS": "ignore",
+            **os.environ,
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'export'}",
+            "PYTHONWARNINGS": "ignore",
             "PATH": os.pathsep.join((str(self.folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"])),
-        }  # fmt: skip
+        }
         done = subprocess.run(["sh", "-c", command], capture_output=True, env=environment, timeout=60, check=False)
         assert done.returncode == 0, f"{line}\n{done.stdout.decode()}{done.stderr.decode()}"
         return done.stdout

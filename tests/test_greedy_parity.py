@@ -103,7 +103,12 @@ def _generate(model: Any, ids: list[int], ends: tuple[int, ...]) -> list[int]:
     row = torch.tensor([ids])
     with torch.inference_mode():
         written = model.generate(
-            input_ids=row, attention_mask=torch.ones_like(row), max_new_tokens=TOKENS, do_sample=False,
-            repetition_penalty=1.0, eos_token_id=list(ends), pad_token_id=ends[0],
-        )  # fmt: skip
+            input_ids=row,
+            attention_mask=torch.ones_like(row),
+            max_new_tokens=TOKENS,
+            do_sample=False,
+            repetition_penalty=1.0,
+            eos_token_id=list(ends),
+            pad_token_id=ends[0],
+        )
     return [token for token in written[0, len(ids) :].tolist() if token not in ends]

@@ -16,12 +16,22 @@ from edgecompose.settings import names_of, override, settings_of
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        ("temperature", -1.0), ("top_k", -1), ("min_p", -0.1), ("min_p", 1.1), ("min_p", np.nan),
-        ("repetition_penalty", 0.0), ("repetition_penalty", np.inf), ("repetition_penalty", np.nan),
-        ("temperature", np.inf), ("temperature", np.nan),
-        ("top_p", 0.0), ("top_p", 1.01), ("top_p", np.nan), ("seed", -1),
+        ("temperature", -1.0),
+        ("top_k", -1),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("min_p", np.nan),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", np.inf),
+        ("repetition_penalty", np.nan),
+        ("temperature", np.inf),
+        ("temperature", np.nan),
+        ("top_p", 0.0),
+        ("top_p", 1.01),
+        ("top_p", np.nan),
+        ("seed", -1),
     ],
-)  # fmt: skip
+)
 def test_bad_sampling_settings_are_refused(setting: str, value: float) -> None:
     with pytest.raises(GenerationError, match="expected"):
         Sampling(**{setting: value})  # type: ignore[arg-type]

@@ -21,10 +21,48 @@ import transformers
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 END = SPECIAL[2]
 _PAIRS = [
-    "th", "he", "in", "er", "an", "re", "on", "at", "en", "nd", "ti", "es", "or", "te", "of", "ed", "is", "it", "al",
-    "ar", "st", "to", "nt", "ng", "se", "ha", "as", "ou", "io", "le", "ve", "co", "me", "de", "hi", "ri", "ro", "ic",
-    "ne", "ea", "ra",
-]  # fmt: skip
+    "th",
+    "he",
+    "in",
+    "er",
+    "an",
+    "re",
+    "on",
+    "at",
+    "en",
+    "nd",
+    "ti",
+    "es",
+    "or",
+    "te",
+    "of",
+    "ed",
+    "is",
+    "it",
+    "al",
+    "ar",
+    "st",
+    "to",
+    "nt",
+    "ng",
+    "se",
+    "ha",
+    "as",
+    "ou",
+    "io",
+    "le",
+    "ve",
+    "co",
+    "me",
+    "de",
+    "hi",
+    "ri",
+    "ro",
+    "ic",
+    "ne",
+    "ea",
+    "ra",
+]
 #: 256 bytes, 41 pairs of letters, 3 special tokens.
 VOCABULARY = 300
 CHAT_TEMPLATE = (
@@ -32,15 +70,26 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _SHAPE = {
-    "vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 512, "bos_token_id": None,
-    "eos_token_id": VOCABULARY - 1, "pad_token_id": VOCABULARY - 3, "tie_word_embeddings": False,
-}  # fmt: skip
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": VOCABULARY - 1,
+    "pad_token_id": VOCABULARY - 3,
+    "tie_word_embeddings": False,
+}
 _GEMMA = {"head_dim": 32, "tie_word_embeddings": True}
 _GRANITE = {
-    "embedding_multiplier": 12.0, "attention_multiplier": 0.0625, "residual_multiplier": 0.22, "logits_scaling": 8.0,
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.0625,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 8.0,
     "tie_word_embeddings": True,
-}  # fmt: skip
+}
 #: One for each row of `edgecompose.architectures`: class of the configuration, class of the model, and what differs
 #: from `_SHAPE`. Windows are of 16 tokens.
 ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -52,21 +101,27 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma": ("GemmaConfig", "GemmaForCausalLM", _GEMMA),
     "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {**_GEMMA, "sliding_window": 16, "query_pre_attn_scalar": 24}),
     "gemma3_text": (
-        "Gemma3TextConfig", "Gemma3ForCausalLM",
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
         {**_GEMMA, "num_hidden_layers": 6, "sliding_window": 16, "query_pre_attn_scalar": 24},
     ),
     "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", {}),
     "granite": ("GraniteConfig", "GraniteForCausalLM", _GRANITE),
     "granitemoehybrid": (
-        "GraniteMoeHybridConfig", "GraniteMoeHybridForCausalLM",
+        "GraniteMoeHybridConfig",
+        "GraniteMoeHybridForCausalLM",
         {
-            **_GRANITE, "shared_intermediate_size": 96, "num_local_experts": 0, "num_experts_per_tok": 0,
-            "layer_types": ["attention"] * 2, "position_embedding_type": "rope",
+            **_GRANITE,
+            "shared_intermediate_size": 96,
+            "num_local_experts": 0,
+            "num_experts_per_tok": 0,
+            "layer_types": ["attention"] * 2,
+            "position_embedding_type": "rope",
         },
     ),
     "stablelm": ("StableLmConfig", "StableLmForCausalLM", {"use_qkv_bias": True}),
     "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM", {"num_hidden_layers": 4, "tie_word_embeddings": True}),
-}  # fmt: skip
+}
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -179,9 +234,14 @@ def write_encoder(folder: Path, *, pooling: str = "mean", max_length: int = 32, 
         max_length: window in tokens.
     """
     config = transformers.BertConfig(
-        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
-        max_position_embeddings=64, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=64,
+        pad_token_id=0,
+    )
     model = transformers.BertModel(config, add_pooling_layer=False)
     randomize(model, seed=seed, spread=0.2)
     model.save_pretrained(folder)

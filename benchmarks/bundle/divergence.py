@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.bundle.factors import Factors, Float
-from edgecompose_export.peft_source import read_config, scale_of
+from edgecompose.formats.peft import read_config, scale_of
 
 
 class Divergence:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file
 
-from edgecompose_export.peft_source import WEIGHTS_FILE, read_config, scale_of
+from edgecompose.formats.peft import WEIGHTS_FILE, read_config, scale_of
 
 Float = npt.NDArray[np.float32]
 Double = npt.NDArray[np.float64]

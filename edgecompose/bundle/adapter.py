@@ -79,13 +79,22 @@ def adapter_to_bytes(modules: Mapping[str, AdapterModule], *, bits: Bits, base: 
     for name, module in modules.items():
         gains = np.array([module.a.gain, module.b.gain], np.float32)
         parts = (
-            module.a.codes, module.a.scales, module.b.codes, module.b.scales, gains, module.scaling, module.ranks,
+            module.a.codes,
+            module.a.scales,
+            module.b.codes,
+            module.b.scales,
+            gains,
+            module.scaling,
+            module.ranks,
             module.thresholds,
-        )  # fmt: skip
+        )
         tensors |= {f"{name}.{part}": np.ascontiguousarray(v) for part, v in zip(_PARTS, parts, strict=True)}
     metadata = {
-        "format": FORMAT, "bits": str(bits), "base": base, "source": json.dumps(source, sort_keys=True),
-    }  # fmt: skip
+        "format": FORMAT,
+        "bits": str(bits),
+        "base": base,
+        "source": json.dumps(source, sort_keys=True),
+    }
     return _canonical(bytes(save(tensors, metadata=metadata)))
 
 
@@ -148,9 +157,15 @@ def _module(adapter: str, module: str, tensors: Mapping[str, npt.NDArray[Any]], 
     a_codes, a_scales, b_codes, b_scales, gains, scaling, ranks, limits = (tensors[f"{module}.{p}"] for p in _PARTS)
     kind = np.float16 if bits == 16 else np.uint8
     expected = [
-        (a_codes, kind, 3), (b_codes, kind, 3), (a_scales, np.float16, 3), (b_scales, np.float16, 3),
-        (gains, np.float32, 1), (scaling, np.float32, 1), (ranks, np.int32, 1), (limits, np.float32, 3),
-    ]  # fmt: skip
+        (a_codes, kind, 3),
+        (b_codes, kind, 3),
+        (a_scales, np.float16, 3),
+        (b_scales, np.float16, 3),
+        (gains, np.float32, 1),
+        (scaling, np.float32, 1),
+        (ranks, np.int32, 1),
+        (limits, np.float32, 3),
+    ]
     if any(t.dtype != dtype or t.ndim != dims for t, dtype, dims in expected) or gains.shape != (2,):
         raise AdapterError(f"{place}: a tensor has another type or number of dimensions than the format says")
     layers = scaling.shape[0]

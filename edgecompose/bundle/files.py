@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-from edgecompose.bundle.manifest import MANIFEST_FILE, Manifest, check_path, manifest_from_json
+from edgecompose.bundle.atomic import sync, write_text
+from edgecompose.bundle.manifest import MANIFEST_FILE, Manifest, check_path, manifest_from_json, manifest_to_json
 from edgecompose.bundle.specs import FileEntry
 from edgecompose.errors import FileDamaged, ManifestInvalid, UnknownAdapter, UnsupportedSchema
 
@@ -96,6 +97,17 @@ def read_manifest_text(root: Path) -> str:
         raise ManifestInvalid(f"bundle '{root}' has no {MANIFEST_FILE}; is it an edgecompose bundle?") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestInvalid(f"bundle '{root}': {MANIFEST_FILE} cannot be read: {error}") from error
+
+
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    """Write `manifest.json` in one rename, when every file that it names is on disk.
+
+    Raises:
+        OSError: it cannot be written, or a file is missing.
+    """
+    for relative in manifest.files:
+        sync(root / relative)
+    write_text(root / MANIFEST_FILE, manifest_to_json(manifest))
 
 
 def verify(root: Path, *, advance: Callable[[int], None] = lambda count: None) -> list[str]:

@@ -77,9 +77,14 @@ class Manifest:
         if fusing is not None:
             optional += [fusing.fuse_graph, fusing.decoder_graph, fusing.cuda_decoder_graph]
         return [
-            self.base.graph, self.base.tokenizer, self.embedder.graph, self.embedder.tokenizer, self.index.file,
-            *(a.file for a in self.adapters.values()), *(path for path in optional if path is not None),
-        ]  # fmt: skip
+            self.base.graph,
+            self.base.tokenizer,
+            self.embedder.graph,
+            self.embedder.tokenizer,
+            self.index.file,
+            *(a.file for a in self.adapters.values()),
+            *(path for path in optional if path is not None),
+        ]
 
     def _check_keys(self) -> None:
         spans = sorted((t.first_key, t.first_key + t.examples, name) for name, t in self.tasks.items())

@@ -1,11 +1,13 @@
-"""Parsed JSON as frozen dataclasses, checked field by field; knows nothing of what they mean."""
+"""JSON files, and parsed JSON as frozen dataclasses, checked field by field."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from edgecompose.errors import EdgeComposeError, ManifestInvalid
@@ -16,6 +18,25 @@ _Error = type[EdgeComposeError]
 
 class _Mismatch(Exception):
     """A value is not what its type says; becomes an error of the caller's kind."""
+
+
+def read_json(path: Path, error: _Error, advice: str, *, place: str | None = None) -> Any:
+    """The value in a JSON file.
+
+    Args:
+        error: the class of error to raise.
+        advice: what the caller can do about a file that cannot be used, for messages.
+        place: what the file is, for messages; by default its path.
+
+    Raises:
+        error: the file is missing, unreadable, no UTF-8, or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as reason:
+        raise error(f"{place or repr(str(path))} is missing; {advice}") from reason
+    except (OSError, ValueError, RecursionError) as reason:
+        raise error(f"{place or repr(str(path))} cannot be read as JSON: {reason}; {advice}") from reason
 
 
 def value_from_json(kind: type[_T], value: Any, place: str, error: _Error = ManifestInvalid) -> _T:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from edgecompose.bundle.atomic import write_text
 from edgecompose.bundle.files import read_manifest_text
 from edgecompose.bundle.manifest import MANIFEST_FILE, SCHEMA_VERSION, manifest_from_json, manifest_to_json
 from edgecompose.errors import ManifestInvalid
@@ -54,12 +54,7 @@ def upgrade_bundle(root: Path) -> bool:
         fields = _from_4(fields)
     except (AttributeError, KeyError, TypeError) as error:
         raise ManifestInvalid(f"bundle '{root}' breaks schema version 4 ({error!r:.80}); export it again") from error
-    new = root / f".{MANIFEST_FILE}.{os.getpid()}.tmp"
-    try:
-        new.write_text(manifest_to_json(manifest_from_json(json.dumps(fields))), encoding="utf-8")
-        new.replace(root / MANIFEST_FILE)
-    finally:
-        new.unlink(missing_ok=True)
+    write_text(root / MANIFEST_FILE, manifest_to_json(manifest_from_json(json.dumps(fields))))
     return True
 
 

@@ -25,19 +25,26 @@ bundle_argument = click.argument("bundle", type=click.Path(path_type=Path, exist
 prompt_argument = click.argument("prompt")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 device_option = click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
     help="Where to compute; cuda fails when it cannot be used, auto falls back to cpu and says why.",
-)  # fmt: skip
+)
 form_option = click.option(
-    "--raw/--chat", default=None,
+    "--raw/--chat",
+    default=None,
     help="Send the prompt as it is, or in the chat template; by default as the bundle's adapters were trained.",
-)  # fmt: skip
+)
 
 
 adapter_option = click.option(
-    "--adapter", "adapters", multiple=True, metavar="NAME=WEIGHT",
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="NAME=WEIGHT",
     help="Compose by hand instead of by retrieval; repeatable.",
-)  # fmt: skip
+)
 
 #: Options that had another name, or another meaning, until 0.1: they are refused with the new name for one release.
 _RENAMED = {

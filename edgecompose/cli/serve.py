@@ -76,10 +76,13 @@ def serve(bundle: Path, device: str, stdio: bool, **options: Any) -> None:
             StdioServer(composer, sys.stdin.buffer, _write_line, max_tokens=options["max_tokens"]).serve()
             return
         settings = ServerSettings(
-            hosts=server_names(options["host"], options["allow_host"]), origins=options["allow_origin"],
-            key=read_key(options["api_key_file"]), workers=options["workers"], queue=options["queue"],
+            hosts=server_names(options["host"], options["allow_host"]),
+            origins=options["allow_origin"],
+            key=read_key(options["api_key_file"]),
+            workers=options["workers"],
+            queue=options["queue"],
             max_tokens=options["max_tokens"],
-        )  # fmt: skip
+        )
         run_server(composer, settings, host=options["host"], port=options["port"], ready=_say_where)
 
 

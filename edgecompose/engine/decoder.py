@@ -1,4 +1,4 @@
-"""The base model with a blend attached or folded in, one sequence at a time; knows nothing of text or sampling."""
+"""The base model with a blend attached or fused in, one sequence at a time; knows nothing of text or sampling."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _IDLE_CACHES = 2
 _CHUNKS = {"cpu": 128, "cuda": 2048}
 
 
-def decoder_graph(spec: BaseSpec, device: Device, *, folded: bool = False) -> str:
+def decoder_graph(spec: BaseSpec, device: Device, *, fused: bool = False) -> str:
     """Path, in the bundle, of the decoder that a device runs: on CUDA the one with attention in float16, if there is.
 
     Raises:
-        GenerationError: `folded`, and the base cannot be folded.
+        GenerationError: `fused`, and the base cannot be fused.
     """
-    if folded:
-        folding = require_fusing(spec)
-        graph, cuda_graph = folding.decoder_graph, folding.cuda_decoder_graph
+    if fused:
+        fusing = require_fusing(spec)
+        graph, cuda_graph = fusing.decoder_graph, fusing.cuda_decoder_graph
     else:
         graph, cuda_graph = spec.graph, spec.cuda_graph
     return cuda_graph if device.kind == "cuda" and cuda_graph is not None else graph
@@ -87,13 +87,13 @@ class FusedDecoder:
     def __init__(self, graph: Path, spec: BaseSpec, device: Device) -> None:
         self.spec = spec
         self.device = device
-        self._session = open_session(graph, device, name="folded decoder")
+        self._session = open_session(graph, device, name="fused decoder")
         inputs = {**_sequence_axes(spec), **weight_axes(require_fusing(spec).weights)}
-        check_graph(self._session, "folded decoder", inputs, {"logits": {2: spec.vocabulary}})
+        check_graph(self._session, "fused decoder", inputs, {"logits": {2: spec.vocabulary}})
         cache_dtype(self._session)
 
     def start(self, weights: FusedWeights, capacity: int, *, reserve: int | None = None) -> DecoderState:
-        """Begin a sequence of at most `capacity` tokens with weights that a blend was folded into.
+        """Begin a sequence of at most `capacity` tokens with weights that a blend was fused into.
 
         Args:
             reserve: tokens that caches have room for at once, by default all; for more they grow.

@@ -21,7 +21,7 @@ if sys.platform == "linux" and "usearch.compiled" in sys.modules and "onnxruntim
     # onnxruntime 1.32 crashes while it loads into a process where usearch 2.26 is loaded; the other order works
     raise ImportError(
         "usearch was imported before onnxruntime, which would crash this process; "
-        "import edgecompose (or onnxruntime) before usearch"
+        "import onnxruntime (or edgecompose.composer) before usearch"
     )
 try:
     import onnxruntime
@@ -231,7 +231,7 @@ def _cuda_obstacle() -> str | None:
     preload = getattr(onnxruntime, "preload_dlls", None)
     if preload is not None:
         preload()
-    probe = Path(__file__).parents[1] / "merging" / "graphs" / "probe.onnx"
+    probe = Path(__file__).with_name("probe.onnx")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     try:

@@ -45,22 +45,22 @@ class FusedWeights:
 
 
 class Fuser:
-    """The session of a bundle's fold graph. Holds no blend; safe between threads."""
+    """The session of a bundle's fuse graph. Holds no blend; safe between threads."""
 
     def __init__(self, graph: Path, spec: BaseSpec, device: Device) -> None:
         self._device = device
-        self._session = open_session(graph, device, name="fold")
+        self._session = open_session(graph, device, name="fuse")
         weights = require_fusing(spec).weights
-        check_graph(self._session, "fold", slot_axes(spec.slots), weight_axes(weights))
+        check_graph(self._session, "fuse", slot_axes(spec.slots), weight_axes(weights))
         self._places, self._values = _lay_out(weights)
-        # the memory of one folded base is kept for the next: fresh pages cost more than folding does
+        # the memory of one fused base is kept for the next: fresh pages cost more than fusing does
         self._pool = BufferPool(device, idle_bytes=4 * self._values)
 
     def fuse(self, adapter: MergedAdapter) -> FusedWeights:
         """The base's weights with a blend in them: W + A^T B of every linear module, products and sum in float32."""
         buffer = self._pool.take(self._values)
-        folded = FusedWeights(adapter.digest, self._places, buffer)
-        weakref.finalize(folded, self._pool.give, buffer).atexit = False
+        fused = FusedWeights(adapter.digest, self._places, buffer)
+        weakref.finalize(fused, self._pool.give, buffer).atexit = False
         binding = self._session.io_binding()
         bind_slots(binding, adapter, self._device)
         for name, (offset, shape) in self._places.items():
@@ -68,11 +68,11 @@ class Fuser:
             binding.bind_output(name, self._device.kind, 0, np.float32, list(shape), address)
         self._session.run_with_iobinding(binding)
         binding.synchronize_outputs()
-        return folded
+        return fused
 
 
 def require_fusing(spec: BaseSpec) -> FusingSpec:
-    """How a base is folded.
+    """How a base is fused.
 
     Raises:
         GenerationError: a quantised base, or a float one that was exported without the graphs.
@@ -81,7 +81,7 @@ def require_fusing(spec: BaseSpec) -> FusingSpec:
         return spec.fusing
     if spec.precision in ("fp32", "fp16"):
         raise GenerationError(
-            f"fusing needs the graphs fold and decoder_folded; this bundle's {spec.precision} base was exported "
+            f"fusing needs the graphs fuse and decoder_fused; this bundle's {spec.precision} base was exported "
             "without them; export base and bundle again, or use attach"
         )
     raise GenerationError(
@@ -91,12 +91,12 @@ def require_fusing(spec: BaseSpec) -> FusingSpec:
 
 
 def weight_axes(weights: Mapping[str, tuple[int, ...]]) -> dict[str, dict[int, int]]:
-    """Every folded weight, an output of one graph and an input of the other, with the size of each axis."""
+    """Every fused weight, an output of one graph and an input of the other, with the size of each axis."""
     return {name: dict(enumerate(shape)) for name, shape in weights.items()}
 
 
 def fused_bytes(spec: FusingSpec) -> int:
-    """Memory that one folded base takes."""
+    """Memory that one fused base takes."""
     return 4 * _lay_out(spec.weights)[1]
 
 

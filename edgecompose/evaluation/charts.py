@@ -31,11 +31,24 @@ _OTHERS = ("#009e73", "#e69f00", "#cc79a7", "#d55e00", "#56b4e9", "#8f7ee0", "#b
 _MARKS = "oDs^vP<X>"
 _FONTS = 'system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif'
 _STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none", "svg.hashsalt": "edgecompose", "font.family": "DejaVu Sans", "font.size": 9,
-    "text.color": _INK, "axes.edgecolor": _LINE, "axes.labelcolor": _QUIET, "xtick.color": _LINE, "ytick.color": _LINE,
-    "xtick.labelcolor": _QUIET, "ytick.labelcolor": _INK, "axes.linewidth": 0.8, "grid.color": _LINE,
-    "grid.linewidth": 0.6, "figure.facecolor": "none", "axes.facecolor": "none", "text.parse_math": False,
-}  # fmt: skip
+    "svg.fonttype": "none",
+    "svg.hashsalt": "edgecompose",
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "text.color": _INK,
+    "axes.edgecolor": _LINE,
+    "axes.labelcolor": _QUIET,
+    "xtick.color": _LINE,
+    "ytick.color": _LINE,
+    "xtick.labelcolor": _QUIET,
+    "ytick.labelcolor": _INK,
+    "axes.linewidth": 0.8,
+    "grid.color": _LINE,
+    "grid.linewidth": 0.6,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "text.parse_math": False,
+}
 #: Cells of a heat map below this share have no label.
 _SHOWN = 0.02
 _CHARACTER = 0.083  # inches of a character at size 9, at most
@@ -76,18 +89,21 @@ def draw_charts(summary: Summary) -> list[Chart]:
     means = ", ".join(f"{n} {s.mean:.1%}" for n, s in summary.metrics.items() if s.mean is not None)
     charts = [
         _chart(
-            "accuracy", "Accuracy, with intervals of 95 %", f"Mean accuracy: {means}. Below it every task by itself.",
+            "accuracy",
+            "Accuracy, with intervals of 95 %",
+            f"Mean accuracy: {means}. Below it every task by itself.",
             lambda: _accuracy(summary),
         )
-    ]  # fmt: skip
+    ]
     if any(main.weights.values()):
         charts.append(
             _chart(
-                "weights", f"Mean weight of adapters, per cent ({summary.main})",
+                "weights",
+                f"Mean weight of adapters, per cent ({summary.main})",
                 f"Tasks against adapters. {_largest(main.weights, 'is given mostly')}",
                 lambda: _heat_map(main.weights, "adapter"),
             )
-        )  # fmt: skip
+        )
     if main.routing.confusion:
         shares = {
             task: {top: count / sum(counts.values()) for top, count in counts.items()}
@@ -95,19 +111,22 @@ def draw_charts(summary: Summary) -> list[Chart]:
         }
         charts.append(
             _chart(
-                "confusion", "Where prompts were routed, per cent of a task's examples",
+                "confusion",
+                "Where prompts were routed, per cent of a task's examples",
                 f"Tasks against the task on top. {_largest(shares, 'goes mostly to')}",
                 lambda: _heat_map(shares, "task on top"),
             )
-        )  # fmt: skip
+        )
     if main.routing.error is not None:
         bins = "; ".join(f"{b.share:.0%} share, {b.right:.0%} right" for b in main.routing.reliability if b.n)
         charts.append(
             _chart(
-                "reliability", "Can the top task's share be trusted?",
-                f"Expected calibration error {main.routing.error:.3f}. {bins}.", lambda: _reliability(main),
+                "reliability",
+                "Can the top task's share be trusted?",
+                f"Expected calibration error {main.routing.error:.3f}. {bins}.",
+                lambda: _reliability(main),
             )
-        )  # fmt: skip
+        )
     return charts
 
 
@@ -177,9 +196,11 @@ def _accuracy(summary: Summary) -> Figure:
     left, width, gap = _margin([*tasks, *shown]), 5.2, 0.55
     heights = 0.23 * len(shown), pitch * len(tasks)
     figure, (top, rows) = _figure(
-        left + width + 0.7, 0.35 + sum(heights) + gap + 0.3,
-        (left, 0.35, width, heights[0]), (left, 0.35 + heights[0] + gap, width, heights[1]),
-    )  # fmt: skip
+        left + width + 0.7,
+        0.35 + sum(heights) + gap + 0.3,
+        (left, 0.35, width, heights[0]),
+        (left, 0.35 + heights[0] + gap, width, heights[1]),
+    )
     palette, marks = colours(summary), {name: _MARKS[i % len(_MARKS)] for i, name in enumerate(summary.metrics)}
     scores = [*shown.values(), *(score for s in summary.metrics.values() for score in s.tasks.values())]
     low, high = min(score.ci95[0] for score in scores), max(score.ci95[1] for score in scores)
@@ -193,9 +214,13 @@ def _accuracy(summary: Summary) -> Figure:
     for place, (name, score) in enumerate(shown.items()):
         _dot(top, score, place, palette[name], marks[name], 6)
         top.text(
-            1.01, place, f"{score.accuracy * 100:.1f}", transform=top.get_yaxis_transform(), va="center",
+            1.01,
+            place,
+            f"{score.accuracy * 100:.1f}",
+            transform=top.get_yaxis_transform(),
+            va="center",
             weight="bold" if name == summary.main else "normal",
-        )  # fmt: skip
+        )
     top.set_yticks(range(len(shown)), list(shown))
     for label, name in zip(top.get_yticklabels(), shown, strict=True):
         label.set_color(palette[name])

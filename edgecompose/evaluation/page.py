@@ -55,17 +55,30 @@ def write_report(evaluation: Evaluation, summary: Summary, result: Mapping[str, 
 def page(evaluation: Evaluation, result: Mapping[str, Any], charts: Sequence[Chart], palette: Mapping[str, str]) -> str:
     """The report as HTML, `palette` being a colour for each variant; whatever comes from examples is escaped."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")), autoescape=True,
-        undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
+        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
     environment.filters["base64"] = lambda text: base64.b64encode(text.encode("utf-8")).decode("ascii")
     counts = {len(found["tasks"]) for found in result["variants"].values()}
     return environment.get_template("report.html").render(
-        main=evaluation.main, result=result, settings=result["settings"], charts=charts, captions=_CAPTIONS,
-        colours=palette, percent=percent, interval=interval, signed=signed, stages=STAGES,
-        uneven=len(counts) > 1, rows=list(_rows(result)), misses=list(map(_miss, evaluation.misses(_MISSES))),
+        main=evaluation.main,
+        result=result,
+        settings=result["settings"],
+        charts=charts,
+        captions=_CAPTIONS,
+        colours=palette,
+        percent=percent,
+        interval=interval,
+        signed=signed,
+        stages=STAGES,
+        uneven=len(counts) > 1,
+        rows=list(_rows(result)),
+        misses=list(map(_miss, evaluation.misses(_MISSES))),
         described=list(_described(result["settings"])),
-    )  # fmt: skip
+    )
 
 
 def shortened(text: str, head: int = _HEAD, tail: int = _TAIL) -> str:
@@ -78,9 +91,7 @@ def _rows(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for task in sorted(set().union(*(found["tasks"] for found in variants))):
         scores = [found["tasks"].get(task) for found in variants]
         had = [score for score in scores if score]
-        yield {
-            "task": task, "n": max(s["n"] for s in had), "scores": scores, "best": max(s["accuracy"] for s in had)
-        }  # fmt: skip
+        yield {"task": task, "n": max(s["n"] for s in had), "scores": scores, "best": max(s["accuracy"] for s in had)}
 
 
 def _miss(judged: Result) -> dict[str, str]:

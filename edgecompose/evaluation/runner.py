@@ -176,11 +176,16 @@ class _Bench:
         timings = {s: cached.timings_ms.get(s, 0.0) + elapsed_ms.get(s, 0.0) for s in STAGES}
         timings["total"] += sum(elapsed_ms.values())  # whose own total is 0
         return Result(
-            example, cached.right, cached.answer, weights, top[0], top[1],
+            example,
+            cached.right,
+            cached.answer,
+            weights,
+            top[0],
+            top[1],
             retrieval.neighbours[0].similarity if retrieval.neighbours else None,
             here and example.task not in request.exclude,
             timings,
-        )  # fmt: skip
+        )
 
     def _weights(
         self, variant: Variant, example: EvalExample, request: Request, retrieval: Retrieval
@@ -221,9 +226,13 @@ class _Bench:
         settings = override(self._composer.default_merge, request.merge, MergeError)
         composition = self._composer.blends.digest(weights, settings)
         return AnswerKey(
-            self._base(request), example.id, composition, bool(request.raw),
-            "choices" if request.choices else "text", None if request.choices else request.max_tokens,
-        )  # fmt: skip
+            self._base(request),
+            example.id,
+            composition,
+            bool(request.raw),
+            "choices" if request.choices else "text",
+            None if request.choices else request.max_tokens,
+        )
 
     def _base(self, request: Request) -> str:
         """Names what answers: base, precision, chat template, and what computes it (CUDA has attention in float16)."""

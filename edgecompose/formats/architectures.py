@@ -26,21 +26,37 @@ PACKED: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 )
 _PATHS = {
-    "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj",
-    "o_proj": "self_attn.o_proj", "gate_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj", "down_proj": "mlp.down_proj",
-}  # fmt: skip
-_PACKED_PATHS = {
-    "qkv_proj": "self_attn.qkv_proj", "o_proj": "self_attn.o_proj", "gate_up_proj": "mlp.gate_up_proj",
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "o_proj": "self_attn.o_proj",
+    "gate_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
     "down_proj": "mlp.down_proj",
-}  # fmt: skip
+}
+_PACKED_PATHS = {
+    "qkv_proj": "self_attn.qkv_proj",
+    "o_proj": "self_attn.o_proj",
+    "gate_up_proj": "mlp.gate_up_proj",
+    "down_proj": "mlp.down_proj",
+}
 _SHARED_PATHS = {
-    "q_proj": "self_attn.q_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj",
-    "o_proj": "self_attn.o_proj", "gate_up_proj": "shared_mlp.input_linear", "down_proj": "shared_mlp.output_linear",
-}  # fmt: skip
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "o_proj": "self_attn.o_proj",
+    "gate_up_proj": "shared_mlp.input_linear",
+    "down_proj": "shared_mlp.output_linear",
+}
 _GGUF = {
-    "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
-    "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down",
-}  # fmt: skip
+    "q_proj": "attn_q",
+    "k_proj": "attn_k",
+    "v_proj": "attn_v",
+    "o_proj": "attn_output",
+    "gate_proj": "ffn_gate",
+    "up_proj": "ffn_up",
+    "down_proj": "ffn_down",
+}
 _PACKED_GGUF = {"qkv_proj": "attn_qkv", "o_proj": "attn_output", "gate_up_proj": "ffn_up", "down_proj": "ffn_down"}
 
 
@@ -77,48 +93,83 @@ class Architecture:
 
 
 _TIED = {"tie_word_embeddings": True}
-ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({
-    row.name: row
-    for row in (
-        Architecture("llama", "LlamaForCausalLM", "llama", interleaved=True),
-        Architecture("mistral", "MistralForCausalLM", "llama", interleaved=True, defaults={"sliding_window": 4096}),
-        Architecture("qwen2", "Qwen2ForCausalLM", "qwen2"),
-        Architecture("qwen3", "Qwen3ForCausalLM", "qwen3", query_key_norm="head", defaults={"head_dim": 128}),
-        Architecture(
-            "gemma", "GemmaForCausalLM", "gemma", unit_offset=True,
-            defaults={**_TIED, "hidden_act": "gelu_pytorch_tanh", "head_dim": 256},
-        ),
-        Architecture(
-            "gemma2", "Gemma2ForCausalLM", "gemma2", norms="around", unit_offset=True,
-            defaults={
-                **_TIED, "hidden_activation": "gelu_pytorch_tanh", "head_dim": 256, "sliding_window": 4096,
-                "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
-            },
-        ),
-        Architecture(
-            "gemma3_text", "Gemma3ForCausalLM", "gemma3", norms="around", unit_offset=True, query_key_norm="head",
-            defaults={
-                **_TIED, "hidden_activation": "gelu_pytorch_tanh", "head_dim": 256, "sliding_window": 4096,
-                "query_pre_attn_scalar": 256, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
-            },
-        ),
-        Architecture(
-            "phi3", "Phi3ForCausalLM", "phi3", paths=_PACKED_PATHS, gguf_paths=_PACKED_GGUF,
-            defaults={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
-        ),
-        Architecture(
-            "olmo2", "Olmo2ForCausalLM", "olmo2", norms="after", query_key_norm="width",
-            defaults={"rms_norm_eps": 1e-5},
-        ),
-        Architecture("granite", "GraniteForCausalLM", "granite", interleaved=True),
-        Architecture("granitemoehybrid", "GraniteMoeHybridForCausalLM", paths=_SHARED_PATHS),
-        Architecture("stablelm", "StableLmForCausalLM", "stablelm", norm="layer"),
-        Architecture(
-            "smollm3", "SmolLM3ForCausalLM", "smollm3", interleaved=True,
-            defaults={**_TIED, "rope_theta": 2e6, "no_rope_layer_interval": 4},
-        ),
-    )
-})  # fmt: skip
+ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
+    {
+        row.name: row
+        for row in (
+            Architecture("llama", "LlamaForCausalLM", "llama", interleaved=True),
+            Architecture("mistral", "MistralForCausalLM", "llama", interleaved=True, defaults={"sliding_window": 4096}),
+            Architecture("qwen2", "Qwen2ForCausalLM", "qwen2"),
+            Architecture("qwen3", "Qwen3ForCausalLM", "qwen3", query_key_norm="head", defaults={"head_dim": 128}),
+            Architecture(
+                "gemma",
+                "GemmaForCausalLM",
+                "gemma",
+                unit_offset=True,
+                defaults={**_TIED, "hidden_act": "gelu_pytorch_tanh", "head_dim": 256},
+            ),
+            Architecture(
+                "gemma2",
+                "Gemma2ForCausalLM",
+                "gemma2",
+                norms="around",
+                unit_offset=True,
+                defaults={
+                    **_TIED,
+                    "hidden_activation": "gelu_pytorch_tanh",
+                    "head_dim": 256,
+                    "sliding_window": 4096,
+                    "query_pre_attn_scalar": 256,
+                    "attn_logit_softcapping": 50.0,
+                    "final_logit_softcapping": 30.0,
+                },
+            ),
+            Architecture(
+                "gemma3_text",
+                "Gemma3ForCausalLM",
+                "gemma3",
+                norms="around",
+                unit_offset=True,
+                query_key_norm="head",
+                defaults={
+                    **_TIED,
+                    "hidden_activation": "gelu_pytorch_tanh",
+                    "head_dim": 256,
+                    "sliding_window": 4096,
+                    "query_pre_attn_scalar": 256,
+                    "rope_theta": 1e6,
+                    "rope_local_base_freq": 1e4,
+                },
+            ),
+            Architecture(
+                "phi3",
+                "Phi3ForCausalLM",
+                "phi3",
+                paths=_PACKED_PATHS,
+                gguf_paths=_PACKED_GGUF,
+                defaults={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
+            ),
+            Architecture(
+                "olmo2",
+                "Olmo2ForCausalLM",
+                "olmo2",
+                norms="after",
+                query_key_norm="width",
+                defaults={"rms_norm_eps": 1e-5},
+            ),
+            Architecture("granite", "GraniteForCausalLM", "granite", interleaved=True),
+            Architecture("granitemoehybrid", "GraniteMoeHybridForCausalLM", paths=_SHARED_PATHS),
+            Architecture("stablelm", "StableLmForCausalLM", "stablelm", norm="layer"),
+            Architecture(
+                "smollm3",
+                "SmolLM3ForCausalLM",
+                "smollm3",
+                interleaved=True,
+                defaults={**_TIED, "rope_theta": 2e6, "no_rope_layer_interval": 4},
+            ),
+        )
+    }
+)
 
 
 #: Path in a block of any transformers model -> the linear module, or what packs several.

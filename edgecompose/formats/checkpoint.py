@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import safetensors
 
 from edgecompose.bundle.files import sha256_of
+from edgecompose.bundle.records import read_json
 from edgecompose.errors import CheckpointError
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -21,7 +24,10 @@ BASE_KEY = "edgecompose_base"
 FLOAT_TYPES = ("F32", "F16", "BF16")
 _CHUNK = 1 << 22
 
+Float = npt.NDArray[np.float32]
 Advance = Callable[[int], None]
+#: NumPy's names of the float types that it has.
+_NUMPY_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 
 
 def _ignore(count: int) -> None:
@@ -82,10 +88,10 @@ class FloatCheckpoint:
         """
         if self.is_recorded(identity):
             return
-        found = weights_identity(self.folder, advance=advance)
-        if found != identity:
+        actual = weights_identity(self.folder, advance=advance)
+        if actual != identity:
             raise CheckpointError(
-                f"checkpoint '{self.folder}' is {found[:12]}…, the bundle's base was exported from {identity[:12]}…; "
+                f"checkpoint '{self.folder}' is {actual[:12]}…, the bundle's base was exported from {identity[:12]}…; "
                 "give the folder that it was exported from, or what edgecompose-export checkpoint makes of its GGUF"
             )
 
@@ -96,7 +102,7 @@ def open_checkpoint(folder: Path) -> FloatCheckpoint:
     Raises:
         CheckpointError: no such folder, no safetensors weights, damaged ones, or quantised ones.
     """
-    config = _read_json(folder / CONFIG_FILE)
+    config = _read_object(folder / CONFIG_FILE)
     if "quantization_config" in config:
         raise CheckpointError(f"checkpoint '{folder}' is quantised ({CONFIG_FILE} says so); give the float base")
     shards = tuple(read_shard(folder / name) for name in _shard_names(folder))
@@ -209,6 +215,24 @@ def write_shard(
                 advance(len(chunk))
 
 
+def to_float32(content: bytes, dtype: str) -> Float:
+    """Numbers of a float type (F64, F32, F16, BF16; little-endian) as float32, in memory that may be written to."""
+    if dtype == "BF16":
+        return (np.frombuffer(content, "<u2").astype(np.uint32) << 16).view(np.float32)
+    return np.frombuffer(content, _NUMPY_TYPES[dtype]).astype(np.float32)
+
+
+def from_float32(values: Float, dtype: str) -> bytes:
+    """The bytes of numbers in a float type (F32, F16, BF16), rounded to the nearest, ties to even."""
+    if dtype == "BF16":
+        bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+        rounded = (bits + (0x7FFF + (bits >> 16 & 1))) >> 16
+        quiet = (bits >> 16) | 0x40  # rounding could make a NaN an infinity
+        return np.where(np.isnan(values), quiet, rounded).astype("<u2").tobytes()
+    with np.errstate(over="ignore"):
+        return values.astype(_NUMPY_TYPES[dtype]).tobytes()
+
+
 def _shard_names(folder: Path) -> list[str]:
     """Weight files in the order in which transformers looks for them."""
     if (folder / WEIGHTS_FILE).is_file():
@@ -222,20 +246,16 @@ def _shard_names(folder: Path) -> list[str]:
 
 
 def _indexed_names(folder: Path, index: str) -> list[str]:
-    files = _read_json(folder / index).get("weight_map")
+    files = _read_object(folder / index).get("weight_map")
     names = sorted(set(map(str, files.values()))) if isinstance(files, dict) else []
     if not names or any(Path(name).name != name for name in names):
         raise CheckpointError(f"checkpoint '{folder}': {index} names no files beside it; copy it again")
     return names
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"checkpoint '{path.parent}' has no readable {path.name} ({error}); give a Hugging Face folder"
-        ) from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"checkpoint '{path.parent}': {path.name} is no object; give a Hugging Face folder")
-    return found
+def _read_object(path: Path) -> dict[str, Any]:
+    advice = "give a Hugging Face folder"
+    fields = read_json(path, CheckpointError, advice, place=f"checkpoint '{path.parent}': {path.name}")
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"checkpoint '{path.parent}': {path.name} is no object; {advice}")
+    return fields

@@ -17,7 +17,15 @@ from edgecompose.bundle.specs import BaseSpec
 from edgecompose.engine.merged import MergedAdapter, require_adapters
 from edgecompose.errors import CheckpointError, MergeError
 from edgecompose.formats.architectures import MODULE_AT, PACKED
-from edgecompose.formats.checkpoint import BASE_KEY, INDEX_FILE, FloatCheckpoint, StoredTensor, write_shard
+from edgecompose.formats.checkpoint import (
+    BASE_KEY,
+    INDEX_FILE,
+    FloatCheckpoint,
+    StoredTensor,
+    from_float32,
+    to_float32,
+    write_shard,
+)
 
 Float = npt.NDArray[np.float32]
 Advance = Callable[[int], None]
@@ -43,7 +51,6 @@ def write_merged_model(
     checkpoint: FloatCheckpoint,
     output: Path,
     base: BaseSpec,
-    *,
     advance: Advance = lambda count: None,
 ) -> list[Path]:
     """Write a Hugging Face folder of the same files and types, its linear modules being W + ΔW, computed in float32.
@@ -166,21 +173,3 @@ def _merge(tensor: StoredTensor, updates: Sequence[RowUpdate], content: bytes) -
             "or --norm-guard"
         )
     return result
-
-
-def to_float32(content: bytes, dtype: str) -> Float:
-    """Numbers of a float type (F32, F16, BF16; little-endian) as float32, to be changed at will."""
-    if dtype == "BF16":
-        return (np.frombuffer(content, "<u2").astype(np.uint32) << 16).view(np.float32)
-    return np.frombuffer(content, "<f4" if dtype == "F32" else "<f2").astype(np.float32)
-
-
-def from_float32(values: Float, dtype: str) -> bytes:
-    """The bytes of numbers in a float type (F32, F16, BF16), rounded to the nearest, ties to even."""
-    if dtype == "BF16":
-        bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-        rounded = (bits + (0x7FFF + (bits >> 16 & 1))) >> 16
-        quiet = (bits >> 16) | 0x40  # rounding could make a NaN an infinity
-        return np.where(np.isnan(values), quiet, rounded).astype("<u2").tobytes()
-    with np.errstate(over="ignore"):
-        return values.astype("<f4" if dtype == "F32" else "<f2").tobytes()

@@ -84,7 +84,7 @@ class LanguageModel(LazyParts):
     @Lazy
     def fused_decoder(self) -> FusedDecoder:
         """The decoder that reads fused weights."""
-        graph = decoder_graph(self._spec, self._device, folded=True)
+        graph = decoder_graph(self._spec, self._device, fused=True)
         return FusedDecoder(self._beside_decoder(graph), self._spec, self._device)
 
     def encode(self, messages: Sequence[Message], room: int, *, raw: bool, overflow: Overflow) -> Encoded:

@@ -102,9 +102,7 @@ def core_space(gram_a: Double, gram_b: Double, ranks: tuple[int, ...]) -> CoreSp
     owner = np.repeat(np.arange(len(ranks)), ranks)
     own = owner[:, None] == owner[None, :]
     rows_a, rows_b = _coordinates(gram_a, gram_b * own), _coordinates(gram_b, gram_a * own)
-    cores = np.stack([
-        np.swapaxes(rows_a[:, owner == i], 1, 2) @ rows_b[:, owner == i] for i in range(len(ranks))
-    ])  # fmt: skip
+    cores = np.stack([np.swapaxes(rows_a[:, owner == i], 1, 2) @ rows_b[:, owner == i] for i in range(len(ranks))])
     to_a, to_b = (np.asarray(np.linalg.inv(rows), np.float64) for rows in (rows_a, rows_b))
     return CoreSpace(to_a, to_b, cores)
 

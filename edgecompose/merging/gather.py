@@ -131,9 +131,10 @@ class HostRows:
                 zero_points[along, in_blocks] = factor.zero_point
             start += factor.rank
         feeds: dict[str, npt.NDArray[Any]] = {
-            "codes": codes.reshape(-1, width // blocks), "scales": scales.reshape(-1, blocks),
+            "codes": codes.reshape(-1, width // blocks),
+            "scales": scales.reshape(-1, blocks),
             "gains": _gains(sides, layers, stacked=stacked, own=True),
-        }  # fmt: skip
+        }
         if not half:
             feeds["zero_points"] = zero_points.reshape(-1)
         return Rows("half_" if half else "", feeds, feeds["codes"].shape)

@@ -115,10 +115,14 @@ def new_index(dimension: int, dtype: str, *, vectors: int = 0, editable: bool = 
 
     large = vectors > EXACT_BELOW
     return Index(
-        ndim=dimension, metric="cos", dtype=dtype, enable_key_lookups=editable,
-        connectivity=CONNECTIVITY if large else None, expansion_add=EXPANSION_ADD if large else None,
+        ndim=dimension,
+        metric="cos",
+        dtype=dtype,
+        enable_key_lookups=editable,
+        connectivity=CONNECTIVITY if large else None,
+        expansion_add=EXPANSION_ADD if large else None,
         expansion_search=EXPANSION_SEARCH if large else None,
-    )  # fmt: skip
+    )
 
 
 def open_index(path: Path, spec: IndexSpec, *, editable: bool = False) -> Index:

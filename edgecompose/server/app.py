@@ -39,15 +39,22 @@ from edgecompose.server.responses import Json
 
 _PAGE = Path(__file__).with_name("templates")
 _ASSETS = {
-    "/": ("chat.html", "text/html"), "/chat.js": ("chat.js", "text/javascript"), "/chat.css": ("chat.css", "text/css"),
-}  # fmt: skip
+    "/": ("chat.html", "text/html"),
+    "/chat.js": ("chat.js", "text/javascript"),
+    "/chat.css": ("chat.css", "text/css"),
+}
 #: What a page of ours may do: talk to its own server, and nothing else.
 _PAGE_POLICY = "; ".join(
     (
-        "default-src 'none'", "script-src 'self'", "style-src 'self'", "connect-src 'self'", "base-uri 'none'",
-        "form-action 'none'", "frame-ancestors 'none'",
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
     )
-)  # fmt: skip
+)
 #: Paths that are served without a key: the page asks for it, and a monitor wants to know that the server lives.
 _OPEN = frozenset((*_ASSETS, "/health"))
 
@@ -63,13 +70,17 @@ def create_app(
     settings = settings or ServerSettings()
     service = _Service(composer, settings, ready)
     posts: dict[str, Callable[[HttpRequest], Awaitable[Response]]] = {
-        "/v1/chat/completions": service.chat, "/v1/completions": service.complete,
-        "/v1/embeddings": service.embed, "/v1/compose": service.compose,
-    }  # fmt: skip
+        "/v1/chat/completions": service.chat,
+        "/v1/completions": service.complete,
+        "/v1/embeddings": service.embed,
+        "/v1/compose": service.compose,
+    }
     gets: dict[str, Callable[[HttpRequest], Awaitable[Response]]] = {
-        "/v1/models": service.models, "/v1/models/{name:path}": service.model, "/health": service.health,
+        "/v1/models": service.models,
+        "/v1/models/{name:path}": service.model,
+        "/health": service.health,
         "/metrics": service.metrics_text,
-    }  # fmt: skip
+    }
     routes = [Route(path, work, methods=["POST"]) for path, work in posts.items()]
     routes += [Route(path, work, methods=["GET"]) for path, work in gets.items()]
     routes += [Route(path, _asset, methods=["GET"]) for path in _ASSETS]

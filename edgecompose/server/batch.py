@@ -129,10 +129,11 @@ def _result(
         assert error is not None
         status, body = getattr(error, "status", 400), responses.error_json(error)
     return {
-        "id": name, "custom_id": call.custom_id,
+        "id": name,
+        "custom_id": call.custom_id,
         "response": {"status_code": status, "request_id": name, "body": body},
         "error": None if error is None else {"code": type(error).__name__, "message": str(error)},
-    }  # fmt: skip
+    }
 
 
 def _results(content: bytes, path: Path) -> tuple[set[str], int]:

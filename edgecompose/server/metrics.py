@@ -9,10 +9,16 @@ from edgecompose.request import Answer
 #: Paths that are counted by name; any other is 'other', so that callers cannot make up series.
 _PATHS = frozenset(
     (
-        "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/compose", "/v1/models", "/health", "/metrics",
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/embeddings",
+        "/v1/compose",
+        "/v1/models",
+        "/health",
+        "/metrics",
         "/",
     )
-)  # fmt: skip
+)
 
 
 class Metrics:

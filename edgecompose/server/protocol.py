@@ -25,11 +25,24 @@ Kind = Literal["chat", "text"]
 
 #: Fields that a caller may leave at the value that changes nothing, and no other.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,), "best_of": (1,), "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},),
-    "logprobs": (False,), "top_logprobs": (0,), "echo": (False,), "suffix": ("",), "tools": ([],), "functions": ([],),
-    "tool_choice": ("none", "auto"), "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (),
-    "prediction": (), "web_search_options": (),
-}  # fmt: skip
+    "n": (1,),
+    "best_of": (1,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "echo": (False,),
+    "suffix": ("",),
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+}
 _STOPS = 16
 
 
@@ -132,8 +145,10 @@ def unknown_model(name: str) -> ApiError:
     """There is no such model."""
     return ApiError(
         f"no model is called '{name:.80}'; use auto, base or task:NAME, as /v1/models lists them",
-        param="model", code="model_not_found", status=404,
-    )  # fmt: skip
+        param="model",
+        code="model_not_found",
+        status=404,
+    )
 
 
 def call_of(composer: Composer, kind: Kind, body: object, *, max_tokens: int) -> ApiCall:

@@ -26,15 +26,17 @@ def new_id(kind: Kind) -> str:
 def response(call: ApiCall, answers: Sequence[Answer], name: str) -> Json:
     """A whole response."""
     return {
-        "id": name, "object": "chat.completion" if call.kind == "chat" else "text_completion",
-        "created": int(time.time()), "model": call.model,
+        "id": name,
+        "object": "chat.completion" if call.kind == "chat" else "text_completion",
+        "created": int(time.time()),
+        "model": call.model,
         "choices": [
             {"index": index, **_said(call.kind, answer.text), "logprobs": None, "finish_reason": answer.finish}
             for index, answer in enumerate(answers)
         ],
         "usage": _usage(answers),
         "edgecompose": [explanation(a) for a in answers] if len(answers) > 1 else explanation(answers[0]),
-    }  # fmt: skip
+    }
 
 
 def chunk(call: ApiCall, name: str, text: str, *, index: int = 0, first: bool = False) -> Json:
@@ -82,9 +84,12 @@ def _delta(kind: Kind, text: str, first: bool, *, ending: bool = False) -> Json:
 
 def _chunk(call: ApiCall, name: str, choice: Json | None) -> Json:
     return {
-        "id": name, "object": "chat.completion.chunk" if call.kind == "chat" else "text_completion",
-        "created": int(time.time()), "model": call.model, "choices": [] if choice is None else [choice],
-    }  # fmt: skip
+        "id": name,
+        "object": "chat.completion.chunk" if call.kind == "chat" else "text_completion",
+        "created": int(time.time()),
+        "model": call.model,
+        "choices": [] if choice is None else [choice],
+    }
 
 
 def _usage(answers: Sequence[Answer]) -> Json:

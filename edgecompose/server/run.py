@@ -46,9 +46,14 @@ def run_server(
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{listening.getsockname()[1]}/"
     config = uvicorn.Config(
-        create_app(composer, settings, ready=lambda: ready(url)), log_level="warning", access_log=False,
-        server_header=False, ws="none", lifespan="on", timeout_graceful_shutdown=_GRACE,
-    )  # fmt: skip
+        create_app(composer, settings, ready=lambda: ready(url)),
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        ws="none",
+        lifespan="on",
+        timeout_graceful_shutdown=_GRACE,
+    )
     with listening, contextlib.suppress(KeyboardInterrupt):  # which the server raises again once it has ended
         uvicorn.Server(config).run(sockets=[listening])
 

@@ -16,13 +16,12 @@ import numpy as np
 import onnx
 
 from edgecompose.bundle.files import sha256_of
-from edgecompose.bundle.records import value_from_json
+from edgecompose.bundle.records import read_json, value_from_json
 from edgecompose.bundle.specs import EmbedderSpec
 from edgecompose.engine.device import choose_device
 from edgecompose.errors import ExportError
 from edgecompose.retrieval.embedder import Embedder
 from edgecompose_export.calibration.prompts import calibration_prompts
-from edgecompose_export.datasets import read_json
 from edgecompose_export.graphs.onnx_files import save_graph
 
 EmbedderPrecision = Literal["f32", "int8"]
@@ -109,7 +108,7 @@ def read_embedder_spec(folder: Path) -> EmbedderSpec:
     path = folder / SPEC_FILE
     if not path.is_file():
         raise ExportError(f"'{folder}' holds no {SPEC_FILE}; make it with 'edgecompose-export embedder'")
-    return value_from_json(EmbedderSpec, read_json(path), SPEC_FILE)
+    return value_from_json(EmbedderSpec, read_json(path, ExportError, "export the embedder again"), SPEC_FILE)
 
 
 def open_embedder(folder: Path) -> tuple[Embedder, EmbedderSpec]:
@@ -135,10 +134,7 @@ def _pooling(source: Path, modules: list[dict[str, Any]]) -> Literal["mean", "cl
 def _read_json(path: Path, *, optional: bool = False) -> Any:
     if optional and not path.is_file():
         return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ExportError(f"'{path}' cannot be read: {error}; give a sentence-transformers folder") from error
+    return read_json(path, ExportError, "give a sentence-transformers folder")
 
 
 def _export_float(source: Path, work: Path) -> None:

@@ -11,20 +11,19 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from usearch.index import Index
 
 from edgecompose.bundle.manifest import check_name
-from edgecompose.bundle.records import value_from_json
+from edgecompose.bundle.records import read_json, value_from_json
 from edgecompose.bundle.specs import EmbedderSpec, IndexSpec
 from edgecompose.errors import ExportError
-from edgecompose.retrieval.embedder import Embedder, normalize
+from edgecompose.retrieval.embedder import Embedder, embedder_identity
+from edgecompose.retrieval.examples import Example, add_vectors, embed_prompts, prompt_lines
 from edgecompose.retrieval.index import new_index
 from edgecompose.retrieval.whitening import Whitening, fit_whitening, save_whitening
-from edgecompose_export.datasets import Example
 
 Float = npt.NDArray[np.float32]
 
@@ -51,12 +50,6 @@ class ExampleTable:
     tasks: dict[str, KeySpan]
 
 
-def embedder_identity(spec: EmbedderSpec) -> str:
-    """What vectors depend on: the encoder's weights, precision, pooling and ends, window and normalisation."""
-    pooling = f"{spec.pooling}+{spec.ends}" if spec.ends else spec.pooling
-    return f"{spec.identity}/{spec.precision}/{pooling}/{spec.max_length}/{'unit' if spec.normalize else 'free'}"
-
-
 def write_examples(
     tasks: Mapping[str, Sequence[Example]],
     embedder: Embedder,
@@ -71,7 +64,8 @@ def write_examples(
 
     Args:
         tasks: examples by task name.
-        whiten: search by a metric that is learned from these examples (`edgecompose.whitening`); it wants two tasks.
+        whiten: search by a metric that is learned from these examples (`edgecompose.retrieval.whitening`), which
+            needs two tasks.
         keep_text: write the prompts too, for people who want to see what was retrieved.
         advance: called with the number of prompts embedded, as they are.
 
@@ -79,7 +73,7 @@ def write_examples(
         ExportError: no task, or `output` already holds an index.
     """
     if not tasks:
-        raise ExportError("no task was given; give at least one as NAME=FILE.jsonl")
+        raise ExportError("no task is named; give at least one as NAME=FILE.jsonl")
     if (output / TABLE_FILE).exists():
         raise ExportError(f"'{output}' already holds examples; remove it or give another folder")
     spans: dict[str, KeySpan] = {}
@@ -88,7 +82,8 @@ def write_examples(
         check_name(name)
         spans[name] = KeySpan(len(labels), len(examples))
         labels += [number] * len(examples)
-    vectors = embed_prompts(embedder, [e.prompt for examples in tasks.values() for e in examples], advance)
+    prompts = [example.prompt for examples in tasks.values() for example in examples]
+    vectors = embed_prompts(embedder, prompts, advance)
     whitening = _whitening_of(vectors, labels, spec) if whiten and len(tasks) > 1 else None
     dimension = spec.dimension if whitening is None else whitening.matrix.shape[1]
     index = new_index(dimension, INDEX_DTYPE, vectors=len(vectors))
@@ -100,29 +95,19 @@ def write_examples(
     texts = None
     if keep_text:
         texts = TEXTS_FILE
-        prompts = [e.prompt for examples in tasks.values() for e in examples]
         (output / texts).write_text(prompt_lines(prompts, 0), encoding="utf-8")
     described = IndexSpec(
-        INDEX_FILE, len(index), dimension, embedder_identity(spec), INDEX_DTYPE, texts,
-        None if whitening is None else WHITENING_FILE,
-    )  # fmt: skip
+        file=INDEX_FILE,
+        vectors=len(index),
+        dimension=dimension,
+        embedder=embedder_identity(spec),
+        dtype=INDEX_DTYPE,
+        texts=texts,
+        whitening=None if whitening is None else WHITENING_FILE,
+    )
     table = ExampleTable(described, spans)
     (output / TABLE_FILE).write_text(json.dumps(dataclasses.asdict(table), indent=1) + "\n", encoding="utf-8")
     return table
-
-
-def embed_prompts(embedder: Embedder, prompts: Sequence[str], advance: Callable[[int], None]) -> Float:
-    """Vectors (n, dimension) of prompts, at unit norm as queries are, whether the encoder normalises or not."""
-    vectors = []
-    for prompt in prompts:
-        vectors.append(normalize(embedder.embed(prompt)))
-        advance(1)
-    return np.stack(vectors)
-
-
-def add_vectors(index: Index, vectors: Float, first_key: int) -> None:
-    """Add vectors (n, dimension of the index) under consecutive keys (one thread: same input, same file)."""
-    index.add(np.arange(first_key, first_key + len(vectors), dtype=np.uint64), vectors, threads=1)
 
 
 def _whitening_of(vectors: Float, labels: Sequence[int], spec: EmbedderSpec) -> Whitening:
@@ -134,24 +119,14 @@ def _whitening_of(vectors: Float, labels: Sequence[int], spec: EmbedderSpec) -> 
     count, width = vectors.shape
     step = -(-count // _FITTED)
     return fit_whitening(
-        vectors[::step], labels[::step],
-        shrinkage=width / (4 * count + width), dimension=width // 3 if spec.ends else width,
-    )  # fmt: skip
-
-
-def prompt_lines(prompts: Sequence[str], first_key: int) -> str:
-    """JSON lines of key and prompt."""
-    lines = (json.dumps({"key": k, "prompt": p}, ensure_ascii=False) for k, p in enumerate(prompts, start=first_key))
-    return "".join(f"{line}\n" for line in lines)
+        vectors[::step],
+        labels[::step],
+        shrinkage=width / (4 * count + width),
+        dimension=width // 3 if spec.ends else width,
+    )
 
 
 def read_example_table(folder: Path) -> ExampleTable:
     """`examples.json` of a folder that `write_examples` made."""
-    path = folder / TABLE_FILE
-    try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ExportError(
-            f"'{folder}' has no readable {TABLE_FILE} ({error}); make it with 'edgecompose-export examples'"
-        ) from error
-    return value_from_json(ExampleTable, found, TABLE_FILE)
+    fields = read_json(folder / TABLE_FILE, ExportError, "make it with 'edgecompose-export examples'")
+    return value_from_json(ExampleTable, fields, TABLE_FILE)

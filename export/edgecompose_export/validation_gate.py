@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from edgecompose.bundle.records import read_json
 from edgecompose.bundle.specs import Validation, Verdict
 from edgecompose.errors import ExportError
-from edgecompose_export.datasets import read_json
 
 #: The variant that is tested, and the one that it has to beat.
 _OWN, _BASE = "own", "base"
@@ -20,7 +20,7 @@ def read_validation(path: Path) -> dict[str, Validation]:
     Raises:
         ExportError: unreadable, or not an evaluation of `own` against `base`.
     """
-    evaluation = read_json(path)
+    evaluation = read_json(path, ExportError, "make it again")
     try:
         own, base = (evaluation["variants"][name]["tasks"] for name in (_OWN, _BASE))
         gains = evaluation["against"][_BASE]["by_task"]

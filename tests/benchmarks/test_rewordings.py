@@ -33,10 +33,37 @@ from benchmarks.rewordings import (
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the task data (../shared/data) is not here")
 TASKS = [
-    "anli_r1", "anli_r2", "anli_r3", "arc_challenge", "arc_easy", "boolq", "cb", "commonsense_qa", "copa", "cosmos_qa",
-    "hellaswag", "imdb", "mnli_matched", "mnli_mismatched", "mrpc", "multirc", "natural_questions", "openbookqa",
-    "piqa", "qnli", "rte", "sentiment140", "snli", "squad", "sst2", "story_cloze", "trivia_qa", "wic", "wnli", "yelp",
-]  # fmt: skip
+    "anli_r1",
+    "anli_r2",
+    "anli_r3",
+    "arc_challenge",
+    "arc_easy",
+    "boolq",
+    "cb",
+    "commonsense_qa",
+    "copa",
+    "cosmos_qa",
+    "hellaswag",
+    "imdb",
+    "mnli_matched",
+    "mnli_mismatched",
+    "mrpc",
+    "multirc",
+    "natural_questions",
+    "openbookqa",
+    "piqa",
+    "qnli",
+    "rte",
+    "sentiment140",
+    "snli",
+    "squad",
+    "sst2",
+    "story_cloze",
+    "trivia_qa",
+    "wic",
+    "wnli",
+    "yelp",
+]
 NAMES = (*AUGMENT, *HELD_OUT)
 #: Words that an answer may be, which every wording of a task has to offer.
 LABELS = {

@@ -143,8 +143,15 @@ def test_verify_lists_every_fault_at_once(root: Path) -> None:
     (root / "base/folder/deep").write_text("?", encoding="utf-8")
     (root / "linked").symlink_to(root.parent)
     faults = verify(root)
-    for name in ("index.usearch", "index.jsonl", "adapters/one.safetensors", "base/tokenizer.json", "notes.txt",
-                 "base/folder/deep", "linked"):  # fmt: skip
+    for name in (
+        "index.usearch",
+        "index.jsonl",
+        "adapters/one.safetensors",
+        "base/tokenizer.json",
+        "notes.txt",
+        "base/folder/deep",
+        "linked",
+    ):
         assert sum(f"'{name}'" in fault for fault in faults) == 1, name
     assert len(faults) == 7
 

@@ -41,10 +41,17 @@ Json = Any
 Place = tuple[str | int, ...]
 #: Where each kind of object lies in the manifest of `valid`.
 PLACES: dict[Place, type[Any]] = {
-    (): Manifest, ("base",): BaseSpec, ("base", "slots", 0): SlotGroup, ("base", "distance"): Distance,
-    ("embedder",): EmbedderSpec, ("index",): IndexSpec, ("tasks", "alpha"): TaskSpec, ("adapters", "one"): AdapterSpec,
-    ("defaults",): Defaults, ("files", "index.usearch"): FileEntry,
-}  # fmt: skip
+    (): Manifest,
+    ("base",): BaseSpec,
+    ("base", "slots", 0): SlotGroup,
+    ("base", "distance"): Distance,
+    ("embedder",): EmbedderSpec,
+    ("index",): IndexSpec,
+    ("tasks", "alpha"): TaskSpec,
+    ("adapters", "one"): AdapterSpec,
+    ("defaults",): Defaults,
+    ("files", "index.usearch"): FileEntry,
+}
 
 
 @pytest.fixture(scope="module")
@@ -130,32 +137,68 @@ def test_another_schema_is_refused_whatever_else_it_says(version: Json) -> None:
 @pytest.mark.parametrize(
     ("place", "value"),
     [
-        (("defaults", "temperature"), math.nan), (("defaults", "temperature"), math.inf),
-        (("defaults", "temperature"), 0), (("defaults", "temperature"), -1.0), (("defaults", "nucleus"), 0),
-        (("defaults", "nucleus"), 1.01), (("defaults", "nucleus"), math.nan), (("defaults", "density"), 0),
-        (("defaults", "density"), math.nan), (("defaults", "neighbours"), 0), (("defaults", "max_tokens"), 0),
-        (("defaults", "majority_sign"), "mean"), (("index", "vectors"), 6), (("index", "vectors"), -5),
-        (("index", "dimension"), 9), (("index", "dtype"), "i8"), (("embedder", "dimension"), 0),
-        (("embedder", "max_length"), 7), (("embedder", "pooling"), "max"), (("adapters", "one", "bits"), 3),
-        (("adapters", "one", "bits"), 4.0), (("adapters", "one", "bits"), True), (("base", "slots"), []),
-        (("base", "slots", 0, "layers"), 0), (("base", "context"), 0), (("base", "vocabulary"), 0),
-        (("base", "end_tokens"), [1, "2"]), (("tasks", "alpha", "examples"), -1),
-        (("tasks", "alpha", "examples"), 3), (("tasks", "alpha", "first_key"), -1),
-        (("tasks", "beta", "first_key"), 1), (("tasks", "alpha", "adapters"), {"x": 1.0}),
-        (("files", "index.usearch", "bytes"), -1), (("files", "index.usearch", "sha256"), "F" * 64),
-        (("files", "index.usearch", "sha256"), "f" * 63), (("files", "index.usearch", "sha256"), "f" * 64 + "\n"),
-        (("base", "graph"), "base/absent.onnx"), (("index", "texts"), "absent.jsonl"), (("files",), {}),
+        (("defaults", "temperature"), math.nan),
+        (("defaults", "temperature"), math.inf),
+        (("defaults", "temperature"), 0),
+        (("defaults", "temperature"), -1.0),
+        (("defaults", "nucleus"), 0),
+        (("defaults", "nucleus"), 1.01),
+        (("defaults", "nucleus"), math.nan),
+        (("defaults", "density"), 0),
+        (("defaults", "density"), math.nan),
+        (("defaults", "neighbours"), 0),
+        (("defaults", "max_tokens"), 0),
+        (("defaults", "majority_sign"), "mean"),
+        (("index", "vectors"), 6),
+        (("index", "vectors"), -5),
+        (("index", "dimension"), 9),
+        (("index", "dtype"), "i8"),
+        (("embedder", "dimension"), 0),
+        (("embedder", "max_length"), 7),
+        (("embedder", "pooling"), "max"),
+        (("adapters", "one", "bits"), 3),
+        (("adapters", "one", "bits"), 4.0),
+        (("adapters", "one", "bits"), True),
+        (("base", "slots"), []),
+        (("base", "slots", 0, "layers"), 0),
+        (("base", "context"), 0),
+        (("base", "vocabulary"), 0),
+        (("base", "end_tokens"), [1, "2"]),
+        (("tasks", "alpha", "examples"), -1),
+        (("tasks", "alpha", "examples"), 3),
+        (("tasks", "alpha", "first_key"), -1),
+        (("tasks", "beta", "first_key"), 1),
+        (("tasks", "alpha", "adapters"), {"x": 1.0}),
+        (("files", "index.usearch", "bytes"), -1),
+        (("files", "index.usearch", "sha256"), "F" * 64),
+        (("files", "index.usearch", "sha256"), "f" * 63),
+        (("files", "index.usearch", "sha256"), "f" * 64 + "\n"),
+        (("base", "graph"), "base/absent.onnx"),
+        (("index", "texts"), "absent.jsonl"),
+        (("files",), {}),
         pytest.param(("defaults", "temperature"), 10**400, id="beyond float"),
     ],
-)  # fmt: skip
+)
 def test_values_out_of_range_are_refused(valid: dict[str, Json], place: Place, value: Json) -> None:
     with pytest.raises(ManifestInvalid):
         manifest_from_json(_with(valid, place, value))
 
 
 BAD_PATHS = [
-    "/etc/x", "../x", "a/../../x", "a/..", "..", "C:\\x", "C:/x", "a\\b", "", ".", "a\0b", "//x", "\\\\host\\x",
-]  # fmt: skip
+    "/etc/x",
+    "../x",
+    "a/../../x",
+    "a/..",
+    "..",
+    "C:\\x",
+    "C:/x",
+    "a\\b",
+    "",
+    ".",
+    "a\0b",
+    "//x",
+    "\\\\host\\x",
+]
 BAD_NAMES = ["", ".", "..", ".hidden", "-x", "a/b", "a\\b", "a b", "é", "a\n", "a\0", "x" * 101]
 
 
@@ -204,10 +247,16 @@ def test_tasks_without_examples_share_no_key(valid: dict[str, Json]) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "", "{", "null", "[]", "7", "\ufeff{}", pytest.param("[" * 100_000, id="deep"),
+        "",
+        "{",
+        "null",
+        "[]",
+        "7",
+        "\ufeff{}",
+        pytest.param("[" * 100_000, id="deep"),
         pytest.param('{"schema_version": ' + "1" * 5000 + "}", id="5000 digits"),
     ],
-)  # fmt: skip
+)
 def test_what_is_not_a_json_object_is_refused(text: str) -> None:
     with pytest.raises(EdgeComposeError):
         manifest_from_json(text)

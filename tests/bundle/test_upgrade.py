@@ -19,9 +19,12 @@ def as_version_4(fields: dict[str, Any]) -> dict[str, Any]:
     """A manifest as edgecompose wrote it before: settings in one row, and other words."""
     retrieval, merge = fields["defaults"].pop("retrieval"), fields["defaults"].pop("merge")
     fields["defaults"] |= {
-        **retrieval, **merge, "temperature": retrieval["routing_temperature"],
-        "size_correction": retrieval["class_size_exponent"], "seed": merge["dare_seed"],
-    }  # fmt: skip
+        **retrieval,
+        **merge,
+        "temperature": retrieval["routing_temperature"],
+        "size_correction": retrieval["class_size_exponent"],
+        "seed": merge["dare_seed"],
+    }
     for name in ("routing_temperature", "class_size_exponent", "dare_seed"):
         del fields["defaults"][name]
     fields["base"]["folding"] = fields["base"].pop("fusing")

@@ -55,9 +55,21 @@ def fault_of(*arguments: object, stdin: bytes | None = None) -> str:
 def test_an_answer_as_json_has_the_documented_keys(bundle: Path) -> None:
     found = result_of("run", bundle, PROMPT)
     assert set(found) == {
-        "prompt", "answer", "method", "attachment", "weights", "neighbours", "distribution", "device", "timings_ms",
-        "tokens", "finish", "prompt_form", "composition", "merge",
-    }  # fmt: skip
+        "prompt",
+        "answer",
+        "method",
+        "attachment",
+        "weights",
+        "neighbours",
+        "distribution",
+        "device",
+        "timings_ms",
+        "tokens",
+        "finish",
+        "prompt_form",
+        "composition",
+        "merge",
+    }
     assert (found["prompt"], found["method"]) == (PROMPT, "product")
     assert sum(found["weights"].values()) == pytest.approx(1)
     assert sum(found["distribution"].values()) == pytest.approx(1)
@@ -97,11 +109,11 @@ def test_the_answer_alone_is_on_standard_output(bundle: Path) -> None:
     assert "choices" in scored.stderr
 
 
-def test_a_blend_is_folded_where_that_was_asked_for(bundle: Path, bundle_copy: Path) -> None:
-    attached, folded = result_of("run", bundle, PROMPT), result_of("run", bundle, PROMPT, "--fuse")
+def test_a_blend_is_fused_where_that_was_asked_for(bundle: Path, bundle_copy: Path) -> None:
+    attached, fused = result_of("run", bundle, PROMPT), result_of("run", bundle, PROMPT, "--fuse")
     assert result_of("run", bundle, PROMPT, "--fold")["attachment"] == "fuse"
-    assert (attached["attachment"], folded["attachment"]) == ("attach", "fuse")
-    assert folded["answer"] == attached["answer"]
+    assert (attached["attachment"], fused["attachment"]) == ("attach", "fuse")
+    assert fused["answer"] == attached["answer"]
     assert "attached" in call("run", bundle, PROMPT, "--explain").stderr
     assert "fused" in call("run", bundle, PROMPT, "--explain", "--fuse").stderr
     assert result_of("inspect", bundle)["base"]["fuse"] is True
@@ -164,9 +176,7 @@ def test_every_option_reaches_the_composer(bundle: Path) -> None:
     assert sampled[0]["answer"] == sampled[1]["answer"] != sampled[2]["answer"]
     cut = result_of("run", bundle, PROMPT, "--temperature", 9, "--top-k", 1)
     assert cut["answer"] == result_of("run", bundle, PROMPT)["answer"]  # the likeliest of one
-    assert result_of("run", bundle, PROMPT, "--sample", "--temperature", 9, "--min-p", 1) == {
-        **cut, "timings_ms": ANY
-    }  # fmt: skip
+    assert result_of("run", bundle, PROMPT, "--sample", "--temperature", 9, "--min-p", 1) == {**cut, "timings_ms": ANY}
     settings = ("--sample", "--temperature", 0, "--repetition-penalty", 5)
     with open_bundle(bundle, device="cpu") as composer:
         request = Request(sampling=Sampling(temperature=0, repetition_penalty=5))
@@ -255,7 +265,7 @@ def test_every_method_can_be_chosen(bundle: Path, method: str) -> None:
         ("compose", ("-o", "x", "--size-correction", 0.9), "--size-correction is called --class-size-exponent now"),
         ("chat", ("--query", "first"), "--query is called --route-by now"),
     ],
-)  # fmt: skip
+)
 def test_an_option_without_effect_or_of_an_old_name_is_refused(
     bundle: Path, tmp_path: Path, command: str, options: tuple[object, ...], words: str
 ) -> None:
@@ -290,8 +300,17 @@ def test_inspect_describes_a_bundle(bundle: Path) -> None:
     found = result_of("inspect", bundle)
     manifest = read_manifest(bundle)
     assert set(found) == {
-        "name", "schema_version", "created_by", "bytes", "files", "base", "embedder", "tasks", "adapters", "defaults",
-    }  # fmt: skip
+        "name",
+        "schema_version",
+        "created_by",
+        "bytes",
+        "files",
+        "base",
+        "embedder",
+        "tasks",
+        "adapters",
+        "defaults",
+    }
     assert (found["name"], found["schema_version"], found["files"]) == ("tiny", 5, len(manifest.files))
     assert found["bytes"] == sum((bundle / name).stat().st_size for name in manifest.files)
     assert {name: task["examples"] for name, task in found["tasks"].items()} == {n: len(p) for n, p in TASKS.items()}
@@ -306,8 +325,11 @@ def test_verify_lists_all_faults(bundle_copy: Path) -> None:
     manifest = read_manifest(bundle_copy)
     size = sum(entry.bytes for entry in manifest.files.values())
     assert result_of("verify", bundle_copy) == {
-        "bundle": str(bundle_copy), "files": len(manifest.files), "bytes": size, "problems": [],
-    }  # fmt: skip
+        "bundle": str(bundle_copy),
+        "files": len(manifest.files),
+        "bytes": size,
+        "problems": [],
+    }
     assert "no fault found" in call("verify", bundle_copy).stdout
     (bundle_copy / "adapters/animals.safetensors").unlink()
     (bundle_copy / "base/tokenizer.json").write_text("{}", encoding="utf-8")
@@ -324,9 +346,15 @@ def test_doctor_reports_the_installation() -> None:
     done = call("doctor", "--json")
     found = json.loads(done.stdout)
     assert set(found) == {
-        "python", "platform", "versions", "onnxruntime_packages", "available_providers", "device", "telemetry_disabled",
+        "python",
+        "platform",
+        "versions",
+        "onnxruntime_packages",
+        "available_providers",
+        "device",
+        "telemetry_disabled",
         "problems",
-    }  # fmt: skip
+    }
     assert done.exit_code == (1 if found["problems"] else 0)
     assert found["telemetry_disabled"] is True
     assert set(found["versions"]) == {"onnxruntime", "usearch", "numpy"}
@@ -367,7 +395,8 @@ FAULTS: dict[str, tuple[tuple[str, ...], str]] = {
     "unknown task": (("retrieve", "{bundle}", PROMPT, "--exclude", "birds"), "no task 'birds'"),
     "unknown adapter": (("run", "{bundle}", PROMPT, "--adapter", "birds=1"), "'birds' is not in the bundle"),
     "adapter twice": (
-        ("run", "{bundle}", PROMPT, "--adapter", "animals=1", "--adapter", "animals=2"), "'animals' is named twice"
+        ("run", "{bundle}", PROMPT, "--adapter", "animals=1", "--adapter", "animals=2"),
+        "'animals' is named twice",
     ),
     "infinite weight": (("run", "{bundle}", PROMPT, "--adapter", "animals=inf"), "not finite"),
     "too long": (("run", "{bundle}", PROMPT, "--max-tokens", "512"), "the base has a context of 512"),
@@ -381,7 +410,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], str]] = {
         "no example is left",
     ),
     "nothing to compose": (("compose", "{bundle}", PROMPT, "-o", "out", "--exclude", "birds"), "no task 'birds'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", FAULTS)
@@ -408,18 +437,31 @@ def test_a_folder_that_cannot_be_made_is_a_fault(bundle: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("run",), ("run", "x"), ("unknown",), ("run", "x", "y", "--frobnicate"), ("run", "x", "y", "--neighbours", "0"),
-        ("run", "x", "y", "--top-p", "0"), ("run", "x", "y", "--top-p", "1.5"),
+        ("run",),
+        ("run", "x"),
+        ("unknown",),
+        ("run", "x", "y", "--frobnicate"),
+        ("run", "x", "y", "--neighbours", "0"),
+        ("run", "x", "y", "--top-p", "0"),
+        ("run", "x", "y", "--top-p", "1.5"),
         ("run", "x", "y", "--routing-temperature", "0"),
-        ("run", "x", "y", "--density", "0"), ("run", "x", "y", "--method", "average"), ("compose", "x", "y"),
-        ("run", "x", "y", "--device", "tpu"), ("run", "x", "y", "--max-tokens", "no"), ("run", "x", "y", "--seed=-1"),
-        ("run", "{bundle}", "y", "--adapter", "animals"), ("run", "{bundle}", "y", "--adapter", "animals=much"),
-        ("run", "{bundle}", "y", "--choices", "a,,b"), ("eval", "x"), ("eval", "x", "y", "--methods", "best"),
-        ("eval", "x", "y", "--methods", "base,base"), ("eval", "x", "y", "--methods", ""),
+        ("run", "x", "y", "--density", "0"),
+        ("run", "x", "y", "--method", "average"),
+        ("compose", "x", "y"),
+        ("run", "x", "y", "--device", "tpu"),
+        ("run", "x", "y", "--max-tokens", "no"),
+        ("run", "x", "y", "--seed=-1"),
+        ("run", "{bundle}", "y", "--adapter", "animals"),
+        ("run", "{bundle}", "y", "--adapter", "animals=much"),
+        ("run", "{bundle}", "y", "--choices", "a,,b"),
+        ("eval", "x"),
+        ("eval", "x", "y", "--methods", "best"),
+        ("eval", "x", "y", "--methods", "base,base"),
+        ("eval", "x", "y", "--methods", ""),
         ("eval", "x", "y", "--limit", "0"),
     ],
     ids=" ".join,
-)  # fmt: skip
+)
 def test_a_wrong_call_is_exit_code_2(bundle: Path, arguments: tuple[str, ...]) -> None:
     done = call(*(a.format(bundle=bundle) for a in arguments))
     assert done.exit_code == 2
@@ -473,8 +515,9 @@ def write_questions(path: Path, *more: Any) -> Path:
     """Two examples of each task of the bundle, one of another."""
     rows = [
         {"task": task, "prompt": f"{prompt}, is it?", "answer": "yes", "choices": ["yes", "no"]}
-        for task, prompts in TASKS.items() for prompt in prompts[:2]
-    ]  # fmt: skip
+        for task, prompts in TASKS.items()
+        for prompt in prompts[:2]
+    ]
     rows += [{"task": "birds", "prompt": "which bird sings?", "answer": "a lark", "aliases": ["lark"]}, *more]
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     return path
@@ -506,21 +549,49 @@ def test_an_evaluation_as_json_has_the_documented_keys(bundle: Path, tmp_path: P
 def test_every_option_reaches_the_evaluation(bundle: Path, tmp_path: Path) -> None:
     data = write_questions(tmp_path / "questions.jsonl")
     options = (
-        "--methods", "top1, core_ties", "--limit", 1, "--exclude-own", "--raw", "--max-tokens", 2, "--neighbours", 9,
-        "--nucleus", 1, "--routing-temperature", 0.3, "--density", 0.7, "--norm-guard", "--exclude", "colours",
-    )  # fmt: skip
+        "--methods",
+        "top1, core_ties",
+        "--limit",
+        1,
+        "--exclude-own",
+        "--raw",
+        "--max-tokens",
+        2,
+        "--neighbours",
+        9,
+        "--nucleus",
+        1,
+        "--routing-temperature",
+        0.3,
+        "--density",
+        0.7,
+        "--norm-guard",
+        "--exclude",
+        "colours",
+    )
     found = result_of("eval", bundle, data, *options)
     assert found["main"] == "core_ties"
     assert {task: score["n"] for task, score in found["tasks"].items()} == dict.fromkeys(("birds", *TASKS), 1)
     settings = found["settings"]
     wanted = {
-        "limit": 1, "exclude_own": True, "raw": True, "max_tokens": 2, "neighbours": 9, "nucleus": 1.0,
-        "routing_temperature": 0.3, "exclude": ["colours"], "device": "cpu", "bundle": "tiny",
-    }  # fmt: skip
+        "limit": 1,
+        "exclude_own": True,
+        "raw": True,
+        "max_tokens": 2,
+        "neighbours": 9,
+        "nucleus": 1.0,
+        "routing_temperature": 0.3,
+        "exclude": ["colours"],
+        "device": "cpu",
+        "bundle": "tiny",
+    }
     assert {key: settings[key] for key in wanted} == wanted
     assert settings["variants"]["core_ties"] == {
-        "kind": "retrieved", "method": "core_ties", "density": 0.7, "norm_guard": True,
-    }  # fmt: skip
+        "kind": "retrieved",
+        "method": "core_ties",
+        "density": 0.7,
+        "norm_guard": True,
+    }
     assert found["variants"]["core_ties"]["weights"]["animals"] == {"numbers": 1.0}
     assert settings["variants"]["top1"]["kind"] == "top1"
 
@@ -612,12 +683,13 @@ def test_compose_writes_a_whole_model(zoo: TinyZoo, bundle: Path, tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["deep"]
 
 
-@pytest.mark.parametrize("options", [("--format", "merged"), ("--checkpoint", "x"),
-                                     ("--format", "gguf", "--checkpoint", "x")], ids=" ".join)  # fmt: skip
+@pytest.mark.parametrize(
+    "options", [("--format", "merged"), ("--checkpoint", "x"), ("--format", "gguf", "--checkpoint", "x")], ids=" ".join
+)
 def test_a_model_and_its_checkpoint_want_each_other(bundle: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
     done = call("compose", bundle, PROMPT, "-o", tmp_path / "out", *options)
     assert (done.exit_code, done.stdout) == (2, "")
-    assert "--format merged and --checkpoint FOLDER want each other" in done.stderr
+    assert "--checkpoint FOLDER goes with --format merged; give both or neither" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -626,10 +698,11 @@ def test_a_model_and_its_checkpoint_want_each_other(bundle: Path, tmp_path: Path
     [
         ("--neighbours", 13, "--nucleus", 1),
         ("--adapter", "animals=0.8", "--adapter", "numbers=-0.3", "--adapter", "colours=1.4"),
-        ("--adapter", "animals=1.5", "--method", "linear"), ("--adapter", "colours=1", "--method", "ties"),
+        ("--adapter", "animals=1.5", "--method", "linear"),
+        ("--adapter", "colours=1", "--method", "ties"),
     ],
     ids=["retrieved", "by hand", "linear", "one layer"],
-)  # fmt: skip
+)
 def test_a_composed_folder_gives_peft_the_logits_of_the_decoder(
     zoo: TinyZoo, bundle: Path, tmp_path: Path, options: tuple[object, ...]
 ) -> None:

@@ -1,4 +1,4 @@
-"""A blend that is folded into a float base decodes as an attached one, and leaves no trace in the base."""
+"""A blend that is fused into a float base decodes as an attached one, and leaves no trace in the base."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ from edgecompose.errors import BundleError, FileDamaged, GenerationError, Manife
 from edgecompose.formats.architectures import PACKED
 from edgecompose.merging.merger import Merger
 from edgecompose.settings import MergeSettings
-from edgecompose_export.bundles import add_task, remove_task
-from edgecompose_export.graphs.fuse import DECODER_GRAPH, FOLD_GRAPH
+from edgecompose.tasks import add_task, remove_task
+from edgecompose_export.graphs.fuse import DECODER_GRAPH, FUSE_GRAPH
 from tests import tiny
 from tests.export.test_base import IDS, NO_ADAPTER, difference, load_exported
 from tests.fixtures_tiny import TASKS, Exported, TinyZoo
 
 Float = npt.NDArray[np.float32]
 PROMPT = TASKS["animals"][0]
-#: Largest difference of a logit between attach and fold: both are float32, the sums are taken in another order.
+#: Largest difference of a logit between attach and fuse: both are float32, the sums are taken in another order.
 TOLERANCE = 1e-4
 BASES = (("llama", "fp32"), ("qwen2", "fp32"), ("phi3", "fp32"), ("llama", "fp16"))
 #: LoRA settings of a blend: mixed ranks, modules that are missing, a layer that is missing.
@@ -60,13 +60,13 @@ class Opened:
 
     decoder: Decoder
     fusing: Fuser
-    folded: FusedDecoder
+    fused: FusedDecoder
 
     def attach(self, merged: MergedAdapter) -> DecoderState:
         return self.decoder.start(merged, len(IDS))
 
     def fuse(self, merged: MergedAdapter) -> DecoderState:
-        return self.folded.start(self.fusing.fuse(merged), len(IDS))
+        return self.fused.start(self.fusing.fuse(merged), len(IDS))
 
 
 @pytest.fixture(params=BASES, ids="-".join)
@@ -81,11 +81,11 @@ def llama(zoo: TinyZoo) -> Exported:
 
 def open_base(base: Exported, spec: BaseSpec | None = None) -> Opened:
     spec, device = spec or base.spec, choose_device("cpu")
-    folding = require_fusing(spec)
+    fusing = require_fusing(spec)
     return Opened(
         Decoder(base.folder / spec.graph, spec, device),
-        Fuser(base.folder / folding.fuse_graph, spec, device),
-        FusedDecoder(base.folder / folding.decoder_graph, spec, device),
+        Fuser(base.folder / fusing.fuse_graph, spec, device),
+        FusedDecoder(base.folder / fusing.decoder_graph, spec, device),
     )
 
 
@@ -108,7 +108,7 @@ def blend(zoo: TinyZoo, merger: Merger, tmp_path: Path) -> Callable[..., MergedA
             if targets and architecture == "phi3":
                 targets = sorted({PACKED_TARGETS.get(target, target) for target in targets})
             changed = settings if targets is None else {**settings, "target_modules": targets}
-            lora = zoo.lora(f"folded{i}", architecture, **changed)
+            lora = zoo.lora(f"fused{i}", architecture, **changed)
             file = tmp_path / f"{base.folder.name}-{i}.safetensors"
             file.unlink(missing_ok=True)
             adapters.append(load_exported(lora, base, file))
@@ -121,17 +121,17 @@ def blend(zoo: TinyZoo, merger: Merger, tmp_path: Path) -> Callable[..., MergedA
 
 
 @pytest.mark.parametrize("weights", [(0.8,), (0.7, -0.5, 1.2)], ids=["one", "three"])
-def test_fold_gives_the_logits_of_attach(
+def test_fuse_gives_the_logits_of_attach(
     base: Exported, blend: Callable[..., MergedAdapter], weights: tuple[float, ...]
 ) -> None:
     opened, merged = open_base(base), blend(base, weights)
-    attached, folded = steps(opened.attach(merged)), steps(opened.fuse(merged))
+    attached, fused = steps(opened.attach(merged)), steps(opened.fuse(merged))
     assert np.ptp(attached) > 1
-    assert difference(attached, folded) <= TOLERANCE
-    assert difference(folded, steps(opened.attach(NO_ADAPTER))) > 0.1
+    assert difference(attached, fused) <= TOLERANCE
+    assert difference(fused, steps(opened.attach(NO_ADAPTER))) > 0.1
 
 
-def test_a_fold_leaves_no_trace(base: Exported, blend: Callable[..., MergedAdapter]) -> None:
+def test_a_fuse_leaves_no_trace(base: Exported, blend: Callable[..., MergedAdapter]) -> None:
     opened, merged = open_base(base), blend(base, (0.8,))
     before = [steps(opened.attach(adapter)) for adapter in (NO_ADAPTER, merged)]
     data = sha256_of(base.folder / "decoder.onnx.data")
@@ -146,22 +146,22 @@ def test_a_fold_leaves_no_trace(base: Exported, blend: Callable[..., MergedAdapt
 
 
 @pytest.mark.parametrize("architecture", ["llama", "phi3"])
-def test_an_empty_blend_folds_to_the_very_weights(zoo: TinyZoo, architecture: str) -> None:
+def test_an_empty_blend_fuses_to_the_very_weights(zoo: TinyZoo, architecture: str) -> None:
     base = zoo.base(architecture)
-    folded = open_base(base).fusing.fuse(NO_ADAPTER)
+    fused = open_base(base).fusing.fuse(NO_ADAPTER)
     stored = onnx.load(base.folder / base.spec.graph).graph
     matrices = [numpy_helper.to_array(t) for t in stored.initializer]
     sought = {matrix.T.shape + (matrix.T.tobytes(),) for matrix in matrices if matrix.ndim == 2}
-    for offset, (panels, n_in, width) in folded.places.values():
-        values = folded.buffer.numpy()[offset : offset + panels * n_in * width].reshape(panels, n_in, width)
+    for offset, (panels, n_in, width) in fused.places.values():
+        values = fused.buffer.numpy()[offset : offset + panels * n_in * width].reshape(panels, n_in, width)
         matrix = values.transpose(1, 0, 2).reshape(n_in, panels * width)
         assert matrix.shape + (matrix.tobytes(),) in sought
 
 
 def test_only_float_bases_get_the_graphs_and_no_weight_is_stored_twice(zoo: TinyZoo, base: Exported) -> None:
-    folding = require_fusing(base.spec)
-    assert (folding.fuse_graph, folding.decoder_graph) == (FOLD_GRAPH, DECODER_GRAPH)
-    for name in (FOLD_GRAPH, DECODER_GRAPH):
+    fusing = require_fusing(base.spec)
+    assert (fusing.fuse_graph, fusing.decoder_graph) == (FUSE_GRAPH, DECODER_GRAPH)
+    for name in (FUSE_GRAPH, DECODER_GRAPH):
         assert not (base.folder / f"{name}.data").exists()
         places = {
             entry.value
@@ -171,10 +171,10 @@ def test_only_float_bases_get_the_graphs_and_no_weight_is_stored_twice(zoo: Tiny
         }
         assert places == {"decoder.onnx.data"}
     groups = ("q_proj+k_proj+v_proj", "o_proj", "gate_proj+up_proj", "down_proj")
-    assert set(folding.weights) == {f"layers.{layer}.{group}.weight" for layer in (0, 1) for group in groups}
+    assert set(fusing.weights) == {f"layers.{layer}.{group}.weight" for layer in (0, 1) for group in groups}
     near = zoo.base("llama", "int8")
     assert near.spec.fusing is None
-    assert not (near.folder / FOLD_GRAPH).exists()
+    assert not (near.folder / FUSE_GRAPH).exists()
 
 
 def test_weights_that_do_not_divide_into_panels_are_one(zoo: TinyZoo, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,15 +187,15 @@ def test_weights_that_do_not_divide_into_panels_are_one(zoo: TinyZoo, monkeypatc
     assert fuse._panels(config, ("o_proj",)) == (5, 64, 10)
 
 
-@pytest.mark.parametrize("change", ["fold", "folded decoder"])
+@pytest.mark.parametrize("change", ["fuse", "fused decoder"])
 def test_a_graph_that_is_not_the_described_one_is_refused(llama: Exported, change: str) -> None:
-    folding = require_fusing(llama.spec)
+    fusing = require_fusing(llama.spec)
     name = "layers.1.o_proj.weight"
-    wrong = dataclasses.replace(folding, weights={**folding.weights, name: (9, 9, 9)})
+    wrong = dataclasses.replace(fusing, weights={**fusing.weights, name: (9, 9, 9)})
     device, spec = choose_device("cpu"), dataclasses.replace(llama.spec, fusing=wrong)
     with pytest.raises(BundleError, match=f"the {change} graph is not the one that the manifest describes: {name}"):
-        if change == "fold":
-            Fuser(llama.folder / FOLD_GRAPH, spec, device)
+        if change == "fuse":
+            Fuser(llama.folder / FUSE_GRAPH, spec, device)
         else:
             FusedDecoder(llama.folder / DECODER_GRAPH, spec, device)
 
@@ -203,7 +203,7 @@ def test_a_graph_that_is_not_the_described_one_is_refused(llama: Exported, chang
 # Values of their own
 
 
-def test_folds_in_turn_and_in_threads_give_what_each_gives_alone(
+def test_fuses_in_turn_and_in_threads_give_what_each_gives_alone(
     llama: Exported, blend: Callable[..., MergedAdapter]
 ) -> None:
     opened = open_base(llama)
@@ -226,7 +226,7 @@ def test_folds_in_turn_and_in_threads_give_what_each_gives_alone(
 def test_memory_is_used_again_only_when_nobody_reads_it(llama: Exported, blend: Callable[..., MergedAdapter]) -> None:
     opened, merged = open_base(llama), blend(llama, (0.8,))
     first = opened.fusing.fuse(merged)
-    decoding, place = opened.folded.start(first, len(IDS)), first.buffer.data_ptr()
+    decoding, place = opened.fused.start(first, len(IDS)), first.buffer.data_ptr()
     del first
     second = opened.fusing.fuse(merged)
     assert second.buffer.data_ptr() != place
@@ -245,7 +245,7 @@ def test_memory_is_used_again_only_when_nobody_reads_it(llama: Exported, blend: 
         ("fp32", "this bundle's fp32 base was exported without them; export base and bundle again, or use attach"),
     ],
 )
-def test_a_base_that_cannot_be_folded_is_refused_by_name(llama: Exported, precision: str, message: str) -> None:
+def test_a_base_that_cannot_be_fused_is_refused_by_name(llama: Exported, precision: str, message: str) -> None:
     spec = dataclasses.replace(llama.spec, precision=precision, fusing=None)
     with pytest.raises(GenerationError, match=message):
         require_fusing(spec)
@@ -254,7 +254,7 @@ def test_a_base_that_cannot_be_folded_is_refused_by_name(llama: Exported, precis
 @pytest.mark.parametrize("weights", [{}, {"w": (2, 3)}, {"w": (2, 3, 0)}, {"w": (1, 2, 3, 4)}], ids=str)
 def test_weights_without_panels_are_refused(weights: dict[str, tuple[int, ...]]) -> None:
     with pytest.raises(ManifestInvalid, match="fusing names no weight"):
-        FusingSpec(FOLD_GRAPH, DECODER_GRAPH, weights)
+        FusingSpec(FUSE_GRAPH, DECODER_GRAPH, weights)
 
 
 # In a bundle
@@ -267,7 +267,7 @@ def composer(bundle: Path) -> Iterator[Composer]:
 
 
 def both(root: Path, weights: dict[str, float]) -> list[dict[str, float]]:
-    """Scores of choices under attach and under fold."""
+    """Scores of choices under attach and under fuse."""
     found = []
     with open_bundle(root, device="cpu") as opened:
         for attachment in ("attach", "fuse"):
@@ -279,44 +279,46 @@ def both(root: Path, weights: dict[str, float]) -> list[dict[str, float]]:
     return found
 
 
-def test_a_bundle_keeps_folding_as_tasks_come_and_go(
+def test_a_bundle_keeps_fusing_as_tasks_come_and_go(
     zoo: TinyZoo, bundle_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    attached, folded = both(bundle_copy, {"animals": 0.6, "numbers": -0.4, "colours": 1.0})
-    assert folded == pytest.approx(attached, abs=TOLERANCE)
+    attached, fused = both(bundle_copy, {"animals": 0.6, "numbers": -0.4, "colours": 1.0})
+    assert fused == pytest.approx(attached, abs=TOLERANCE)
     travel = zoo.lora("travel", r=2, target_modules=["o_proj"])
     add_task(bundle_copy, "travel", travel, tiny.write_task(tmp_path / "travel.jsonl", ("a ticket to the sea",)))
     assert verify(bundle_copy) == []
-    attached, folded = both(bundle_copy, {"animals": 0.6, "travel": 2.0})
-    assert folded == pytest.approx(attached, abs=TOLERANCE)
+    attached, fused = both(bundle_copy, {"animals": 0.6, "travel": 2.0})
+    assert fused == pytest.approx(attached, abs=TOLERANCE)
     remove_task(bundle_copy, "animals")
     assert verify(bundle_copy) == []
-    attached, folded = both(bundle_copy, {"travel": 2.0})
-    assert folded == pytest.approx(attached, abs=TOLERANCE)
+    attached, fused = both(bundle_copy, {"travel": 2.0})
+    assert fused == pytest.approx(attached, abs=TOLERANCE)
 
 
-def test_a_whole_answer_is_the_same_under_fold(composer: Composer) -> None:
-    attached, folded = (composer.run(PROMPT, Request(attachment=a)) for a in ("attach", "fuse"))
-    assert (folded.text, folded.composition, folded.generated_tokens) == (
-        attached.text, attached.composition, attached.generated_tokens,
-    )  # fmt: skip
-    assert (attached.attachment, folded.attachment) == ("attach", "fuse")
-    assert attached.timings_ms["fuse"] == 0 < folded.timings_ms["fuse"]
+def test_a_whole_answer_is_the_same_under_fuse(composer: Composer) -> None:
+    attached, fused = (composer.run(PROMPT, Request(attachment=a)) for a in ("attach", "fuse"))
+    assert (fused.text, fused.composition, fused.generated_tokens) == (
+        attached.text,
+        attached.composition,
+        attached.generated_tokens,
+    )
+    assert (attached.attachment, fused.attachment) == ("attach", "fuse")
+    assert attached.timings_ms["fuse"] == 0 < fused.timings_ms["fuse"]
     alone = composer.run(PROMPT, Request(weights={}, attachment="fuse"))
     assert (alone.attachment, alone.timings_ms["fuse"]) == ("attach", 0)
     with pytest.raises(EdgeComposeError, match="attachment is 'melt'; expected attach or fuse"):
         Request(attachment="melt")  # type: ignore[arg-type]
 
 
-def test_the_last_folded_base_is_kept_and_its_memory_used_again(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_fused_base_is_kept_and_its_memory_used_again(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     fuse = Fuser.fuse
 
     def watch(fuser: Fuser, adapter: MergedAdapter) -> FusedWeights:
-        folded = fuse(fuser, adapter)
-        made.append(folded.buffer.data_ptr())
-        return folded
+        fused = fuse(fuser, adapter)
+        made.append(fused.buffer.data_ptr())
+        return fused
 
     monkeypatch.setattr(Fuser, "fuse", watch)
     with open_bundle(bundle, device="cpu") as composer:
@@ -339,7 +341,7 @@ def change_base(root: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path.write_text(json.dumps(found), encoding="utf-8")
 
 
-def test_a_bundle_of_a_quantised_base_attaches_and_refuses_to_fold(bundle_copy: Path) -> None:
+def test_a_bundle_of_a_quantised_base_attaches_and_refuses_to_fuse(bundle_copy: Path) -> None:
     change_base(bundle_copy, lambda base: base.update(precision="int4", fusing=None))
     with open_bundle(bundle_copy, device="cpu") as opened:
         assert opened.run(PROMPT).attachment == "attach"
@@ -347,7 +349,7 @@ def test_a_bundle_of_a_quantised_base_attaches_and_refuses_to_fold(bundle_copy: 
             opened.run(PROMPT, Request(attachment="fuse"))
 
 
-def test_a_bundle_from_before_folding_opens(bundle_copy: Path) -> None:
+def test_a_bundle_from_before_fusing_opens(bundle_copy: Path) -> None:
     change_base(bundle_copy, lambda base: base.pop("fusing"))
     with open_bundle(bundle_copy, device="cpu") as opened:
         assert opened.run(PROMPT).text
@@ -355,7 +357,7 @@ def test_a_bundle_from_before_folding_opens(bundle_copy: Path) -> None:
             opened.run(PROMPT, Request(attachment="fuse"))
 
 
-@pytest.mark.parametrize("name", [f"base/{FOLD_GRAPH}", f"base/{DECODER_GRAPH}", "base/decoder.onnx.data"])
+@pytest.mark.parametrize("name", [f"base/{FUSE_GRAPH}", f"base/{DECODER_GRAPH}", "base/decoder.onnx.data"])
 def test_a_damaged_or_missing_graph_is_refused_by_name(bundle: Path, tmp_path: Path, name: str) -> None:
     root = shutil.copytree(bundle, tmp_path / "copy")
     path = root / name

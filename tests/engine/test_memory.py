@@ -24,8 +24,10 @@ def test_freed_blocks_are_given_back() -> None:
     if not hasattr(library, "malloc_trim"):
         pytest.skip("this C library has no malloc_trim")
     library.malloc.restype, library.malloc.argtypes, library.free.argtypes = (
-        ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p],
-    )  # fmt: skip
+        ctypes.c_void_p,
+        [ctypes.c_size_t],
+        [ctypes.c_void_p],
+    )
     blocks = [library.malloc(BLOCK) for _ in range(COUNT + 1)]
     for block in blocks:
         ctypes.memset(block, 1, BLOCK)

@@ -105,10 +105,18 @@ def test_a_plain_answer_stays_as_it_is(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "plain"),
     [
-        ("The Eiffel Tower!", "eiffel tower"), ("  an  apple\ta day", "apple day"), ("U.S.", "us"), ("the", "the"),
-        ("‘rock’ — roll", "rock roll"), ("A", "a"), ("?!", "?!"), ("Theatre", "theatre"), ("$5", "5"), ("", ""),
+        ("The Eiffel Tower!", "eiffel tower"),
+        ("  an  apple\ta day", "apple day"),
+        ("U.S.", "us"),
+        ("the", "the"),
+        ("‘rock’ — roll", "rock roll"),
+        ("A", "a"),
+        ("?!", "?!"),
+        ("Theatre", "theatre"),
+        ("$5", "5"),
+        ("", ""),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_count_is_dropped(text: str, plain: str) -> None:
     assert plain_answer(text) == plain
 
@@ -131,10 +139,12 @@ def test_an_id_names_the_content(task: str, prompt: str, answer: str) -> None:
     one = EvalExample(task, prompt, answer)
     assert one.id == EvalExample(task, prompt, answer).id
     others = [
-        EvalExample(f"{task}x", prompt, answer), EvalExample(task, f"{prompt}x", answer),
-        EvalExample(task, prompt, f"{answer}x"), EvalExample(task, prompt, answer, aliases=(answer,)),
+        EvalExample(f"{task}x", prompt, answer),
+        EvalExample(task, f"{prompt}x", answer),
+        EvalExample(task, prompt, f"{answer}x"),
+        EvalExample(task, prompt, answer, aliases=(answer,)),
         EvalExample(task, prompt, answer, (answer, "x")),
-    ]  # fmt: skip
+    ]
     assert len({one.id, *(other.id for other in others)}) == 6
 
 

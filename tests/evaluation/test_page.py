@@ -31,9 +31,16 @@ def judged(task: str, number: int, right: bool, kind: str, prompt: str = "p") ->
     weights = {"base": {}, "own": {task: 1.0}}.get(kind, {task: 0.75, "other": 0.25})
     routed = kind not in ("base", "own")
     return Result(
-        example, right, "yes" if right else "no", weights, task if routed else None, 0.75 if routed else None,
-        0.5 if routed else None, True, dict.fromkeys(STAGES, 1.5),
-    )  # fmt: skip
+        example,
+        right,
+        "yes" if right else "no",
+        weights,
+        task if routed else None,
+        0.75 if routed else None,
+        0.5 if routed else None,
+        True,
+        dict.fromkeys(STAGES, 1.5),
+    )
 
 
 def example_evaluation(names: tuple[str, ...] = ("base", "own", "retrieved"), prompt: str = "p") -> Evaluation:

@@ -61,10 +61,12 @@ def test_contenders_do_what_is_done_by_hand(composer: Composer) -> None:
     for example in EXAMPLES:
         retrieval = composer.retrieve(example.prompt, REQUEST)
         wanted: dict[str, dict[str, float]] = {
-            "base": {}, "own": {example.task: 1.0}, "top1": {next(iter(retrieval.distribution)): 1.0},
+            "base": {},
+            "own": {example.task: 1.0},
+            "top1": {next(iter(retrieval.distribution)): 1.0},
             "uniform": {task: 1 / len(retrieval.nucleus) for task in retrieval.nucleus},
             "retrieved": dict(retrieval.weights),
-        }  # fmt: skip
+        }
         for kind in KINDS:
             judged = [one for one in found.results[kind] if one.example == example]
             if kind == "own" and example.task == "birds":
@@ -108,10 +110,15 @@ def test_the_same_blend_is_computed_once(composer: Composer, runs: list[Answer])
     evaluate(composer, EXAMPLES, variants)
     assert len(runs) == len(EXAMPLES)
     runs.clear()
-    empty = [Variant(name, "base", request) for name, request in (
-        ("one", sure), ("two", dataclasses.replace(sure, merge=MergeSettings("ties", norm_guard=True))),
-        ("longer", dataclasses.replace(sure, max_tokens=5)), ("raw", dataclasses.replace(sure, raw=True)),
-    )]  # fmt: skip
+    empty = [
+        Variant(name, "base", request)
+        for name, request in (
+            ("one", sure),
+            ("two", dataclasses.replace(sure, merge=MergeSettings("ties", norm_guard=True))),
+            ("longer", dataclasses.replace(sure, max_tokens=5)),
+            ("raw", dataclasses.replace(sure, raw=True)),
+        )
+    ]
     evaluate(composer, EXAMPLES, empty)
     free = sum(example.choices is None for example in EXAMPLES)
     assert len(runs) == 2 * len(EXAMPLES) + free  # raw is another prompt, a longer answer matters to free text only
@@ -181,8 +188,11 @@ def test_standings_sum_up(bundle: Path) -> None:
     assert ticks == [1] * (3 * len(EXAMPLES))
     metrics = found.metrics("retrieved")
     assert {task: score.n for task, score in metrics.tasks.items()} == {
-        "animals": 3, "birds": 1, "colours": 2, "numbers": 2,
-    }  # fmt: skip
+        "animals": 3,
+        "birds": 1,
+        "colours": 2,
+        "numbers": 2,
+    }
     assert metrics.mean == pytest.approx(sum(score.accuracy for score in metrics.tasks.values()) / 4)
     animals = [judged.right for judged in found.results["retrieved"] if judged.example.task == "animals"]
     assert metrics.tasks["animals"].accuracy == sum(animals) / 3

@@ -21,6 +21,7 @@ import peft
 import torch
 import transformers
 
+from edgecompose.adapters import convert_adapter
 from edgecompose.bundle.adapter import Adapter, load_adapter
 from edgecompose.bundle.files import sha256_of
 from edgecompose.bundle.quantization import dequantize
@@ -32,7 +33,6 @@ from edgecompose.formats.architectures import PACKED
 from edgecompose.generation.tokenizer import Tokenizer
 from edgecompose.merging.merger import Merger
 from edgecompose.settings import MergeSettings
-from edgecompose_export.adapters import export_adapter
 from edgecompose_export.base.export import export_base
 from edgecompose_export.base.source import locate_base, weights_digest
 from edgecompose_export.base.spec import read_base_spec
@@ -79,7 +79,7 @@ def load_model(folder: Path) -> Any:
 
 
 def load_exported(lora: Path, base: Exported, output: Path) -> Adapter:
-    export_adapter(lora, base.spec, output, 8)
+    convert_adapter(lora, base.spec, output, 8)
     return load_adapter(output, lora.name, base.spec.slots, base.spec.identity)
 
 
@@ -287,12 +287,13 @@ def test_what_is_no_base_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content",
     [
-        pytest.param(b"", id="empty"), pytest.param(b"not a GGUF file" * 100, id="other"),
+        pytest.param(b"", id="empty"),
+        pytest.param(b"not a GGUF file" * 100, id="other"),
         pytest.param(b"GGUF", id="cut"),
         pytest.param(b"GGUF\x03\0\0\0" + b"\xff" * 64, id="nonsense"),
         pytest.param(b"GGUF\0\0\0\x03" + b"\0" * 64, id="big-endian"),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_gguf_file_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(content)
@@ -321,11 +322,12 @@ def _unknown_model(folder: Path) -> None:
 @pytest.mark.parametrize(
     "harm",
     [
-        _remove_weights, _unknown_model,
+        _remove_weights,
+        _unknown_model,
         pytest.param(_truncate_weights),
         pytest.param(_remove_tokenizer),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_folder_is_refused(zoo: TinyZoo, tmp_path: Path, harm: Any) -> None:
     folder = shutil.copytree(zoo.model("llama"), tmp_path / "llama")
     harm(folder)
@@ -354,9 +356,12 @@ def test_a_gguf_file_is_exported_as_the_folder_that_it_was_made_of(zoo: TinyZoo,
     path = tiny.write_gguf(tmp_path / "tiny.gguf", folder)
     spec = export_base(path, tmp_path / "base", "fp32")
     original = zoo.base("llama").spec
-    assert dataclasses.replace(
-        spec, source="llama", identity=original.identity, end_tokens=original.end_tokens, distance=original.distance
-    ) == original  # fmt: skip
+    assert (
+        dataclasses.replace(
+            spec, source="llama", identity=original.identity, end_tokens=original.end_tokens, distance=original.distance
+        )
+        == original
+    )
     assert (spec.source, spec.identity) == ("tiny.gguf", sha256_of(path))
     ours, theirs = (open_decoder(base) for base in (Exported(tmp_path / "base", spec), zoo.base("llama")))
     assert np.array_equal(logits_of(ours), logits_of(theirs))

@@ -16,10 +16,10 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from edgecompose.bundle.manifest import MANIFEST_FILE
 from edgecompose.errors import ExportError
+from edgecompose.formats.gguf_file import read_gguf
 from edgecompose.generation.chat_template import ChatTemplate
 from edgecompose.generation.tokenizer import Tokenizer
 from edgecompose_export.bundles import build_bundle
-from edgecompose_export.gguf_file import read_gguf
 from edgecompose_export.tokenizer.base_tokenizer import BaseTokenizer
 from edgecompose_export.tokenizer.folder import tokenizer_of_folder
 from edgecompose_export.tokenizer.gguf import tokenizer_of_gguf
@@ -30,10 +30,20 @@ from tests.tiny import CHAT_TEMPLATE, write_json
 WORDS = sorted(pre_tokenizers.ByteLevel.alphabet())
 #: Added tokens in the order of their ids, from 256 on, and whether each is special.
 ADDED = {
-    "<unk>": True, "<s>": True, "</s>": True, "<bos>": True, "<eos>": True, "<pad>": True, "<start_of_turn>": True,
-    "<end_of_turn>": True, "<|im_start|>": True, "<|im_end|>": True, "<|endoftext|>": True, "<think>": False,
+    "<unk>": True,
+    "<s>": True,
+    "</s>": True,
+    "<bos>": True,
+    "<eos>": True,
+    "<pad>": True,
+    "<start_of_turn>": True,
+    "<end_of_turn>": True,
+    "<|im_start|>": True,
+    "<|im_end|>": True,
+    "<|endoftext|>": True,
+    "<think>": False,
     "<tool_call>": False,
-}  # fmt: skip
+}
 IDS = {text: 256 + i for i, text in enumerate(ADDED)}
 TEXTS = ["hello", "", " a <think>b</think>", "<s>hello", "<bos>x", "<|im_start|>user\n<|im_end|>", "<extra> é日"]
 GEMMA = (
@@ -71,8 +81,11 @@ def _compare(folder: Path) -> BaseTokenizer:
             expected, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
     assert (ours.bos, ours.eos, ours.unk, ours.pad) == (
-        theirs.bos_token, theirs.eos_token, theirs.unk_token, theirs.pad_token,
-    )  # fmt: skip
+        theirs.bos_token,
+        theirs.eos_token,
+        theirs.unk_token,
+        theirs.pad_token,
+    )
     assert ours.size == max(theirs.get_vocab().values()) + 1
     assert theirs.eos_token_id is None or theirs.eos_token_id in ours.end_tokens
     if theirs.chat_template is not None:
@@ -93,8 +106,21 @@ PLAIN = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_
         (LLAMA, "<s>"),
         (LLAMA | {"add_bos_token": False}, None),
         (LLAMA | {"add_eos_token": True}, "<s>"),
-        (LLAMA | {"tokenizer_class": "LlamaTokenizerFast", "bos_token": {"content": "<bos>", "lstrip": False,
-         "rstrip": False, "normalized": False, "single_word": False, "__type": "AddedToken"}}, "<bos>"),
+        (
+            LLAMA
+            | {
+                "tokenizer_class": "LlamaTokenizerFast",
+                "bos_token": {
+                    "content": "<bos>",
+                    "lstrip": False,
+                    "rstrip": False,
+                    "normalized": False,
+                    "single_word": False,
+                    "__type": "AddedToken",
+                },
+            },
+            "<bos>",
+        ),
         ({"tokenizer_class": "LlamaTokenizer"}, "<s>"),
         ({"tokenizer_class": "GemmaTokenizer"}, "<bos>"),
         ({"tokenizer_class": "GemmaTokenizer", "add_bos_token": False, "add_eos_token": True}, None),
@@ -110,10 +136,13 @@ PLAIN = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_
         (PLAIN | {"added_tokens_decoder": {"267": {"content": "<think>", "special": True, "normalized": False}}}, None),
         (PLAIN | {"eos_token": "<|im_end|>", "chat_template": CHAT_TEMPLATE}, None),
         ({"tokenizer_class": "GemmaTokenizer", "chat_template": GEMMA}, "<bos>"),
-        (PLAIN | {"chat_template": "{{ eos_token }}{{ image_token }}", "extra_special_tokens": {"image_token": "<i>"}},
-         None),
+        (
+            PLAIN
+            | {"chat_template": "{{ eos_token }}{{ image_token }}", "extra_special_tokens": {"image_token": "<i>"}},
+            None,
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_folder_is_read_as_transformers_reads_it(tmp_path: Path, settings: dict[str, Any], first: str | None) -> None:
     ours = _compare(_folder(tmp_path / "base", settings))
     assert ours.first_token == (None if first is None else IDS[first])
@@ -277,10 +306,20 @@ _JSON = st.recursive(
     max_leaves=8,
 )
 _FIELDS = (
-    "added_tokens_decoder", "bos_token", "eos_token", "additional_special_tokens", "extra_special_tokens",
-    "chat_template", "tokenizer_class", "add_bos_token", "add_prefix_space", "eos_token_id", "text_config",
-    "model_type", "<extra>",
-)  # fmt: skip
+    "added_tokens_decoder",
+    "bos_token",
+    "eos_token",
+    "additional_special_tokens",
+    "extra_special_tokens",
+    "chat_template",
+    "tokenizer_class",
+    "add_bos_token",
+    "add_prefix_space",
+    "eos_token_id",
+    "text_config",
+    "model_type",
+    "<extra>",
+)
 
 
 @given(st.lists(st.dictionaries(st.sampled_from(_FIELDS), _JSON, max_size=4), min_size=5, max_size=5))
@@ -318,11 +357,15 @@ def test_a_folder_with_older_files_only_is_converted(tmp_path: Path) -> None:
 
 def _metadata(**changes: Any) -> dict[str, Any]:
     metadata: dict[str, Any] = {
-        "general.architecture": "qwen2", "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2",
-        "tokenizer.ggml.tokens": [*WORDS, *ADDED], "tokenizer.ggml.merges": ["Ġ Ġ"],
+        "general.architecture": "qwen2",
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "qwen2",
+        "tokenizer.ggml.tokens": [*WORDS, *ADDED],
+        "tokenizer.ggml.merges": ["Ġ Ġ"],
         "tokenizer.ggml.token_type": [1] * 256 + [3 if special else 4 for special in ADDED.values()],
-        "tokenizer.ggml.bos_token_id": IDS["<s>"], "tokenizer.ggml.eos_token_id": IDS["<unk>"],
-    }  # fmt: skip
+        "tokenizer.ggml.bos_token_id": IDS["<s>"],
+        "tokenizer.ggml.eos_token_id": IDS["<unk>"],
+    }
     metadata["tokenizer.ggml.tokens"] += ["ĠĠ"]
     metadata["tokenizer.ggml.token_type"] += [1]
     return metadata | {name.replace("__", "."): value for name, value in changes.items()}

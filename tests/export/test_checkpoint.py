@@ -19,10 +19,10 @@ from safetensors.torch import load_file as load_torch
 
 from edgecompose.errors import ExportError
 from edgecompose.formats.checkpoint import BASE_KEY, INDEX_FILE, open_checkpoint, read_shard
+from edgecompose.retrieval.examples import Example
 from edgecompose_export.base import checkpoint
 from edgecompose_export.base.checkpoint import DType, load_model, write_checkpoint
 from edgecompose_export.base.source import open_base
-from edgecompose_export.datasets import Example
 from edgecompose_export.training.batches import TrainSettings
 from edgecompose_export.training.train import train_adapter
 from tests import gguf_models, tiny

@@ -22,9 +22,18 @@ from tests import tiny
 from tests.fixtures_tiny import TASKS, TinyZoo, ignore_tracer_warnings
 
 COMMANDS = (
-    ("base",), ("checkpoint",), ("embedder",), ("adapter",), ("examples",), ("train",), ("fetch",), ("bundle",),
-    ("bundle", "build"), ("bundle", "add-task"), ("bundle", "remove-task"),
-)  # fmt: skip
+    ("base",),
+    ("checkpoint",),
+    ("embedder",),
+    ("adapter",),
+    ("examples",),
+    ("train",),
+    ("fetch",),
+    ("bundle",),
+    ("bundle", "build"),
+    ("bundle", "add-task"),
+    ("bundle", "remove-task"),
+)
 
 
 def call(*arguments: object) -> Result:
@@ -85,7 +94,7 @@ def test_embedder(zoo: TinyZoo, tmp_path: Path) -> None:
         found = result_of("embedder", zoo.encoder(), "-o", tmp_path / "int8")
     assert found["precision"] == "int8"
     assert "already holds an exported embedder" in fault_of("embedder", zoo.encoder(), "-o", tmp_path / "int8")
-    assert "config.json' cannot be read" in fault_of("embedder", tmp_path, "-o", tmp_path / "x")
+    assert "config.json' is missing" in fault_of("embedder", tmp_path, "-o", tmp_path / "x")
 
 
 def test_adapter(zoo: TinyZoo, tmp_path: Path) -> None:
@@ -98,7 +107,7 @@ def test_adapter(zoo: TinyZoo, tmp_path: Path) -> None:
     assert (found["bits"], found["rank"], found["file"]) == (8, 4, "eight.safetensors")
     assert "exists; remove it" in fault_of("adapter", lora, "--base", base, "-o", output)
     assert "holds no base.json" in fault_of("adapter", lora, "--base", tmp_path, "-o", tmp_path / "x")
-    assert "no readable adapter_config.json" in fault_of("adapter", tmp_path, "--base", base, "-o", tmp_path / "x")
+    assert "is a folder of no known format" in fault_of("adapter", tmp_path, "--base", base, "-o", tmp_path / "x")
     other = zoo.lora("one", "qwen3")
     assert "does not fit this base" in fault_of("adapter", other, "--base", base, "-o", tmp_path / "x")
 
@@ -188,8 +197,8 @@ def command_at(path: tuple[str, ...]) -> click.Command:
 def test_the_help_shows_a_call_that_can_be_parsed(path: tuple[str, ...]) -> None:
     shown = call(*path, "--help")
     assert shown.exit_code == 0
-    lines = [line.strip() for line in shown.stdout.splitlines() if line.strip().startswith("edgecompose-export ")]
-    assert lines
+    lines = [line.strip() for line in shown.stdout.splitlines() if line.strip().startswith("edgecompose")]
+    assert lines  # of edgecompose-export, or of edgecompose where the command is the runtime's
     for line in lines:
         _, *arguments = shlex.split(line)
         assert arguments[0] == path[0]
@@ -213,15 +222,24 @@ def test_the_help_names_every_command() -> None:
 def test_merge_graphs(tmp_path: Path) -> None:
     done = call("merge-graphs", tmp_path / "graphs")
     assert done.exit_code == 0, done.output
-    assert done.stdout.startswith(f"{len(list((tmp_path / 'graphs').iterdir()))} graphs written")
+    assert done.stdout.startswith(f"{len(list((tmp_path / 'graphs').rglob('*.onnx')))} graphs written")
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [("unknown",), ("base",), ("base", "x"), ("adapter", "x", "-o", "y"), ("train", "x", "y", "-o", "z", "--rank", "0"),
-     ("bundle", "add-task", "x"), ("bundle", "x"), ("fetch",), ("base", "x", "-o", "y", "--precision", "int2")],
+    [
+        ("unknown",),
+        ("base",),
+        ("base", "x"),
+        ("adapter", "x", "-o", "y"),
+        ("train", "x", "y", "-o", "z", "--rank", "0"),
+        ("bundle", "add-task", "x"),
+        ("bundle", "x"),
+        ("fetch",),
+        ("base", "x", "-o", "y", "--precision", "int2"),
+    ],
     ids=" ".join,
-)  # fmt: skip
+)
 def test_a_wrong_call_is_exit_code_2(arguments: tuple[str, ...]) -> None:
     done = call(*arguments)
     assert done.exit_code == 2

@@ -34,9 +34,9 @@ from edgecompose.merging.merger import Merger
 from edgecompose.retrieval.embedder import embedder_device
 from edgecompose.serialize import explain_answer
 from edgecompose.settings import MergeSettings
+from edgecompose.tasks import add_task, remove_task
 from edgecompose_export.base import write as base_write
 from edgecompose_export.base.export import export_base
-from edgecompose_export.bundles import add_task, remove_task
 from edgecompose_export.graphs.cuda import narrow_attention
 from tests import tiny
 from tests.engine.test_fusing import change_base
@@ -94,10 +94,10 @@ def test_attention_in_float16_stays_near_float32(
     assert any(difference(ours, theirs) > 0 for ours, theirs in zip(found, wanted, strict=True))
 
 
-def test_a_folded_base_with_attention_in_float16(base: Exported, zoo: TinyZoo, merger: Merger, tmp_path: Path) -> None:
+def test_a_fused_base_with_attention_in_float16(base: Exported, zoo: TinyZoo, merger: Merger, tmp_path: Path) -> None:
     merged, spec = blend_for(base, zoo, merger, tmp_path), base.spec
     weights = Fuser(base.folder / require_fusing(spec).fuse_graph, spec, CPU).fuse(merged)
-    exact, half = (FusedDecoder(base.folder / decoder_graph(spec, d, folded=True), spec, CPU) for d in (CPU, CUDA))
+    exact, half = (FusedDecoder(base.folder / decoder_graph(spec, d, fused=True), spec, CPU) for d in (CPU, CUDA))
     check_near(*(steps(decoder.start(weights, len(IDS))) for decoder in (half, exact)))
 
 
@@ -127,8 +127,8 @@ def test_greedy_tokens_are_the_same(zoo: TinyZoo, merger: Merger, tmp_path: Path
 
 
 def test_only_attention_changes_and_no_weight_is_stored_twice(base: Exported) -> None:
-    folding = require_fusing(base.spec)
-    pairs = ((base.spec.graph, base.spec.cuda_graph), (folding.decoder_graph, folding.cuda_decoder_graph))
+    fusing = require_fusing(base.spec)
+    pairs = ((base.spec.graph, base.spec.cuda_graph), (fusing.decoder_graph, fusing.cuda_decoder_graph))
     for name, cuda_name in pairs:
         assert cuda_name == name.replace(".onnx", "_cuda.onnx")
         exact, half = (onnx.load(base.folder / n, load_external_data=False).graph for n in (name, cuda_name))
@@ -150,12 +150,9 @@ def test_every_float_input_of_attention_is_narrowed_once() -> None:
     given = ["qkv", "", "", "pk", "pv", "seqlens_k", "total", "cos", "sin", "", "bias", "sink"]
     nodes = [
         helper.make_node("Neg", ["x"], ["qkv"], "first"),
-        *(
-            helper.make_node("GroupQueryAttention", given, [f"y{i}", f"k{i}", f"v{i}"], f"attn{i}")
-            for i in range(2)
-        ),
+        *(helper.make_node("GroupQueryAttention", given, [f"y{i}", f"k{i}", f"v{i}"], f"attn{i}") for i in range(2)),
         helper.make_node("Add", ["y0", "y1"], ["sum"], "last"),
-    ]  # fmt: skip
+    ]
     names, floats = ("x", "pk", "pv"), (TensorProto.FLOAT,)
     inputs = [helper.make_tensor_value_info(name, floats[0], None) for name in names]
     graph = helper.make_graph(nodes, "g", inputs, [helper.make_tensor_value_info("sum", floats[0], None)])
@@ -186,13 +183,13 @@ def test_a_base_whose_keys_are_too_large_for_float16_gets_no_graph(
 def test_the_graph_is_picked_by_the_device(zoo: TinyZoo) -> None:
     spec = zoo.base("llama").spec
     assert [decoder_graph(spec, d) for d in (CPU, CUDA)] == ["decoder.onnx", "decoder_cuda.onnx"]
-    folded = [decoder_graph(spec, d, folded=True) for d in (CPU, CUDA)]
-    assert folded == ["decoder_folded.onnx", "decoder_folded_cuda.onnx"]
-    folding = dataclasses.replace(require_fusing(spec), cuda_decoder_graph=None)
-    old = dataclasses.replace(spec, cuda_graph=None, fusing=folding)
-    assert (decoder_graph(old, CUDA), decoder_graph(old, CUDA, folded=True)) == ("decoder.onnx", "decoder_folded.onnx")
+    fused = [decoder_graph(spec, d, fused=True) for d in (CPU, CUDA)]
+    assert fused == ["decoder_fused.onnx", "decoder_fused_cuda.onnx"]
+    fusing = dataclasses.replace(require_fusing(spec), cuda_decoder_graph=None)
+    old = dataclasses.replace(spec, cuda_graph=None, fusing=fusing)
+    assert (decoder_graph(old, CUDA), decoder_graph(old, CUDA, fused=True)) == ("decoder.onnx", "decoder_fused.onnx")
     with pytest.raises(GenerationError, match="fusing needs a float base"):
-        decoder_graph(dataclasses.replace(spec, precision="int4", fusing=None), CUDA, folded=True)
+        decoder_graph(dataclasses.replace(spec, precision="int4", fusing=None), CUDA, fused=True)
 
 
 class Placed:
@@ -298,7 +295,7 @@ def test_a_bundle_keeps_the_graphs_as_tasks_come_and_go(
     zoo: TinyZoo, bundle_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    names = {"base/decoder_cuda.onnx", "base/decoder_folded_cuda.onnx"}
+    names = {"base/decoder_cuda.onnx", "base/decoder_fused_cuda.onnx"}
     add_task(bundle_copy, "travel", zoo.lora("travel", r=2), tiny.write_task(tmp_path / "t.jsonl", ("to the sea",)))
     remove_task(bundle_copy, "animals")
     assert verify(bundle_copy) == []
@@ -318,8 +315,8 @@ def test_the_composer_takes_the_graph_of_its_device(
         wanted = composer.run(PROMPT, request).choices
     picked = list[str]()
 
-    def pick(spec: BaseSpec, device: Device, *, folded: bool = False) -> str:
-        picked.append(decoder_graph(spec, CUDA, folded=folded))
+    def pick(spec: BaseSpec, device: Device, *, fused: bool = False) -> str:
+        picked.append(decoder_graph(spec, CUDA, fused=fused))
         return picked[-1]
 
     monkeypatch.setattr("edgecompose.generation.language_model.decoder_graph", pick)
@@ -327,7 +324,7 @@ def test_the_composer_takes_the_graph_of_its_device(
         found = composer.run(PROMPT, request).choices
     assert found is not None
     assert found == pytest.approx(wanted, abs=1e-2)
-    assert picked == [f"base/decoder{'_folded' if attachment == 'fuse' else ''}_cuda.onnx"]
+    assert picked == [f"base/decoder{'_fused' if attachment == 'fuse' else ''}_cuda.onnx"]
 
 
 def test_a_bundle_from_before_opens_and_runs_the_float32_graph(bundle_copy: Path) -> None:

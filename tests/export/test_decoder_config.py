@@ -19,24 +19,31 @@ import transformers
 
 from edgecompose.errors import ExportError
 from edgecompose.formats.architectures import ARCHITECTURES, MODULES, PACKED
+from edgecompose.formats.gguf_file import read_gguf
 from edgecompose_export.decoder.config import DecoderConfig
 from edgecompose_export.decoder.config_from_gguf import config_from_gguf
 from edgecompose_export.decoder.config_from_json import config_from_json
 from edgecompose_export.decoder.rotary import Float
-from edgecompose_export.gguf_file import read_gguf
 from tests import gguf_models, tiny
 
 SIZES = {
-    "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 8, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 512,
-}  # fmt: skip
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
 #: What a configuration cannot do without, beside SIZES.
 MORE: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {
-        "shared_intermediate_size": 96, "num_local_experts": 0, "num_experts_per_tok": 0,
+        "shared_intermediate_size": 96,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
         "layer_types": ["attention"] * 8,
     },
-}  # fmt: skip
+}
 #: Settings that change what a model is built of, by architecture.
 VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     *((name, {}) for name in ARCHITECTURES),
@@ -111,8 +118,9 @@ def test_what_is_read_is_what_transformers_builds(name: str, changes: dict[str, 
         assert np.allclose(config.rotaries[1].frequencies, model.model.rotary_emb_local.inv_freq.numpy(), rtol=2e-6)
     for value, field in (
         (config.embedding_multiplier if not name.startswith("gemma") else 1.0, "embedding_multiplier"),
-        (config.residual_multiplier, "residual_multiplier"), (config.logit_divisor, "logits_scaling"),
-    ):  # fmt: skip
+        (config.residual_multiplier, "residual_multiplier"),
+        (config.logit_divisor, "logits_scaling"),
+    ):
         assert value == getattr(model.config, field, 1.0)
     assert config.attention_softcap == (getattr(model.config, "attn_logit_softcapping", None) or 0)
     assert config.logit_softcap == (getattr(model.config, "final_logit_softcapping", None) or 0)
@@ -176,7 +184,7 @@ def same(one: DecoderConfig, other: DecoderConfig) -> bool:
         ({"rope_theta": -1.0}, r"rope_theta is -1\.0, expected a positive number"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_what_is_not_exported_is_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ExportError, match=message):
         config_from_json(fields_of("llama") | changes, "tiny")
@@ -195,15 +203,24 @@ def test_what_is_not_exported_is_named(changes: dict[str, Any], message: str) ->
         ("mistral", {"sliding_window": 0}, "a layer attends to 0 tokens"),
         ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers has 2 entries, expected 8"),
         ("granite", {"logits_scaling": 0}, "logit_divisor 0.0, expected positive numbers"),
-        ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": "1" * 8, "long_factor": [1] * 8}},
-         "short_factor has no list entries"),
-        ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [[1.0]] * 8, "long_factor": [1] * 8}},
-         "short_factor holds values that are not positive numbers"),
-        ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1] * 8, "long_factor": [0] * 8}},
-         "long_factor holds values that are not positive numbers"),
+        (
+            "phi3",
+            {"rope_scaling": {"type": "longrope", "short_factor": "1" * 8, "long_factor": [1] * 8}},
+            "short_factor has no list entries",
+        ),
+        (
+            "phi3",
+            {"rope_scaling": {"type": "longrope", "short_factor": [[1.0]] * 8, "long_factor": [1] * 8}},
+            "short_factor holds values that are not positive numbers",
+        ),
+        (
+            "phi3",
+            {"rope_scaling": {"type": "longrope", "short_factor": [1] * 8, "long_factor": [0] * 8}},
+            "long_factor holds values that are not positive numbers",
+        ),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_what_an_architecture_may_not_have_is_named(name: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ExportError, match=message):
         config_from_json(fields_of(name) | changes, "tiny")
@@ -216,21 +233,33 @@ def test_a_field_that_is_null_is_no_quantisation() -> None:
 # Any value in the place of any field
 
 NUMBERS = st.one_of(
-    st.integers(-2, 9), st.integers(-(10**30), 10**30), st.floats(),
+    st.integers(-2, 9),
+    st.integers(-(10**30), 10**30),
+    st.floats(),
     st.sampled_from([10**9, 10**12, 1e38, 1e300, 0.5, True, False]),
-)  # fmt: skip
+)
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "su", "spiral")
 SCALINGS = st.fixed_dictionaries(
     {"rope_type": st.sampled_from(KINDS)},
     optional={
         name: st.one_of(NUMBERS, st.none(), st.text(max_size=2))
         for name in (
-            "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "beta_fast",
-            "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate", "rope_theta",
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_position_embeddings",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+            "attention_factor",
+            "truncate",
+            "rope_theta",
             "partial_rotary_factor",
         )
-    } | {name: st.lists(NUMBERS, min_size=8, max_size=8) for name in ("short_factor", "long_factor")},
-)  # fmt: skip
+    }
+    | {name: st.lists(NUMBERS, min_size=8, max_size=8) for name in ("short_factor", "long_factor")},
+)
 WORDS = st.one_of(st.text(max_size=4), st.sampled_from((*KINDS, *ARCHITECTURES, "silu", "full_attention")))
 VALUES = st.recursive(
     st.one_of(st.none(), NUMBERS, WORDS, SCALINGS),
@@ -241,23 +270,59 @@ VALUES = st.recursive(
     max_leaves=6,
 )
 OPTIONAL = (
-    "architectures", "attention_bias", "attention_multiplier", "attn_logit_softcapping", "embedding_multiplier",
-    "final_logit_softcapping", "head_dim", "hidden_act", "hidden_activation", "kv_lora_rank", "layer_norm_eps",
-    "layer_types", "logits_scaling", "max_window_layers", "mlp_bias", "model_type", "no_rope_layer_interval",
-    "no_rope_layers", "num_experts", "num_local_experts", "original_max_position_embeddings", "partial_rotary_factor",
-    "position_embedding_type", "quantization_config", "query_pre_attn_scalar", "residual_multiplier", "rms_norm_eps",
-    "rope_local_base_freq", "rope_parameters", "rope_scaling", "rope_theta", "shared_intermediate_size",
-    "sliding_window", "sliding_window_pattern", "text_config", "tie_word_embeddings", "use_parallel_residual",
-    "use_qkv_bias", "use_sliding_window",
-)  # fmt: skip
+    "architectures",
+    "attention_bias",
+    "attention_multiplier",
+    "attn_logit_softcapping",
+    "embedding_multiplier",
+    "final_logit_softcapping",
+    "head_dim",
+    "hidden_act",
+    "hidden_activation",
+    "kv_lora_rank",
+    "layer_norm_eps",
+    "layer_types",
+    "logits_scaling",
+    "max_window_layers",
+    "mlp_bias",
+    "model_type",
+    "no_rope_layer_interval",
+    "no_rope_layers",
+    "num_experts",
+    "num_local_experts",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+    "position_embedding_type",
+    "quantization_config",
+    "query_pre_attn_scalar",
+    "residual_multiplier",
+    "rms_norm_eps",
+    "rope_local_base_freq",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "shared_intermediate_size",
+    "sliding_window",
+    "sliding_window_pattern",
+    "text_config",
+    "tie_word_embeddings",
+    "use_parallel_residual",
+    "use_qkv_bias",
+    "use_sliding_window",
+)
 
 
 def check_is_whole(config: DecoderConfig) -> None:
     """Every number of a configuration can stand in a graph."""
     numbers = [
-        config.epsilon, config.attention_scale, config.attention_softcap, config.logit_softcap,
-        config.embedding_multiplier, config.residual_multiplier, config.logit_divisor,
-    ]  # fmt: skip
+        config.epsilon,
+        config.attention_scale,
+        config.attention_softcap,
+        config.logit_softcap,
+        config.embedding_multiplier,
+        config.residual_multiplier,
+        config.logit_divisor,
+    ]
     assert np.isfinite(np.array(numbers, np.float32)).all() and min(numbers) >= 0
     assert config.heads % config.kv_heads == 0 and set(config.widths) >= set(MODULES)
     assert min(min(shape) for shape in config.widths.values()) > 0
@@ -298,11 +363,23 @@ def test_a_field_that_is_missing_has_a_default_or_is_named(name: str, data: st.D
 # The metadata of GGUF files
 
 GGUF_MORE = (
-    "attention.key_length", "attention.value_length", "attention.sliding_window", "attention.sliding_window_pattern",
-    "attention.scale", "expert_count", "final_logit_softcapping", "logit_scale", "rope.dimension_count",
-    "rope.freq_base_swa", "rope.scale_linear", "rope.scaling.attn_factor", "rope.scaling.factor",
-    "rope.scaling.original_context_length", "rope.scaling.type", "rope.scaling.yarn_beta_fast",
-)  # fmt: skip
+    "attention.key_length",
+    "attention.value_length",
+    "attention.sliding_window",
+    "attention.sliding_window_pattern",
+    "attention.scale",
+    "expert_count",
+    "final_logit_softcapping",
+    "logit_scale",
+    "rope.dimension_count",
+    "rope.freq_base_swa",
+    "rope.scale_linear",
+    "rope.scaling.attn_factor",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.type",
+    "rope.scaling.yarn_beta_fast",
+)
 Header = tuple[dict[str, Any], dict[str, tuple[int, ...]], dict[str, Float]]
 
 
@@ -317,8 +394,9 @@ def headers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Header]:
         shapes = {tensor: stored.shape for tensor, stored in file.tensors.items()}
         factors = {
             tensor.removesuffix(".weight"): np.array(file.data(tensor)).view("<f4").reshape(-1)
-            for tensor in shapes if tensor.startswith("rope_")
-        }  # fmt: skip
+            for tensor in shapes
+            if tensor.startswith("rope_")
+        }
         metadata = {key: value for key, value in file.metadata.items() if not key.startswith("tokenizer.")}
         read[name] = (metadata, shapes, factors)
     return read

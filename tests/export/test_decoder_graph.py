@@ -33,17 +33,21 @@ TOLERANCE = 1e-4
 LENGTH = 300
 NO_ADAPTER = MergedAdapter({}, "none")
 _LLAMA3 = {
-    "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 64,
+    "factor": 32.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 64,
     "rope_type": "llama3",
-}  # fmt: skip
+}
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 
 def longrope(pairs: int) -> dict[str, Any]:
     return {
-        "type": "longrope", "short_factor": [1.0 + 0.1 * i for i in range(pairs)],
+        "type": "longrope",
+        "short_factor": [1.0 + 0.1 * i for i in range(pairs)],
         "long_factor": [2.0 + i for i in range(pairs)],
-    }  # fmt: skip
+    }
 
 
 #: Row of the table and settings of the configuration, by the model that has them.
@@ -68,13 +72,19 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma-3-4b": ("gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_theta": 1e6}),
     "phi-3-4k": ("phi3", {"sliding_window": 17, "original_max_position_embeddings": 512}),
     "phi-3.5": (
-        "phi3", {"original_max_position_embeddings": 64, "rope_scaling": longrope(8), "sliding_window": 262144},
+        "phi3",
+        {"original_max_position_embeddings": 64, "rope_scaling": longrope(8), "sliding_window": 262144},
     ),
     "phi-4-mini": (
         "phi3",
         {
-            "hidden_size": 96, "num_attention_heads": 3, "num_key_value_heads": 1, "partial_rotary_factor": 0.75,
-            "original_max_position_embeddings": 64, "rope_scaling": longrope(12), "tie_word_embeddings": True,
+            "hidden_size": 96,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "partial_rotary_factor": 0.75,
+            "original_max_position_embeddings": 64,
+            "rope_scaling": longrope(12),
+            "tie_word_embeddings": True,
         },
     ),
     "olmo-2-gqa": ("olmo2", {"attention_bias": True}),
@@ -86,7 +96,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "smollm3",
         {"num_hidden_layers": 8, "use_sliding_window": True, "sliding_window": 16, "no_rope_layer_interval": 3},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(params=list(SHAPES))

@@ -69,8 +69,11 @@ def test_what_the_folder_says_is_recorded(zoo: TinyZoo) -> None:
     assert mean.identity == spec.identity
     assert read_embedder_spec(folder) == mean
     assert sorted(path.name for path in folder.iterdir()) == [
-        "embedder.json", "encoder.onnx", "encoder.onnx.data", "tokenizer.json",
-    ]  # fmt: skip
+        "embedder.json",
+        "encoder.onnx",
+        "encoder.onnx.data",
+        "tokenizer.json",
+    ]
 
 
 def test_an_int8_encoder_is_close_and_says_how_close(zoo: TinyZoo) -> None:
@@ -141,10 +144,10 @@ def _forget_width(folder: Path) -> None:
 
 _DENSE = '[{"type": "sentence_transformers.models.Transformer"}, {"type": "sentence_transformers.models.Dense"}]'
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no config": (_delete("config.json"), r"config\.json' cannot be read"),
+    "no config": (_delete("config.json"), r"config\.json' is missing"),
     "no weights": (_delete("model.safetensors"), r"has no model\.safetensors"),
     "no tokenizer": (_delete("tokenizer.json"), r"has no tokenizer\.json"),
-    "no pooling": (_delete("1_Pooling/config.json"), r"1_Pooling/config\.json' cannot be read"),
+    "no pooling": (_delete("1_Pooling/config.json"), r"1_Pooling/config\.json' is missing"),
     "bad JSON": (_write("modules.json", "{"), r"modules\.json' cannot be read"),
     "dense layer": (_write("modules.json", _DENSE), "has modules Dense, expected Transformer, Pooling and Normalize"),
     "cut weights": (_cut_weights, "cannot be exported by optimum"),
@@ -170,7 +173,7 @@ def test_a_window_longer_than_the_positions_is_cut(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"config\.json' cannot be read"):
+    with pytest.raises(ExportError, match=r"config\.json' is missing"):
         export_embedder(tmp_path / "absent", tmp_path / "out", "f32")
     with pytest.raises(ExportError, match=r"holds no embedder\.json"):
         read_embedder_spec(tmp_path)

@@ -91,9 +91,18 @@ def our_logits(path: Path, ids: list[int], folder: Path) -> Float:
         weights.fill()
     graph.save(folder / "decoder.onnx")
     spec = BaseSpec(
-        "decoder.onnx", "t", "i", "fp32", config.context, config.kv_heads, config.head_size, config.vocabulary, (0,),
-        slot_groups(config), long_from=config.long_from,
-    )  # fmt: skip
+        "decoder.onnx",
+        "t",
+        "i",
+        "fp32",
+        config.context,
+        config.kv_heads,
+        config.head_size,
+        config.vocabulary,
+        (0,),
+        slot_groups(config),
+        long_from=config.long_from,
+    )
     decoder = Decoder(folder / "decoder.onnx", spec, choose_device("cpu"))
     state = decoder.start(MergedAdapter({}, "base"), len(ids))
     return state.forward(ids, rows=len(ids)).copy()
@@ -109,10 +118,23 @@ def llama_cpp_logits(path: Path, ids: list[int], *, n_ctx: int = 512, fast: floa
         "llama_cpp", reason="llama.cpp is not installed; run 'pip install llama-cpp-python'"
     )
     llama = llama_cpp.Llama(
-        str(path), n_ctx=n_ctx, n_batch=n_ctx, n_ubatch=n_ctx, logits_all=True, flash_attn=False, verbose=False,
-        type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32, n_threads=1, use_mmap=False, n_gpu_layers=0,
-        yarn_ext_factor=-1.0, yarn_attn_factor=-1.0, yarn_beta_fast=fast, yarn_beta_slow=slow,
-    )  # fmt: skip
+        str(path),
+        n_ctx=n_ctx,
+        n_batch=n_ctx,
+        n_ubatch=n_ctx,
+        logits_all=True,
+        flash_attn=False,
+        verbose=False,
+        type_k=llama_cpp.GGML_TYPE_F32,
+        type_v=llama_cpp.GGML_TYPE_F32,
+        n_threads=1,
+        use_mmap=False,
+        n_gpu_layers=0,
+        yarn_ext_factor=-1.0,
+        yarn_attn_factor=-1.0,
+        yarn_beta_fast=fast,
+        yarn_beta_slow=slow,
+    )
     llama.eval(ids)
     logits = np.array(llama.scores[: len(ids)], np.float32)
     llama.close()
@@ -189,12 +211,15 @@ KEYS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "scales of another architecture": (
         "llama",
         {
-            "llama.logit_scale": 4.0, "llama.embedding_scale": 3.0, "llama.residual_scale": 0.5,
+            "llama.logit_scale": 4.0,
+            "llama.embedding_scale": 3.0,
+            "llama.residual_scale": 0.5,
             "llama.attention.scale": 0.5,
         },
     ),
     "no scales": (
-        "granite", {"granite.attention.scale": 0.0, "granite.embedding_scale": 0.0, "granite.residual_scale": 0.0}
+        "granite",
+        {"granite.attention.scale": 0.0, "granite.embedding_scale": 0.0, "granite.residual_scale": 0.0},
     ),
     "attention scale of Gemma": ("gemma2", {"gemma2.attention.scale": 0.5}),
     "caps of Gemma": ("gemma", {"gemma.final_logit_softcapping": 4.0}),
@@ -205,7 +230,7 @@ KEYS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "local frequencies of Gemma 3": ("gemma3-linear", {"gemma3.rope.freq_base_swa": 3000.0}),
     "parallel StableLM that says it is not": ("stablelm-parallel", {"stablelm.use_parallel_residual": 0}),
     "StableLM that says it is parallel": ("stablelm", {"stablelm.use_parallel_residual": 1}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", KEYS)
@@ -325,9 +350,7 @@ def test_types_without_a_form_are_refused_by_name(kind: str, folders: Mapping[st
         read_blocks(np.zeros((1, size), np.uint8), kind)
 
 
-def _with_type(
-    tmp_path: Path, folder: Path, extra: dict[str, npt.NDArray[Any]], kind: GGMLQuantizationType
-) -> Path:  # fmt: skip
+def _with_type(tmp_path: Path, folder: Path, extra: dict[str, npt.NDArray[Any]], kind: GGMLQuantizationType) -> Path:
     return write_gguf(tmp_path / "model.gguf", folder, extra=extra, extra_type=kind)
 
 
@@ -432,17 +455,22 @@ def test_tensors_that_are_misshapen_or_left_over_are_named_together(
     folders: Mapping[str, Path], tmp_path: Path
 ) -> None:
     extra = {
-        "blk.0.attn_q.weight": np.zeros((32, 64), np.float32), "blk.0.strange.weight": np.zeros(4, np.float32),
+        "blk.0.attn_q.weight": np.zeros((32, 64), np.float32),
+        "blk.0.strange.weight": np.zeros(4, np.float32),
         "blk.7.attn_q.weight": np.zeros((64, 64), np.float32),
-    }  # fmt: skip
+    }
     path = write_gguf(tmp_path / "model.gguf", folders["llama"], extra=extra, omit=["blk.2.attn_k.weight"])
     with pytest.raises(ExportError) as caught:
         open_weights(path)
     for part in (
-        "base 'model.gguf' (llama)", "1 tensors are missing", "blk.2.attn_k.weight",
-        "1 tensors have another shape", "blk.0.attn_q.weight [32, 64], expected [64, 64]",
-        "2 tensors are not part of such a model", "blk.0.strange.weight, blk.7.attn_q.weight",
-    ):  # fmt: skip
+        "base 'model.gguf' (llama)",
+        "1 tensors are missing",
+        "blk.2.attn_k.weight",
+        "1 tensors have another shape",
+        "blk.0.attn_q.weight [32, 64], expected [64, 64]",
+        "2 tensors are not part of such a model",
+        "blk.0.strange.weight, blk.7.attn_q.weight",
+    ):
         assert part in str(caught.value)
 
 

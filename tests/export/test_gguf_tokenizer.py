@@ -20,7 +20,7 @@ from transformers.models.gemma import GemmaTokenizer
 from transformers.models.llama import LlamaTokenizer
 
 from edgecompose.errors import ExportError
-from edgecompose_export.gguf_file import read_gguf
+from edgecompose.formats.gguf_file import read_gguf
 from edgecompose_export.tokenizer.gguf import gguf_tokenizer, merges_of_scores
 from edgecompose_export.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 
@@ -32,11 +32,66 @@ CORPUS = (
     "\u3000 😀 a/b ////\n"
 )
 PIECES = [
-    "hello", " world", "it's", "DON'T", " 'LL", "we'Ve", "12345", "1", " 12", "٣٤", "½", "Ⅷ", "\n", "\n\n", ".\n\n",
-    "(b", " \n", "\r\n", "\t", "  ", "   ", " ", "\u00a0", "\u3000", "\u2028", "naïve", "e\u0301", "日本語", "中文字符",
-    "한국어", "привет", "العربية", "हिन्दी", "ไทย", "😀", "👩\u200d👧", "CamelCase", "HTTPServer", "a/b", "//", "...",
-    "—", "$x+y", "`~^|", "ſ", "'ſ", "ǅ", "ʰ", "_", "<b>", "</s>", "\u200b", "\x00", "A", "z", "é", "'s", "T", "-",
-]  # fmt: skip
+    "hello",
+    " world",
+    "it's",
+    "DON'T",
+    " 'LL",
+    "we'Ve",
+    "12345",
+    "1",
+    " 12",
+    "٣٤",
+    "½",
+    "Ⅷ",
+    "\n",
+    "\n\n",
+    ".\n\n",
+    "(b",
+    " \n",
+    "\r\n",
+    "\t",
+    "  ",
+    "   ",
+    " ",
+    "\u00a0",
+    "\u3000",
+    "\u2028",
+    "naïve",
+    "e\u0301",
+    "日本語",
+    "中文字符",
+    "한국어",
+    "привет",
+    "العربية",
+    "हिन्दी",
+    "ไทย",
+    "😀",
+    "👩\u200d👧",
+    "CamelCase",
+    "HTTPServer",
+    "a/b",
+    "//",
+    "...",
+    "—",
+    "$x+y",
+    "`~^|",
+    "ſ",
+    "'ſ",
+    "ǅ",
+    "ʰ",
+    "_",
+    "<b>",
+    "</s>",
+    "\u200b",
+    "\x00",
+    "A",
+    "z",
+    "é",
+    "'s",
+    "T",
+    "-",
+]
 SPECIAL, USER = ("<|one|>", "<|two|>"), ("<think>", "</think>")
 TEXTS = st.lists(
     st.sampled_from([*PIECES, *SPECIAL, *USER])
@@ -90,23 +145,31 @@ _LLAMA3 = (None, [*_isolated(LLAMA3), BYTES], True)
 #: Normalizer, pre-tokenizers, and whether whole words skip the merges.
 THEIRS: dict[str, tuple[Any, list[Any], bool]] = {
     **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0"), _LLAMA3),
-    "lfm2": _LLAMA3, "smaug-bpe": _LLAMA3, "glm4": _LLAMA3, "chatglm-bpe": _LLAMA3,
+    "lfm2": _LLAMA3,
+    "smaug-bpe": _LLAMA3,
+    "glm4": _LLAMA3,
+    "chatglm-bpe": _LLAMA3,
     "dbrx": (None, [*_kept(LLAMA3), BYTES], False),
-    "qwen2": (NFC, [*_isolated(QWEN2), BYTES], False), "deepseek-r1-qwen": (NFC, [*_isolated(QWEN2), BYTES], False),
+    "qwen2": (NFC, [*_isolated(QWEN2), BYTES], False),
+    "deepseek-r1-qwen": (NFC, [*_isolated(QWEN2), BYTES], False),
     "qwen35": (NFC, [*_isolated(QWEN35), BYTES], False),
     "stablelm2": (None, [*_isolated(QWEN2), BYTES], False),
     "seed-coder": (None, [*_isolated(SEED), BYTES], False),
     **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell", "exaone", "minerva-7b"), (None, DIGITS, False)),
     "command-r": (NFC, DIGITS, False),
-    "gpt-2": (None, [GPT2], False), "phi-2": (None, [GPT2], False),
-    "olmo": (NFC, [GPT2], False), "mpt": (NFC, [GPT2], False),
+    "gpt-2": (None, [GPT2], False),
+    "phi-2": (None, [GPT2], False),
+    "olmo": (NFC, [GPT2], False),
+    "mpt": (NFC, [GPT2], False),
     "tekken": (None, [*_isolated(TEKKEN), BYTES], True),
-    "gpt-4o": (None, [*_kept(O200K), BYTES], False), "llama4": (None, [*_isolated(O200K), BYTES], True),
+    "gpt-4o": (None, [*_kept(O200K), BYTES], False),
+    "llama4": (None, [*_isolated(O200K), BYTES], True),
     "deepseek-coder": (
         None,
         [
             *_isolated(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+"),
-            pre_tokenizers.Digits(individual_digits=True), BYTES,
+            pre_tokenizers.Digits(individual_digits=True),
+            BYTES,
         ],
         False,
     ),
@@ -114,12 +177,14 @@ THEIRS: dict[str, tuple[Any, list[Any], bool]] = {
     "falcon": (
         None,
         [
-            pre_tokenizers.Punctuation("contiguous"), GPT2, pre_tokenizers.Digits(individual_digits=False),
+            pre_tokenizers.Punctuation("contiguous"),
+            GPT2,
+            pre_tokenizers.Digits(individual_digits=False),
             *_isolated("[0-9][0-9][0-9]"),
         ],
         False,
     ),
-}  # fmt: skip
+}
 
 
 @functools.cache
@@ -143,11 +208,15 @@ def _metadata(pre: str | None, /, **changes: Any) -> dict[str, Any]:
     tokens = [*words, "[PAD0]", *SPECIAL, *USER]
     types = [1] * len(words) + [5, 3, 3, 4, 4]
     metadata = {
-        "general.architecture": "llama", "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types,
+        "general.architecture": "llama",
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
         "tokenizer.ggml.merges": [" ".join(pair) for pair in merges],
-        "tokenizer.ggml.bos_token_id": len(words) + 1, "tokenizer.ggml.eos_token_id": len(words) + 2,
-    }  # fmt: skip
+        "tokenizer.ggml.bos_token_id": len(words) + 1,
+        "tokenizer.ggml.eos_token_id": len(words) + 2,
+    }
     changed = metadata | {f"tokenizer.ggml.{name}": value for name, value in changes.items()}
     return {name: value for name, value in changed.items() if value is not None}
 
@@ -223,11 +292,14 @@ def test_rows_that_fill_the_embedding_are_no_tokens() -> None:
 @pytest.mark.parametrize(
     ("pre", "changes", "ends"),
     [
-        ("llama-bpe", {}, (True, False)), ("llama-bpe", {"add_bos_token": False}, (False, False)),
-        ("qwen2", {}, (False, False)), ("qwen2", {"add_bos_token": True}, (True, False)),
-        ("tekken", {"add_eos_token": True}, (True, True)), ("llama-bpe", {"bos_token_id": None}, (False, False)),
+        ("llama-bpe", {}, (True, False)),
+        ("llama-bpe", {"add_bos_token": False}, (False, False)),
+        ("qwen2", {}, (False, False)),
+        ("qwen2", {"add_bos_token": True}, (True, False)),
+        ("tekken", {"add_eos_token": True}, (True, True)),
+        ("llama-bpe", {"bos_token_id": None}, (False, False)),
     ],
-)  # fmt: skip
+)
 def test_the_first_token_is_as_the_file_or_llama_cpp_says(
     pre: str, changes: dict[str, Any], ends: tuple[bool, bool]
 ) -> None:
@@ -282,9 +354,19 @@ _ODD = (
     | st.sampled_from(["", "a", "default", "gemma", "gpt2"])
 )
 _KEYS = (
-    "model", "pre", "tokens", "token_type", "scores", "merges", "bos_token_id", "eos_token_id", "unknown_token_id",
-    "add_bos_token", "add_eos_token", "add_space_prefix",
-)  # fmt: skip
+    "model",
+    "pre",
+    "tokens",
+    "token_type",
+    "scores",
+    "merges",
+    "bos_token_id",
+    "eos_token_id",
+    "unknown_token_id",
+    "add_bos_token",
+    "add_eos_token",
+    "add_space_prefix",
+)
 
 
 @given(
@@ -298,9 +380,14 @@ def test_whatever_a_header_says_there_is_a_tokenizer_or_a_refusal(
     kind: str, tokens: list[str], types: list[int], merges: list[str], changes: dict[str, Any]
 ) -> None:
     values = {
-        "model": kind, "pre": "qwen2", "tokens": tokens, "token_type": (types * len(tokens))[: len(tokens)],
-        "scores": [-1.0] * len(tokens), "merges": merges, **changes,
-    }  # fmt: skip
+        "model": kind,
+        "pre": "qwen2",
+        "tokens": tokens,
+        "token_type": (types * len(tokens))[: len(tokens)],
+        "scores": [-1.0] * len(tokens),
+        "merges": merges,
+        **changes,
+    }
     try:
         made = gguf_tokenizer({f"tokenizer.ggml.{name}": value for name, value in values.items()})
     except ExportError:
@@ -320,13 +407,27 @@ def _sentencepiece(*, gemma: bool) -> tuple[bytes, dict[str, Any]]:
     user = ["<mask>", *("\n" * n for n in range(1, 5)), *spaces, "<h1>"] if gemma else ["<mask>"]
     lines = [line for line in (CORPUS + "".join(PIECES)).replace("\r", "").split("\n") if line] * 3
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=out, model_type="bpe", vocab_size=700, byte_fallback=True,
-        character_coverage=0.98, unk_id=ids[0], bos_id=ids[1], eos_id=ids[2], pad_id=ids[3], split_digits=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=not gemma,
-        allow_whitespace_only_pieces=True, user_defined_symbols=user, control_symbols=["<start_of_turn>"],
-        hard_vocab_limit=False, minloglevel=2,
+        sentence_iterator=iter(lines),
+        model_writer=out,
+        model_type="bpe",
+        vocab_size=700,
+        byte_fallback=True,
+        character_coverage=0.98,
+        unk_id=ids[0],
+        bos_id=ids[1],
+        eos_id=ids[2],
+        pad_id=ids[3],
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=not gemma,
+        allow_whitespace_only_pieces=True,
+        user_defined_symbols=user,
+        control_symbols=["<start_of_turn>"],
+        hard_vocab_limit=False,
+        minloglevel=2,
         **({"pad_piece": "<pad>", "eos_piece": "<eos>", "bos_piece": "<bos>"} if gemma else {}),
-    )  # fmt: skip
+    )
     model = sentencepiece.SentencePieceProcessor(model_proto=out.getvalue())
     count = model.get_piece_size()
     pieces = [model.id_to_piece(i) for i in range(count)]
@@ -335,14 +436,18 @@ def _sentencepiece(*, gemma: bool) -> tuple[bytes, dict[str, Any]]:
         for i, p in enumerate(pieces)
     ]
     metadata = {
-        "general.architecture": "gemma3" if gemma else "llama", "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.pre": "default", "tokenizer.ggml.token_type": kinds,
+        "general.architecture": "gemma3" if gemma else "llama",
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.token_type": kinds,
         # as llama.cpp's converter writes user-defined ones
         "tokenizer.ggml.tokens": [p.replace("▁", " ") if k == 4 else p for p, k in zip(pieces, kinds, strict=True)],
         "tokenizer.ggml.scores": [-1000.0 if k == 4 else model.get_score(i) for i, k in enumerate(kinds)],
-        "tokenizer.ggml.unknown_token_id": ids[0], "tokenizer.ggml.bos_token_id": ids[1],
-        "tokenizer.ggml.eos_token_id": ids[2], "tokenizer.ggml.add_space_prefix": not gemma,
-    }  # fmt: skip
+        "tokenizer.ggml.unknown_token_id": ids[0],
+        "tokenizer.ggml.bos_token_id": ids[1],
+        "tokenizer.ggml.eos_token_id": ids[2],
+        "tokenizer.ggml.add_space_prefix": not gemma,
+    }
     return out.getvalue(), metadata
 
 
@@ -385,11 +490,22 @@ def test_ids_of_scores_are_those_of_transformers(sentencepieces: Path, gemma: bo
 @pytest.mark.parametrize(
     "text",
     [
-        CORPUS, "".join(PIECES), "a   b", "    x", "x" + " " * 20 + "y", "\n\n\n\n\n\n", "", " ",
+        CORPUS,
+        "".join(PIECES),
+        "a   b",
+        "    x",
+        "x" + " " * 20 + "y",
+        "\n\n\n\n\n\n",
+        "",
+        " ",
         "<start_of_turn>user\nhi",
-        "<s>a<mask> b", "<h1>x</h1>", "a\t\tb", "▁▁a ▁b", "½漢字😀",
+        "<s>a<mask> b",
+        "<h1>x</h1>",
+        "a\t\tb",
+        "▁▁a ▁b",
+        "½漢字😀",
     ],
-)  # fmt: skip
+)
 def test_these_texts_have_the_same_ids(sentencepieces: Path, gemma: bool, text: str) -> None:
     ours, theirs = _sentencepiece_pair(sentencepieces, gemma=gemma)
     assert ours.encode(text).ids == theirs(text)["input_ids"]

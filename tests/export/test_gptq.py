@@ -25,8 +25,9 @@ def rounded(rows: Float) -> Float:
 
 def correlated(seed: int, count: int, width: int) -> Float:
     rng = np.random.default_rng(seed)
-    return np.asarray(rng.normal(size=(count, 8)) @ rng.normal(size=(8, width)) + rng.normal(size=(count, width)) * 0.3,
-                      np.float32)  # fmt: skip
+    return np.asarray(
+        rng.normal(size=(count, 8)) @ rng.normal(size=(8, width)) + rng.normal(size=(count, width)) * 0.3, np.float32
+    )
 
 
 def error(inputs: Float, rows: Float, quantised: Float) -> float:

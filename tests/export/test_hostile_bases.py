@@ -27,10 +27,10 @@ import torch
 
 from edgecompose.errors import ExportError
 from edgecompose.formats.checkpoint import read_shard
+from edgecompose.formats.gguf_file import read_gguf
 from edgecompose_export.base.export import export_base
 from edgecompose_export.base.source import open_base
 from edgecompose_export.decoder.config_from_json import config_from_json
-from edgecompose_export.gguf_file import read_gguf
 from edgecompose_export.graphs.writer import DataFile
 from tests import tiny
 from tests.fixtures_tiny import TinyZoo
@@ -38,8 +38,18 @@ from tests.gguf_models import MODELS, quantized, write_gguf
 
 #: Where to begin again, in the words of the messages.
 REMEDIES = (
-    "copy", "give", "convert", "can be exported", "download", "git lfs", "put ", "damaged", "quantise", "add ", "make ",
-)  # fmt: skip
+    "copy",
+    "give",
+    "convert",
+    "can be exported",
+    "download",
+    "git lfs",
+    "put ",
+    "damaged",
+    "quantise",
+    "add ",
+    "make ",
+)
 #: Bytes and seconds for which a header may be read.
 MOST_MEMORY, MOST_TIME = 200_000_000, 5.0
 
@@ -161,9 +171,12 @@ def test_any_number_of_the_metadata_may_be_another(value: str, file: Path, tmp_p
     before = peak_memory()
     for at, size in key_spans(content):
         raw = {
-            "zero": bytes(size), "one": (1).to_bytes(size, "little"), "negative": b"\xff" * size,
-            "large": bytes(size - 1) + b"\x40", "no number": (b"\0\0\xc0\x7f" * 2)[:size],
-        }[value]  # fmt: skip
+            "zero": bytes(size),
+            "one": (1).to_bytes(size, "little"),
+            "negative": b"\xff" * size,
+            "large": bytes(size - 1) + b"\x40",
+            "no number": (b"\0\0\xc0\x7f" * 2)[:size],
+        }[value]
         path.write_bytes(content[:at] + raw + content[at + size :])
         is_handled(path)
     assert peak_memory() - before < MOST_MEMORY
@@ -228,9 +241,11 @@ def test_a_scale_that_is_no_number_is_refused(kind: str, value: float, tmp_path:
     raw = quantized(np.zeros((256, 256), np.float32), kind)
     raw[3, :2] = np.array([value], "<f2").view(np.uint8)
     path = write_gguf(
-        tmp_path / "model.gguf", MODELS["llama"].write(tmp_path / "model", **WIDE),
-        extra={"blk.0.ffn_up.weight": raw}, extra_type=GGMLQuantizationType[kind],
-    )  # fmt: skip
+        tmp_path / "model.gguf",
+        MODELS["llama"].write(tmp_path / "model", **WIDE),
+        extra={"blk.0.ffn_up.weight": raw},
+        extra_type=GGMLQuantizationType[kind],
+    )
     assert "blk.0.ffn_up.weight" in refusal(path, tmp_path / "out")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["model", "model.gguf"]
 
@@ -316,7 +331,7 @@ FOREIGN: Mapping[str, tuple[dict[str, Any], str]] = {
     "hybrid": ({"model_type": "granitemoehybrid", "layer_types": ["mamba", "attention"]}, "layer_types"),
     "encoder-decoder": ({"model_type": "t5", "is_encoder_decoder": True}, "t5"),
     "classifier": ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
@@ -354,22 +369,45 @@ def configurations() -> dict[str, dict[str, Any]]:
 CONFIGURATIONS = configurations()
 #: Fields that older or other configurations have.
 OTHERS = (
-    "sliding_window", "layer_types", "head_dim", "quantization_config", "text_config", "rope_parameters", "rope_theta",
-    "rope_scaling", "partial_rotary_factor", "no_rope_layers", "no_rope_layer_interval", "max_window_layers",
-    "use_sliding_window", "original_max_position_embeddings", "hidden_activation", "num_local_experts",
-)  # fmt: skip
+    "sliding_window",
+    "layer_types",
+    "head_dim",
+    "quantization_config",
+    "text_config",
+    "rope_parameters",
+    "rope_theta",
+    "rope_scaling",
+    "partial_rotary_factor",
+    "no_rope_layers",
+    "no_rope_layer_interval",
+    "max_window_layers",
+    "use_sliding_window",
+    "original_max_position_embeddings",
+    "hidden_activation",
+    "num_local_experts",
+)
 NUMBERS = st.sampled_from((0, -1, 1, 2, 2**31, 2**63, 10**400, 0.5, -0.0, 1e308, 1e-308, float("nan"), float("inf")))
 LEAVES = st.none() | st.booleans() | NUMBERS | st.integers() | st.floats() | st.text(max_size=4)
 SCALINGS = st.fixed_dictionaries(
     {"rope_type": st.sampled_from(("linear", "dynamic", "yarn", "llama3", "longrope", "su")) | LEAVES},
     optional=dict.fromkeys(
         (
-            "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "beta_fast",
-            "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "short_factor", "long_factor", "rope_theta",
+            "factor",
+            "original_max_position_embeddings",
+            "low_freq_factor",
+            "high_freq_factor",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+            "attention_factor",
+            "short_factor",
+            "long_factor",
+            "rope_theta",
         ),
         LEAVES,
     ),
-)  # fmt: skip
+)
 VALUES = (
     LEAVES
     | SCALINGS

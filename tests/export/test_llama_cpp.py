@@ -58,9 +58,14 @@ def float_gguf(source: Path, target: Path) -> Path:
 def greedy(model: Path, lora: Path | None, ids: list[int], ends: tuple[int, ...]) -> list[int]:
     """Greedy token ids by llama.cpp with caches in float32, without the end token."""
     llama = llama_cpp.Llama(
-        str(model), lora_path=None if lora is None else str(lora), n_ctx=512, verbose=False, n_threads=2,
-        type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32,
-    )  # fmt: skip
+        str(model),
+        lora_path=None if lora is None else str(lora),
+        n_ctx=512,
+        verbose=False,
+        n_threads=2,
+        type_k=llama_cpp.GGML_TYPE_F32,
+        type_v=llama_cpp.GGML_TYPE_F32,
+    )
     written: list[int] = []
     llama.eval(ids)
     while len(written) < TOKENS and (token := llama.sample(temp=0)) not in ends:

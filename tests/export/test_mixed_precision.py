@@ -77,15 +77,19 @@ def test_measured_costs_are_those_of_the_changed_model(tmp_path: Path) -> None:
             if i == layer:
                 weights |= {
                     t: made.quantised[t]().values(source.shape(t)[1])
-                    for unit in made.units for t in unit.tensors if t.startswith(f"{i}.")
-                }  # fmt: skip
+                    for unit in made.units
+                    for t in unit.tensors
+                    if t.startswith(f"{i}.")
+                }
             stream = blocks.run(i, weights, stream)[0]
         exact, other = (
             np.concatenate(list(float_logits(source, states)), -1).astype(np.float64)
             for states in (reference.states[0], final_norm(source, stream[0]))
         )
-        p, q = (x - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True)) - x.max(-1, keepdims=True)
-                for x in (exact, other))  # fmt: skip
+        p, q = (
+            x - np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True)) - x.max(-1, keepdims=True)
+            for x in (exact, other)
+        )
         kl = float((np.exp(p) * (p - q)).sum(-1).mean())
         cost = sum(unit.kl for unit in made.units if unit.tensors[0].startswith(f"{layer}."))
         assert cost == pytest.approx(kl, rel=1e-3)

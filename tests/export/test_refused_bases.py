@@ -33,10 +33,10 @@ pytest.importorskip("transformers", reason="a package of edgecompose-export")
 import torch
 
 from edgecompose.errors import BundleError
+from edgecompose.formats.gguf_file import read_gguf
 from edgecompose.generation.tokenizer import Tokenizer
 from edgecompose_export.base.spec import read_base_spec
 from edgecompose_export.cli import main
-from edgecompose_export.gguf_file import read_gguf
 from tests import tiny
 from tests.gguf_models import MODELS, write_gguf
 
@@ -306,7 +306,7 @@ GGUF: Mapping[str, tuple[Change, str]] = {
     "an unknown tokenizer": (with_key("tokenizer.ggml.model", "rwkv"), "kind 'rwkv'.*give"),
     "a template that is no Jinja": (with_key("tokenizer.chat_template", "{% if %}"), "template is not valid Jinja"),
     "a template that is no text": (with_key("tokenizer.chat_template", "a \udc80"), "template is not UTF-8"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", GGUF)
@@ -570,7 +570,9 @@ DAMAGE: Mapping[str, dict[str, Any]] = {
     "merges of no words": {"model": {"merges": [["zz", "yy"]]}},
     "a first token that is none": {
         "post_processor": {
-            "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "x", "type_id": 0}}], "pair": [],
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "x", "type_id": 0}}],
+            "pair": [],
             "special_tokens": {},
         }
     },
@@ -589,7 +591,7 @@ DAMAGE: Mapping[str, dict[str, Any]] = {
     "added tokens of the wrong kind": {"added_tokens": [3]},
     "an added token beyond all": {"added_tokens": [{"id": 10**9, "content": "x", "special": True}]},
     "no model": {"model": None},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", DAMAGE)
@@ -619,13 +621,24 @@ def test_no_chat_template_is_fine(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"partial_rotary_factor": 3}, {"partial_rotary_factor": "4"}, {"rope_theta": "x"}, {"head_dim": 2**31},
-        {"vocab_size": 2**40}, {"num_attention_heads": 10**300}, {"hidden_size": -64}, {"hidden_size": "64"},
-        {"num_hidden_layers": True}, {"rms_norm_eps": float("nan")}, {"num_hidden_layers": 2**31},
-        {"max_position_embeddings": 0}, {"model_type": ["llama"]}, {"architectures": [3]}, {"hidden_act": ["silu"]},
+        {"partial_rotary_factor": 3},
+        {"partial_rotary_factor": "4"},
+        {"rope_theta": "x"},
+        {"head_dim": 2**31},
+        {"vocab_size": 2**40},
+        {"num_attention_heads": 10**300},
+        {"hidden_size": -64},
+        {"hidden_size": "64"},
+        {"num_hidden_layers": True},
+        {"rms_norm_eps": float("nan")},
+        {"num_hidden_layers": 2**31},
+        {"max_position_embeddings": 0},
+        {"model_type": ["llama"]},
+        {"architectures": [3]},
+        {"hidden_act": ["silu"]},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_configuration_with_one_thing_wrong(
     fields: dict[str, Any], model: Path, refused: Callable[[Path], str]
 ) -> None:

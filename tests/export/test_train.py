@@ -21,11 +21,11 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from edgecompose.adapters import convert_adapter
 from edgecompose.errors import ExportError
-from edgecompose_export.adapters import export_adapter
+from edgecompose.retrieval.examples import Example
 from edgecompose_export.base.checkpoint import load_model
 from edgecompose_export.base.source import open_base
-from edgecompose_export.datasets import Example
 from edgecompose_export.training.batches import Encoded, TrainSettings, encode_example, learning_rate_at, plan_batches
 from edgecompose_export.training.state import STATE_FILE
 from edgecompose_export.training.train import base_tokenizer, train_adapter
@@ -136,7 +136,7 @@ def test_the_folder_is_one_that_peft_and_the_export_read(zoo: TinyZoo, tmp_path:
     train(zoo, tmp_path / "lora")
     base = transformers.AutoModelForCausalLM.from_pretrained(zoo.model("llama"), local_files_only=True)
     peft.PeftModel.from_pretrained(base, tmp_path / "lora")
-    made = export_adapter(tmp_path / "lora", zoo.base("llama").spec, tmp_path / "lora.safetensors")
+    made = convert_adapter(tmp_path / "lora", zoo.base("llama").spec, tmp_path / "lora.safetensors")
     assert made.spec.rank == 2
     assert set(made.errors) == {group.name for group in zoo.base("llama").spec.slots}
     assert made.spec.source["training"]["steps"] == 6
@@ -184,10 +184,13 @@ def unfinished(zoo: TinyZoo, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"learning_rate": 1e-3}, "learning_rate"), ({"seed": 5}, "seed"), ({"rank": 3}, "rank"),
-        ({"epochs": 9}, "epochs, steps"), ({"prompt_form": "raw"}, "prompt_form"),
+        ({"learning_rate": 1e-3}, "learning_rate"),
+        ({"seed": 5}, "seed"),
+        ({"rank": 3}, "rank"),
+        ({"epochs": 9}, "epochs, steps"),
+        ({"prompt_form": "raw"}, "prompt_form"),
     ],
-)  # fmt: skip
+)
 def test_other_settings_do_not_go_on(
     zoo: TinyZoo, unfinished: Path, tmp_path: Path, changes: dict[str, Any], named: str
 ) -> None:

@@ -19,9 +19,14 @@ from edgecompose_export.decoder.config_to_json import config_to_json
 from edgecompose_export.decoder.rotary import Rotary, llama3_scaling, rotary_from_config
 
 SIZES = {
-    "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 512,
-}  # fmt: skip
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
 
 
 def decoder(kind: str, **fields: object) -> DecoderConfig:
@@ -52,17 +57,22 @@ def test_what_its_class_has_no_field_for_is_refused_by_name(change: dict[str, ob
 
 
 @given(
-    theta=st.sampled_from([1e4, 5e5, 1e6]), pairs=st.sampled_from([16, 32, 64]),
-    factor=st.sampled_from([2.0, 4.0, 8.0, 32.0]), high=st.sampled_from([2.0, 4.0, 6.0]),
+    theta=st.sampled_from([1e4, 5e5, 1e6]),
+    pairs=st.sampled_from([16, 32, 64]),
+    factor=st.sampled_from([2.0, 4.0, 8.0, 32.0]),
+    high=st.sampled_from([2.0, 4.0, 6.0]),
     original=st.sampled_from([1024, 4096, 8192, 16384]),
-)  # fmt: skip
+)
 def test_the_scaling_of_llama_3_is_recovered_from_its_divisors(
     theta: float, pairs: int, factor: float, high: float, original: int
 ) -> None:
     scaling = {
-        "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": high,
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": high,
         "original_max_position_embeddings": original,
-    }  # fmt: skip
+    }
     plain = rotary_from_config(theta, 2 * pairs, None, context=131072).frequencies
     scaled = rotary_from_config(theta, 2 * pairs, scaling, context=131072).frequencies
     divisors = plain / scaled

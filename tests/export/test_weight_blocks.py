@@ -26,9 +26,19 @@ from edgecompose_export.weights.rounding import quantize_4bit, quantize_8bit
 Float = npt.NDArray[np.float32]
 #: Bytes where a type's float16 scales stand.
 SCALES_AT = {
-    "Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,),
-    "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,),
-}  # fmt: skip
+    "Q8_0": (0,),
+    "Q4_0": (0,),
+    "Q4_1": (0, 2),
+    "Q5_0": (0,),
+    "Q5_1": (0, 2),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+    "IQ4_NL": (0,),
+    "IQ4_XS": (0,),
+}
 #: Scales of a file: usual ones, both ends of float16, its smallest numbers, zeros, negative ones.
 SCALES = st.one_of(st.sampled_from([65504.0, -65504.0, 6e-8, 6.1e-5, 0.0, -0.0]), st.floats(-2, 2, width=16))
 #: Every form that weights are stored in.
@@ -119,12 +129,24 @@ def product(blocks: Blocks, x: Float, level: int) -> Float:
     names = [graph.input("x", TensorProto.FLOAT, ["n", extended.shape[1]])]
     for name, values in (("codes", codes), ("scales", scales.reshape(-1)), ("zeros", zeros)):
         if values is not None:
-            names.append(graph.tensor(numpy_helper.from_array(np.ascontiguousarray(values.reshape(
-                values.shape if name == "codes" else -1)), name)))  # fmt: skip
+            names.append(
+                graph.tensor(
+                    numpy_helper.from_array(
+                        np.ascontiguousarray(values.reshape(values.shape if name == "codes" else -1)), name
+                    )
+                )
+            )
     graph.node(
-        "MatMulNBits", names, "y", domain=MICROSOFT, K=extended.shape[1], N=len(scales), bits=form.bits,
-        block_size=form.block, accuracy_level=level,
-    )  # fmt: skip
+        "MatMulNBits",
+        names,
+        "y",
+        domain=MICROSOFT,
+        K=extended.shape[1],
+        N=len(scales),
+        bits=form.bits,
+        block_size=form.block,
+        accuracy_level=level,
+    )
     return run(graph, {"x": extended})
 
 
@@ -142,9 +164,12 @@ def test_products_are_those_of_the_values(form: BlockForm, width: int) -> None:
 
 
 @given(
-    form=st.sampled_from(FORMS), count=st.integers(1, 9), rows=st.integers(1, 5), seed=st.integers(0, 999),
+    form=st.sampled_from(FORMS),
+    count=st.integers(1, 9),
+    rows=st.integers(1, 5),
+    seed=st.integers(0, 999),
     size=st.sampled_from([1e-30, 1.0, 1e20]),
-)  # fmt: skip
+)
 def test_offsets_are_kept_in_twice_the_bits(form: BlockForm, count: int, rows: int, seed: int, size: float) -> None:
     """What the stored rows give for an input that is 1 in one block: its sum of weights."""
     width = count * form.block
@@ -173,12 +198,20 @@ def test_rows_that_are_looked_up_are_the_values(form: BlockForm) -> None:
     codes, scales, _ = stored_rows(blocks, 256)
     graph = GraphWriter("rows")
     ids = graph.input("ids", TensorProto.INT64, ["n"])
-    names = [graph.tensor(numpy_helper.from_array(values, name))
-             for name, values in (("codes", codes.reshape(12, -1)), ("scales", scales))]  # fmt: skip
+    names = [
+        graph.tensor(numpy_helper.from_array(values, name))
+        for name, values in (("codes", codes.reshape(12, -1)), ("scales", scales))
+    ]
     graph.node(
-        "GatherBlockQuantized", [names[0], ids, names[1]], "y", domain=MICROSOFT, gather_axis=0, quantize_axis=1,
-        block_size=form.block, bits=form.bits,
-    )  # fmt: skip
+        "GatherBlockQuantized",
+        [names[0], ids, names[1]],
+        "y",
+        domain=MICROSOFT,
+        gather_axis=0,
+        quantize_axis=1,
+        block_size=form.block,
+        bits=form.bits,
+    )
     picked = np.array([11, 0, 5, 5], np.int64)
     np.testing.assert_array_equal(run(graph, {"ids": picked}), blocks.values(256)[picked])
 
@@ -230,9 +263,10 @@ def test_what_has_16_levels_is_kept() -> None:
 
 
 @given(
-    seed=st.integers(0, 999), spread=st.sampled_from([0.0, 1.0, 3.0]),
+    seed=st.integers(0, 999),
+    spread=st.sampled_from([0.0, 1.0, 3.0]),
     outlier=st.sampled_from([1.0, 1e4, 1e6, 1e8, 1e10]),
-)  # fmt: skip
+)
 def test_importance_never_raises_the_weighted_error(seed: int, spread: float, outlier: float) -> None:
     """Though one input weighs any number of times as much as the others; and no weight goes far from its value."""
     rng = np.random.default_rng(seed)

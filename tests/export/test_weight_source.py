@@ -31,10 +31,12 @@ NORMS = {
     "before": {"attention_in": "input_layernorm", "mlp_in": "post_attention_layernorm"},
     "after": {"attention_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm"},
     "around": {
-        "attention_in": "input_layernorm", "attention_out": "post_attention_layernorm",
-        "mlp_in": "pre_feedforward_layernorm", "mlp_out": "post_feedforward_layernorm",
+        "attention_in": "input_layernorm",
+        "attention_out": "post_attention_layernorm",
+        "mlp_in": "pre_feedforward_layernorm",
+        "mlp_out": "post_feedforward_layernorm",
     },
-}  # fmt: skip
+}
 
 
 def tensors_of(folder: Path) -> dict[str, Float]:

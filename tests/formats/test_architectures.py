@@ -22,6 +22,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from edgecompose.adapters import convert_adapter
 from edgecompose.bundle.adapter import Adapter, load_adapter
 from edgecompose.bundle.specs import BaseSpec
 from edgecompose.engine.decoder import Decoder
@@ -33,11 +34,10 @@ from edgecompose.formats.gguf import write_gguf_lora
 from edgecompose.formats.peft import write_peft_folder
 from edgecompose.merging.merger import Merger
 from edgecompose.settings import MergeSettings
-from edgecompose_export.adapters import export_adapter
 from edgecompose_export.base.export import export_base
 from tests import gguf_models, tiny
 from tests.fixtures_tiny import TinyZoo
-from tests.formats.test_lora_source import gguf_tensors, mlx_tensors, same_arrays, updates, write_gguf, write_mlx
+from tests.lora_files import gguf_tensors, mlx_tensors, same_arrays, updates, write_gguf, write_mlx
 
 Float = npt.NDArray[np.float32]
 ROWS = tuple(ARCHITECTURES)
@@ -61,7 +61,7 @@ class Case:
 
     def exported(self, source: Path, output: Path) -> Adapter:
         """An adapter of any format, in 16 bits, which hold the factors of `powers_of_two` exactly."""
-        export_adapter(source, self.spec, output, 16)
+        convert_adapter(source, self.spec, output, 16)
         return load_adapter(output, output.stem, self.spec.slots, self.spec.identity)
 
     def logits(self, blend: MergedAdapter, how: str) -> Float:
@@ -128,8 +128,11 @@ def gguf_form(case: Case, path: Path) -> Path:
     arch = {"mistral": "llama", "gemma3_text": "gemma3"}.get(str(case.spec.architecture), str(case.spec.architecture))
     tensors = gguf_tensors(case.peft, arch, case.spec.head_size)
     fields = {
-        "general.type": "adapter", "general.architecture": arch, "adapter.type": "lora", "adapter.lora.alpha": 8.0,
-    }  # fmt: skip
+        "general.type": "adapter",
+        "general.architecture": arch,
+        "adapter.type": "lora",
+        "adapter.lora.alpha": 8.0,
+    }
     return write_gguf(path, tensors, fields)
 
 
@@ -229,9 +232,16 @@ def logits_of_llama_cpp(model: Path, lora: Path | None) -> Float:
     import llama_cpp
 
     llama = llama_cpp.Llama(
-        str(model), lora_path=None if lora is None else str(lora), n_ctx=64, verbose=False, n_threads=1,
-        logits_all=True, flash_attn=False, type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32,
-    )  # fmt: skip
+        str(model),
+        lora_path=None if lora is None else str(lora),
+        n_ctx=64,
+        verbose=False,
+        n_threads=1,
+        logits_all=True,
+        flash_attn=False,
+        type_k=llama_cpp.GGML_TYPE_F32,
+        type_v=llama_cpp.GGML_TYPE_F32,
+    )
     llama.eval(IDS)
     values = np.array(llama.scores[: len(IDS)], np.float32)
     llama.close()

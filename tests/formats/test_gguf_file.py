@@ -17,16 +17,19 @@ from hypothesis import strategies as st
 pytest.importorskip("onnx", reason="a package of edgecompose-export")
 
 from edgecompose.errors import ExportError
-from edgecompose_export.gguf_file import is_later_shard, read_gguf, read_shards
+from edgecompose.formats.gguf_file import is_later_shard, read_gguf, read_shards
 
 KINDS = [kind for kind in GGMLQuantizationType if kind.name not in ("F32", "F16")]
 VALUES = st.one_of(
-    st.text(max_size=20), st.booleans(), st.integers(-(2**31), 2**31 - 1), st.floats(width=32, allow_nan=False),
+    st.text(max_size=20),
+    st.booleans(),
+    st.integers(-(2**31), 2**31 - 1),
+    st.floats(width=32, allow_nan=False),
     st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=5),
     st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=5),
     st.lists(st.text(max_size=5), min_size=1, max_size=5),
     st.lists(st.booleans(), min_size=1, max_size=5),
-)  # fmt: skip
+)
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=30)
 SHAPES = st.lists(st.integers(1, 4), max_size=2)
 
@@ -93,10 +96,11 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 NUMBERS = st.one_of(
-    st.integers(0, 255).map(lambda n: bytes([n])), st.binary(min_size=1, max_size=9),
+    st.integers(0, 255).map(lambda n: bytes([n])),
+    st.binary(min_size=1, max_size=9),
     st.sampled_from([0, 1, 2**31, 2**32 - 1]).map(lambda n: struct.pack("<I", n)),
     st.sampled_from([0, 2**22, 2**31, 2**48, 2**63, 2**64 - 1]).map(lambda n: struct.pack("<Q", n)),
-)  # fmt: skip
+)
 
 
 @given(data=st.data())

@@ -22,6 +22,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from edgecompose.adapters import convert_adapter
 from edgecompose.bundle.adapter import load_adapter
 from edgecompose.bundle.atomic import new_folder
 from edgecompose.bundle.files import sha256_of
@@ -29,18 +30,24 @@ from edgecompose.bundle.specs import BaseSpec
 from edgecompose.engine.merged import MergedAdapter
 from edgecompose.errors import CheckpointError, EdgeComposeError, ExportError, MergeError
 from edgecompose.formats.architectures import architecture_of
-from edgecompose.formats.checkpoint import BASE_KEY, INDEX_FILE, open_checkpoint, weights_identity
-from edgecompose.formats.merged_model import from_float32, to_float32, write_merged_model
+from edgecompose.formats.checkpoint import (
+    BASE_KEY,
+    INDEX_FILE,
+    from_float32,
+    open_checkpoint,
+    to_float32,
+    weights_identity,
+)
+from edgecompose.formats.merged_model import write_merged_model
 from edgecompose.formats.peft import write_peft_folder
 from edgecompose.merging.merger import Merger
 from edgecompose.settings import MergeSettings
-from edgecompose_export.adapters import export_adapter
 from edgecompose_export.base.checkpoint import DType, load_model
 from edgecompose_export.base.checkpoint import write_checkpoint as convert
 from edgecompose_export.base.source import open_base
 from tests import tiny
 from tests.fixtures_tiny import TinyZoo
-from tests.formats.test_adapters_export import slots_of_llama
+from tests.lora_files import slots_of_llama
 
 Float = npt.NDArray[np.float32]
 Blend = Callable[[str], MergedAdapter]
@@ -60,7 +67,7 @@ def blend(zoo: TinyZoo, merger: Merger, tmp_path_factory: pytest.TempPathFactory
         few = FEW.get(architecture, ["q_proj", "v_proj", "down_proj"])
         for i, settings in enumerate([{}, {"r": 2, "target_modules": few, "layers_to_transform": [1]}]):
             lora = zoo.lora(f"merged{i}", architecture, **settings)
-            export_adapter(lora, base, folder / f"{i}.safetensors", 8)
+            convert_adapter(lora, base, folder / f"{i}.safetensors", 8)
             adapters.append(load_adapter(folder / f"{i}.safetensors", str(i), base.slots, base.identity))
         return merger.merge(adapters, (0.8, -0.5), MergeSettings())
 
@@ -164,7 +171,7 @@ def test_everything_else_is_the_same_bytes(zoo: TinyZoo, merger: Merger, tmp_pat
     (folder / "LICENSE").write_text("free", encoding="utf-8")
     (folder / "README.md").write_text("of the base", encoding="utf-8")
     lora = zoo.lora("one tensor", "llama", target_modules=["k_proj"], layers_to_transform=[1])
-    export_adapter(lora, base, tmp_path / "x.safetensors", 8)
+    convert_adapter(lora, base, tmp_path / "x.safetensors", 8)
     adapter = load_adapter(tmp_path / "x.safetensors", "x", base.slots, base.identity)
     merged = merger.merge([adapter], (1.0,), MergeSettings())
     written = merge(merged, folder, tmp_path / "merged")
@@ -306,12 +313,14 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "another shape": (_weights(lambda t: t.update({_Q: t[_Q][:32].clone()})), r"\(32, 64\), expected \(64, 64\)"),
     "two decoders": (_weights(lambda t: t.update({f"eye.{_Q}": t[_Q].clone()})), "more than one 'q_proj' in layer 0"),
     "truncated": (_truncate, "model.safetensors' cannot be read"),
-    "no safetensors": (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
-                       "edgecompose-export checkpoint SOURCE -o FOLDER"),
-    "no config": (lambda folder: (folder / "config.json").unlink(), "no readable config.json"),
+    "no safetensors": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+        "edgecompose-export checkpoint SOURCE -o FOLDER",
+    ),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
     "a list": (lambda folder: tiny.write_json(folder / "config.json", []), "config.json is no object"),
     "an index that leaves": (_leave, "names no files beside it"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -334,7 +343,7 @@ def test_a_stranger_is_refused(zoo: TinyZoo, blend: Blend, tmp_path: Path) -> No
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt", BASE_KEY: "b" * 64})
     with pytest.raises(CheckpointError, match="give the folder that it was exported from"):
         merge(blend("llama"), folder, tmp_path / "merged", base)
-    with pytest.raises(CheckpointError, match=r"no readable config\.json"):
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
         open_checkpoint(tmp_path / "absent")
 
 

@@ -27,7 +27,7 @@ def evaluation() -> dict[str, Any]:
         "main": "own",
         "variants": {"base": scores(0.4, 0.5), "own": scores(0.6, 0.3)},
         "against": {"base": {"by_task": {"a": {"ci95": [0.1, 0.3]}, "b": {"ci95": [-0.4, -0.02]}}}},
-    }  # fmt: skip
+    }
 
 
 def test_adapters_get_their_verdicts(tmp_path: Path) -> None:

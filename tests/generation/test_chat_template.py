@@ -16,9 +16,12 @@ from edgecompose.errors import BundleError, GenerationError
 from edgecompose.generation.chat_template import ChatTemplate, self_contained
 
 TOKENS: dict[str, Any] = {
-    "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": '<pad "\\é😀>',
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "pad_token": '<pad "\\é😀>',
     "additional_special_tokens": ["<a>", "<b>"],
-}  # fmt: skip
+}
 #: Written for these tests with the constructs that the templates of these models have.
 TEMPLATES = {
     "llama 3.2": """{{- bos_token }}
@@ -282,14 +285,16 @@ def test_prompts_are_those_of_transformers(name: str, messages: list[dict[str, s
     [
         ("{% if tools is not none %}tools{% endif %}{% if documents is not none %}documents{% endif %}", ""),
         ("{{ messages[0].content | tojson }}", '"<b> & é\'"'),
-        ("{{ {'b': [1], 'a': 'é'} | tojson(indent=1, ensure_ascii=True, sort_keys=true) }}",
-         '{\n "a": "\\u00e9",\n "b": [\n  1\n ]\n}'),
+        (
+            "{{ {'b': [1], 'a': 'é'} | tojson(indent=1, ensure_ascii=True, sort_keys=true) }}",
+            '{\n "a": "\\u00e9",\n "b": [\n  1\n ]\n}',
+        ),
         ("{% generation %}a{% endgeneration %}\n{%- generation -%} b {%- endgeneration %}c", "abc"),
         ("{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}", "21"),
         ("{% for m in messages %}{% generation %}{{ loop.index }}{% endgeneration %}{% endfor %}", "1"),
         ("{{ strftime_now('%Y') }}", str(datetime.datetime.now().year)),
     ],
-)  # fmt: skip
+)
 def test_what_templates_of_models_use(source: str, expected: str) -> None:
     assert ChatTemplate(source).render(HELLO) == expected
 

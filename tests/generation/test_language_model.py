@@ -153,10 +153,12 @@ def test_threads_get_what_one_gets(bundle: Path) -> None:
         (prompt, request)
         for prompt in PROMPTS
         for request in (
-            Request(max_tokens=12), Request(max_tokens=12, sampling=Sampling(1.5, seed=3)),
-            Request(weights={"animals": 0.5, "colours": -0.5}, max_tokens=12), Request(choices=("yes", "no", "maybe")),
+            Request(max_tokens=12),
+            Request(max_tokens=12, sampling=Sampling(1.5, seed=3)),
+            Request(weights={"animals": 0.5, "colours": -0.5}, max_tokens=12),
+            Request(choices=("yes", "no", "maybe")),
         )
-    ]  # fmt: skip
+    ]
     with open_bundle(bundle, device="cpu") as composer:
         alone = [composer.run(*request) for request in requests]
     with open_bundle(bundle, device="cpu") as composer, ThreadPoolExecutor(8) as threads:

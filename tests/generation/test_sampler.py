@@ -20,9 +20,13 @@ def _logits(seed: int, size: int = 2000, scale: float = 4) -> Float:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.integers(0, 1000), st.floats(0.2, 3), st.sampled_from([0, 1, 7, 600, 5000]),
-    st.sampled_from([1.0, 0.9, 0.3, 1e-3]), st.sampled_from([0.0, 0.05, 0.5, 1.0]), st.sampled_from([1.0, 1.3, 0.8]),
-)  # fmt: skip
+    st.integers(0, 1000),
+    st.floats(0.2, 3),
+    st.sampled_from([0, 1, 7, 600, 5000]),
+    st.sampled_from([1.0, 0.9, 0.3, 1e-3]),
+    st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+    st.sampled_from([1.0, 1.3, 0.8]),
+)
 def test_the_distribution_is_that_of_transformers(
     seed: int, temperature: float, top_k: int, top_p: float, min_p: float, penalty: float
 ) -> None:

@@ -55,9 +55,10 @@ def test_special_tokens_are_not_text(tokenizer: Tokenizer) -> None:
 
 
 @given(
-    st.text("ab\nc", max_size=12), st.lists(st.text("ab\nc", min_size=1, max_size=3), max_size=3),
+    st.text("ab\nc", max_size=12),
+    st.lists(st.text("ab\nc", min_size=1, max_size=3), max_size=3),
     st.lists(st.integers(1, 3), min_size=12, max_size=12),
-)  # fmt: skip
+)
 def test_stop_strings_cut_where_the_whole_text_would_be_cut(text: str, stop: list[str], sizes: list[int]) -> None:
     guard, shown, rest = StopStrings(stop), "", text
     found = False

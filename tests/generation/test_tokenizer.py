@@ -16,7 +16,7 @@ from edgecompose.errors import BundleError, GenerationError
 from edgecompose.generation.language_model import LanguageModel
 from edgecompose.generation.messages import Message
 from edgecompose.generation.tokenizer import Tokenizer
-from edgecompose_export.datasets import Example
+from edgecompose.retrieval.examples import Example
 from edgecompose_export.training.batches import encode_example
 from tests.factories import TEXT, write_tokenizer
 
@@ -205,11 +205,15 @@ def test_a_template_may_refuse_messages(path: Path) -> None:
 @pytest.mark.parametrize(
     "template",
     [
-        "{{ messages.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ messages[0].content.x.y }}",
-        "{{ messages[0].content + 1 }}", "{{ 1 / 0 }}", "{% for i in range(10 ** 9) %}{% endfor %}",
+        "{{ messages.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{{ messages[0].content.x.y }}",
+        "{{ messages[0].content + 1 }}",
+        "{{ 1 / 0 }}",
+        "{% for i in range(10 ** 9) %}{% endfor %}",
         "{{ 'x'.join(5) }}",
     ],
-)  # fmt: skip
+)
 def test_a_template_that_fails_on_the_messages_is_a_generation_error(path: Path, template: str) -> None:
     tokenizer = Tokenizer(path, chat_template=template)
     with pytest.raises(GenerationError, match="chat template"):

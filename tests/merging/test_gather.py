@@ -140,9 +140,9 @@ def test_float16_blends_with_integers(merger: Merger) -> None:
     found = merger.merge(adapters, WEIGHTS, MergeSettings()).factors()
     for name, (a, b) in found.items():
         modules = [adapter.modules[name] for adapter in adapters]
-        wanted_a = np.concatenate([
-            w * m.scaling[:, None, None] * dequantize(m.a) for m, w in zip(modules, WEIGHTS, strict=True)
-        ], axis=1)  # fmt: skip
+        wanted_a = np.concatenate(
+            [w * m.scaling[:, None, None] * dequantize(m.a) for m, w in zip(modules, WEIGHTS, strict=True)], axis=1
+        )
         np.testing.assert_allclose(a, wanted_a, rtol=0, atol=1e-3 * np.abs(wanted_a).max())
         wanted_b = np.concatenate([dequantize(m.b) for m in modules], axis=1)
         np.testing.assert_allclose(b, wanted_b, rtol=0, atol=1e-3 * np.abs(wanted_b).max())

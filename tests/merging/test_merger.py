@@ -286,11 +286,18 @@ def test_the_digest_does_not_depend_on_the_order() -> None:
 
 def test_the_digest_tells_blends_apart() -> None:
     blends = [
-        _digest(), _digest(one=0.600001), _digest(one=0.4, two=0.6), _digest("linear"), _digest("ties"),
-        _digest("ties", 0.6), _digest("ties", sign="frequency"), _digest("magnitude_prune"),
-        _digest("magnitude_prune", 0.6), composition_digest(DIGESTS | {"two": "3" * 64}, SHARES, MergeSettings()),
+        _digest(),
+        _digest(one=0.600001),
+        _digest(one=0.4, two=0.6),
+        _digest("linear"),
+        _digest("ties"),
+        _digest("ties", 0.6),
+        _digest("ties", sign="frequency"),
+        _digest("magnitude_prune"),
+        _digest("magnitude_prune", 0.6),
+        composition_digest(DIGESTS | {"two": "3" * 64}, SHARES, MergeSettings()),
         composition_digest({}, {}, MergeSettings()),
-    ]  # fmt: skip
+    ]
     assert len(set(blends)) == len(blends)
 
 
@@ -357,9 +364,7 @@ def test_the_order_does_not_matter_to_exact_methods_of_mixed_ranks(merger: Merge
 @pytest.mark.parametrize("seed", range(3))
 def test_exact_methods_do_not_see_how_an_update_was_factored(merger: Merger, method: str, seed: int) -> None:
     pairs = [_factored_otherwise(f"adapter{i}", 10 * seed + i) for i in range(3)]
-    one, other = (
-        _deltas(merger.merge([pair[i] for pair in pairs], WEIGHTS[:3], EXACT[method])) for i in (0, 1)
-    )  # fmt: skip
+    one, other = (_deltas(merger.merge([pair[i] for pair in pairs], WEIGHTS[:3], EXACT[method])) for i in (0, 1))
     # float32 Gram matrices leave noise in a core; an entry at the threshold or of no clear sign may then go either way
     assert _relative(one, other) < (3e-2 if "core" in method else 1e-3)
 
@@ -369,7 +374,7 @@ def test_the_paper_family_does_see_it(merger: Merger, method: str) -> None:
     pairs = [_factored_otherwise(f"adapter{i}", i) for i in range(3)]
     one, other = (
         _deltas(merger.merge([pair[i] for pair in pairs], WEIGHTS[:3], MergeSettings(method))) for i in (0, 1)
-    )  # fmt: skip
+    )
     assert _relative(one, other) > 0.1
 
 

@@ -48,17 +48,24 @@ def one_thread() -> Iterator[None]:
 
 def _groups(hidden: int, intermediate: int) -> tuple[SlotGroup, ...]:
     return (
-        SlotGroup("q_proj", LAYERS, hidden, hidden), SlotGroup("k_proj", LAYERS, hidden, hidden // 2),
-        SlotGroup("gate_proj", LAYERS, hidden, intermediate), SlotGroup("down_proj", LAYERS, intermediate, hidden),
-    )  # fmt: skip
+        SlotGroup("q_proj", LAYERS, hidden, hidden),
+        SlotGroup("k_proj", LAYERS, hidden, hidden // 2),
+        SlotGroup("gate_proj", LAYERS, hidden, intermediate),
+        SlotGroup("down_proj", LAYERS, intermediate, hidden),
+    )
 
 
 def _peft_model(hidden: int, intermediate: int, adapters: Sequence[Adapter]) -> Any:
     """A random Llama with the dequantised factors and the scaling of each adapter."""
     config = transformers.LlamaConfig(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=LAYERS, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=64, max_position_embeddings=64,
-    )  # fmt: skip
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        max_position_embeddings=64,
+    )
     model: Any = transformers.LlamaForCausalLM(config)
     for adapter in adapters:
         lora = peft.LoraConfig(r=adapter.rank, target_modules=sorted(adapter.modules))
@@ -86,9 +93,13 @@ def _assert_parity(merger: Merger, model: Any, adapters: Sequence[Adapter], sett
     weights = WEIGHTS[: len(adapters)]
     target = f"{settings.method}_{settings.majority_sign}"
     model.add_weighted_adapter(
-        [a.name for a in adapters], list(weights), target,
-        combination_type=settings.method, density=settings.density, majority_sign_method=settings.majority_sign,
-    )  # fmt: skip
+        [a.name for a in adapters],
+        list(weights),
+        target,
+        combination_type=settings.method,
+        density=settings.density,
+        majority_sign_method=settings.majority_sign,
+    )
     merged = merger.merge(adapters, weights, settings)
     factors, seen = merged.factors(), 0
     for layer, name, module in _lora_modules(model, target):
@@ -143,10 +154,15 @@ def test_parity_of_cat_with_mixed_ranks(merger: Merger) -> None:
     _assert_parity(merger, _peft_model(32, 64, adapters), adapters, SETTINGS["cat"])
 
 
-@pytest.mark.parametrize("settings", [
-    MergeSettings("dare_linear", 0.6, dare_seed=3), MergeSettings("dare_ties", 0.7, "total", dare_seed=4),
-    MergeSettings("dare_ties", 0.7, "frequency"),
-], ids=lambda s: f"{s.method} {s.majority_sign}")  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        MergeSettings("dare_linear", 0.6, dare_seed=3),
+        MergeSettings("dare_ties", 0.7, "total", dare_seed=4),
+        MergeSettings("dare_ties", 0.7, "frequency"),
+    ],
+    ids=lambda s: f"{s.method} {s.majority_sign}",
+)
 def test_parity_of_dare_where_peft_drops_what_we_drop(
     merger: Merger, monkeypatch: pytest.MonkeyPatch, settings: MergeSettings
 ) -> None:

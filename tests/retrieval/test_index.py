@@ -103,10 +103,14 @@ def test_more_than_there_are_gives_all(index: ExampleIndex) -> None:
 @pytest.mark.parametrize(
     "query",
     [
-        np.zeros(DIMENSION), np.full(DIMENSION, np.nan), np.full(DIMENSION, np.inf), np.ones(DIMENSION - 1),
-        np.ones((1, DIMENSION)), np.ones(0),
+        np.zeros(DIMENSION),
+        np.full(DIMENSION, np.nan),
+        np.full(DIMENSION, np.inf),
+        np.ones(DIMENSION - 1),
+        np.ones((1, DIMENSION)),
+        np.ones(0),
     ],
-)  # fmt: skip
+)
 def test_an_unusable_query_is_refused(index: ExampleIndex, query: npt.NDArray[np.float64]) -> None:
     with pytest.raises(RetrievalError, match="cannot be searched"):
         index.search(query.astype(np.float32), 3)
@@ -182,10 +186,14 @@ def test_a_damaged_header_is_refused(tmp_path: Path, spec: IndexSpec) -> None:
     whole = path.read_bytes()
     magic = whole.index(b"usearch")
     contents = [
-        b"", whole[:10], whole[: magic + 20], whole[:-1], b"text" * 200,
+        b"",
+        whole[:10],
+        whole[: magic + 20],
+        whole[:-1],
+        b"text" * 200,
         whole[:magic] + b"XXXXXXX" + whole[magic + 7 :],
         whole[: magic + 14] + b"\xff\xff" + whole[magic + 16 :],
-    ]  # fmt: skip
+    ]
     for content in contents:
         path.write_bytes(content)
         with pytest.raises(RetrievalError):

@@ -102,12 +102,15 @@ def test_it_survives_the_disk_and_the_index_applies_it_to_queries(tmp_path: Path
 @pytest.mark.parametrize(
     ("vectors", "labels", "shrinkage", "dimension"),
     [
-        (np.ones((3, 2)), [0, 1, 2], 0.1, None), (np.ones((3, 2)), [0, 0], 0.1, None),
+        (np.ones((3, 2)), [0, 1, 2], 0.1, None),
+        (np.ones((3, 2)), [0, 0], 0.1, None),
         (np.ones(3), [0, 0, 1], 0.1, None),
-        (np.ones((3, 2)), [0, 0, 1], 0.0, None), (np.ones((3, 2)), [0, 0, 1], 1.1, None),
-        (np.ones((3, 2)), [0, 0, 1], 0.1, 0), (np.ones((3, 2)), [0, 0, 1], 0.1, 3),
+        (np.ones((3, 2)), [0, 0, 1], 0.0, None),
+        (np.ones((3, 2)), [0, 0, 1], 1.1, None),
+        (np.ones((3, 2)), [0, 0, 1], 0.1, 0),
+        (np.ones((3, 2)), [0, 0, 1], 0.1, 3),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_fitted_is_refused(
     vectors: Float, labels: list[int], shrinkage: float, dimension: int | None
 ) -> None:

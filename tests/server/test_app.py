@@ -98,7 +98,7 @@ def test_a_chat_through_the_official_client(served: Served) -> None:
 def test_a_stream_through_the_official_client(served: Served) -> None:
     stream = served.client().chat.completions.create(
         model="auto", messages=TALK, max_tokens=12, stream=True, stream_options={"include_usage": True}
-    )  # fmt: skip
+    )
     chunks = list(stream)
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == wanted(served, max_tokens=12)
@@ -177,14 +177,22 @@ def test_choices_are_scored(served: Served) -> None:
 @pytest.mark.parametrize(
     ("headers", "status"),
     [
-        ({"Host": "evil.example"}, 421), ({"Host": "127.0.0.1.evil.example:80"}, 421), ({"Host": ""}, 421),
-        ({"Host": "LOCALHOST:1"}, 200), ({"Host": "[::1]:1"}, 200), ({"Host": "localhost"}, 200),
-        ({"Origin": "http://evil.example"}, 403), ({"Origin": "null"}, 403), ({"Origin": "http://localhost:1"}, 403),
-        ({"Sec-Fetch-Site": "cross-site"}, 403), ({"Sec-Fetch-Site": "same-site"}, 403),
-        ({"Sec-Fetch-Site": "same-origin"}, 200), ({"Sec-Fetch-Site": "none"}, 200),
+        ({"Host": "evil.example"}, 421),
+        ({"Host": "127.0.0.1.evil.example:80"}, 421),
+        ({"Host": ""}, 421),
+        ({"Host": "LOCALHOST:1"}, 200),
+        ({"Host": "[::1]:1"}, 200),
+        ({"Host": "localhost"}, 200),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://localhost:1"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Sec-Fetch-Site": "none"}, 200),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_page_of_another_site_gets_nothing(served: Served, headers: dict[str, str], status: int) -> None:
     for path in ("/health", "/v1/models", "/"):
         connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=30)

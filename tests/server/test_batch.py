@@ -89,13 +89,17 @@ def test_another_file_is_left_alone(opened: Composer, tmp_path: Path, content: b
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "is no call"), ("[]", "is no call"), ('{"custom_id": "x"}', "is no call"), ("\x00", "is no call"),
+        ("{", "is no call"),
+        ("[]", "is no call"),
+        ('{"custom_id": "x"}', "is no call"),
+        ("\x00", "is no call"),
         ('{"custom_id": 3, "url": "/v1/completions", "body": {}}', "is no call"),
         ('{"custom_id": "x", "url": "/v1/embeddings", "body": {}}', "use POST and /v1/chat/completions"),
         ('{"custom_id": "x", "method": "GET", "url": "/v1/completions", "body": {}}', "is GET"),
-        (json.dumps(CALLS[0]), "of another line"), ("[" * 100_000, "is no call"),
+        (json.dumps(CALLS[0]), "of another line"),
+        ("[" * 100_000, "is no call"),
     ],
-)  # fmt: skip
+)
 def test_a_malformed_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     path = write(tmp_path / "calls.jsonl", CALLS[:1])
     path.write_text(path.read_text() + line + "\n", encoding="utf-8")

@@ -35,22 +35,50 @@ def test_a_bare_call_takes_the_defaults() -> None:
 
 def test_every_field_reaches_the_request() -> None:
     asked = chat(
-        model="task:snli", max_tokens=7, temperature=0.5, top_p=0.9, top_k=5, min_p=0.1, repetition_penalty=1.2, seed=3,
-        stop=["a", "b"], stream=True, stream_options={"include_usage": True}, user="me", metadata={"x": 1},
+        model="task:snli",
+        max_tokens=7,
+        temperature=0.5,
+        top_p=0.9,
+        top_k=5,
+        min_p=0.1,
+        repetition_penalty=1.2,
+        seed=3,
+        stop=["a", "b"],
+        stream=True,
+        stream_options={"include_usage": True},
+        user="me",
+        metadata={"x": 1},
         edgecompose={
-            "exclude": ["cb"], "neighbours": 9, "routing_temperature": 0.2, "nucleus": 0.8, "fallback": 0.1,
-            "shortcut": 0.9, "class_size_exponent": 0.5, "route_by": "first", "overflow": "truncate",
-            "raw": False, "method": "ties", "density": 0.3, "prompt_cache": False, "choices": ["yes", "no"],
+            "exclude": ["cb"],
+            "neighbours": 9,
+            "routing_temperature": 0.2,
+            "nucleus": 0.8,
+            "fallback": 0.1,
+            "shortcut": 0.9,
+            "class_size_exponent": 0.5,
+            "route_by": "first",
+            "overflow": "truncate",
+            "raw": False,
+            "method": "ties",
+            "density": 0.3,
+            "prompt_cache": False,
+            "choices": ["yes", "no"],
         },
-    )  # fmt: skip
+    )
     assert asked.request == Request(
         exclude=("cb",),
         retrieval=RetrievalSettings(
             neighbours=9, routing_temperature=0.2, nucleus=0.8, class_size_exponent=0.5, shortcut=0.9, fallback=0.1
         ),
-        route_by="first", overflow="truncate", raw=False, merge=MergeSettings("ties", density=0.3, energy=0.9),
-        max_tokens=7, sampling=Sampling(0.5, 0.9, 3, 5, 0.1, 1.2), stop=("a", "b"), choices=("yes", "no"),
-    )  # fmt: skip
+        route_by="first",
+        overflow="truncate",
+        raw=False,
+        merge=MergeSettings("ties", density=0.3, energy=0.9),
+        max_tokens=7,
+        sampling=Sampling(0.5, 0.9, 3, 5, 0.1, 1.2),
+        stop=("a", "b"),
+        choices=("yes", "no"),
+    )
     assert (asked.model, asked.stream, asked.usage) == ("task:snli", True, True)
     assert chat(adapters={"snli": 0.5, "cb": -1}).request.weights == {"snli": 0.5, "cb": -1}
     assert chat(max_completion_tokens=9, max_tokens=5).request.max_tokens == 9

@@ -92,15 +92,18 @@ def test_the_other_methods(parent: Parent, composer: Composer) -> None:
 @pytest.mark.parametrize(
     ("line", "code", "words"),
     [
-        (b"{", -32700, "not JSON"), (b"\xff", -32700, "not JSON"), (b"[]", -32600, "an object"),
-        (b'{"id": 1}', -32600, "an object"), (b'{"id": [1], "method": "chat"}', -32600, "id has to be"),
+        (b"{", -32700, "not JSON"),
+        (b"\xff", -32700, "not JSON"),
+        (b"[]", -32600, "an object"),
+        (b'{"id": 1}', -32600, "an object"),
+        (b'{"id": [1], "method": "chat"}', -32600, "id has to be"),
         (b'{"id": 1, "method": "chat", "params": [1]}', -32600, "params an object"),
         (b'{"id": 1, "method": "cancel", "params": {"id": [1]}}', -32600, "id has to be"),
         (b'{"id": 1, "method": "dance"}', -32601, "use chat, complete, compose, models"),
         (b'{"id": 1, "method": "chat"}', -32000, "'messages' is missing"),
         (b'{"id": 1, "method": "complete", "params": {"model": "x", "prompt": "x"}}', -32000, "no model"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_call_is_refused_and_others_go_on(parent: Parent, line: bytes, code: int, words: str) -> None:
     parent.write(line)
     error = parent.read()["error"]

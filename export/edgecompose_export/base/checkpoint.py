@@ -15,8 +15,7 @@ import numpy as np
 
 from edgecompose.bundle.atomic import new_folder
 from edgecompose.errors import ExportError
-from edgecompose.formats.checkpoint import BASE_KEY, CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
-from edgecompose.formats.merged_model import from_float32
+from edgecompose.formats.checkpoint import BASE_KEY, CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, from_float32
 from edgecompose_export.base.source import Base
 from edgecompose_export.decoder.config_to_json import config_to_json
 from edgecompose_export.weights.blocks import Float

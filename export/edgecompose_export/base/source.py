@@ -12,7 +12,7 @@ from typing import Any
 from edgecompose.bundle.files import sha256_of
 from edgecompose.errors import CheckpointError, ExportError
 from edgecompose.formats.checkpoint import weight_files
-from edgecompose_export.gguf_file import is_later_shard, read_shards
+from edgecompose.formats.gguf_file import is_later_shard, read_shards
 from edgecompose_export.tokenizer.base_tokenizer import BaseTokenizer
 from edgecompose_export.tokenizer.folder import tokenizer_of_folder
 from edgecompose_export.tokenizer.gguf import tokenizer_of_gguf

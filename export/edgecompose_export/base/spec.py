@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgecompose.bundle.records import value_from_json
+from edgecompose.bundle.records import read_json, value_from_json
 from edgecompose.bundle.specs import BaseSpec
 from edgecompose.errors import ExportError
 from edgecompose_export.base.precision import Precision
 from edgecompose_export.base.source import Base
-from edgecompose_export.datasets import read_json
 from edgecompose_export.graphs.decoder import slot_groups
 
 SPEC_FILE = "base.json"
@@ -20,7 +19,7 @@ def read_base_spec(folder: Path) -> BaseSpec:
     path = folder / SPEC_FILE
     if not path.is_file():
         raise ExportError(f"'{folder}' holds no {SPEC_FILE}; make it with 'edgecompose-export base'")
-    return value_from_json(BaseSpec, read_json(path), SPEC_FILE)
+    return value_from_json(BaseSpec, read_json(path, ExportError, "export the base again"), SPEC_FILE)
 
 
 def describe_base(base: Base, precision: Precision) -> BaseSpec:

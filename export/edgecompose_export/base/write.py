@@ -149,8 +149,8 @@ class BaseWriter:
 
 def _write_cuda_graphs(output: Path, spec: BaseSpec) -> BaseSpec:
     """Write the decoders for CUDA; return the description with their names."""
-    folding = spec.fusing
-    if folding is not None:
-        cuda = write_cuda_graph(output / folding.decoder_graph)
-        folding = dataclasses.replace(folding, cuda_decoder_graph=cuda)
-    return dataclasses.replace(spec, fusing=folding, cuda_graph=write_cuda_graph(output / spec.graph))
+    fusing = spec.fusing
+    if fusing is not None:
+        cuda = write_cuda_graph(output / fusing.decoder_graph)
+        fusing = dataclasses.replace(fusing, cuda_decoder_graph=cuda)
+    return dataclasses.replace(spec, fusing=fusing, cuda_graph=write_cuda_graph(output / spec.graph))

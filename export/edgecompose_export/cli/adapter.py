@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from edgecompose_export.cli.options import PathArgument, bits_of, bits_option, json_option
+from edgecompose.cli.bundle import bits_of, bits_option
+from edgecompose_export.cli.options import PathArgument, json_option
 from edgecompose_export.cli.output import print_result, steps, training_bar
 
 
@@ -26,12 +27,12 @@ def adapter(source: Path, base_folder: Path, output: Path, bits: str, as_json: b
     edgecompose-export adapter lora/snli --base build/base -o adapters/snli.safetensors
     edgecompose-export adapter snli.gguf --base build/base -o adapters/snli.safetensors
     """
-    from edgecompose_export.adapters import export_adapter
+    from edgecompose.adapters import convert_adapter
     from edgecompose_export.base.spec import read_base_spec
 
     with steps() as advance:
         advance("quantising")
-        exported = export_adapter(source, read_base_spec(base_folder), output, bits=bits_of(bits))
+        exported = convert_adapter(source, read_base_spec(base_folder), output, bits=bits_of(bits))
     errors = ", ".join(f"{name} {error:.3f}" for name, error in exported.errors.items())
     size = output.stat().st_size / 1e3
     text = f"{output}: rank {exported.spec.rank}, {bits} bits, {size:.0f} KB; relative error {errors}"
@@ -78,8 +79,8 @@ def train(source: Path, examples_file: Path, output: Path, limit: int | None, as
     \b
     edgecompose-export train SmolLM2-135M-Instruct.Q4_1.gguf snli.jsonl -o lora/snli
     """
+    from edgecompose.retrieval.examples import read_examples
     from edgecompose_export.base.source import open_base
-    from edgecompose_export.datasets import read_examples
     from edgecompose_export.training.batches import TrainSettings
     from edgecompose_export.training.train import train_adapter
 

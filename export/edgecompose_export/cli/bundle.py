@@ -1,4 +1,4 @@
-"""The commands that write bundles: `bundle`, `bundle add-task` and `bundle remove-task`."""
+"""The command `bundle`, which builds bundles, with those of `edgecompose bundle` that change one."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from edgecompose.cli.console import counting
-from edgecompose_export.cli.options import ExportGroup, PathArgument, bits_of, bits_option, json_option
-from edgecompose_export.cli.output import print_bundle, steps
+from edgecompose.cli.bundle import add_task_command, print_manifest, remove_task_command
+from edgecompose_export.cli.options import ExportGroup, PathArgument, json_option
+from edgecompose_export.cli.output import steps
 
 
 class _BundleGroup(ExportGroup):
@@ -28,7 +28,8 @@ def bundle() -> None:
     \b
     edgecompose-export bundle models/demo.toml -o models/demo
     edgecompose-export bundle add-task models/demo wic --adapter lora/wic --examples wic.jsonl
-    edgecompose-export bundle remove-task models/demo wic
+
+    `add-task` and `remove-task` are those of `edgecompose bundle`.
     """
 
 
@@ -48,57 +49,8 @@ def build(recipe: Path, output: Path, base: Path | None, force: bool, as_json: b
 
     with steps() as advance:
         manifest = build_bundle(recipe, output, base=base, force=force, advance=advance)
-    print_bundle(output, manifest, as_json)
+    print_manifest(output, manifest, as_json)
 
 
-@bundle.command("add-task")
-@click.argument("directory", metavar="BUNDLE", type=PathArgument)
-@click.argument("name")
-@click.option(
-    "--adapter",
-    "adapter_path",
-    type=PathArgument,
-    required=True,
-    help="Quantised adapter, PEFT or mlx_lm folder, or GGUF LoRA file.",
-)
-@click.option("--examples", "examples_file", type=PathArgument, required=True, help="JSONL of prompts.")
-@bits_option
-@json_option
-def add_task_command(
-    directory: Path, name: str, adapter_path: Path, examples_file: Path, bits: str, as_json: bool
-) -> None:
-    """Add a task to a bundle.
-
-    \b
-    edgecompose-export bundle add-task models/demo wic --adapter lora/wic --examples wic.jsonl
-    """
-    from edgecompose_export.bundles import add_task
-
-    with counting("embedding", 1) as advance:
-        manifest = add_task(
-            directory,
-            name,
-            adapter=adapter_path,
-            examples=examples_file,
-            bits=bits_of(bits),
-            advance=lambda done, of: advance(1 / of),
-        )
-    print_bundle(directory, manifest, as_json)
-
-
-@bundle.command("remove-task")
-@click.argument("directory", metavar="BUNDLE", type=PathArgument)
-@click.argument("name")
-@json_option
-def remove_task_command(directory: Path, name: str, as_json: bool) -> None:
-    """Remove a task from a bundle.
-
-    \b
-    edgecompose-export bundle remove-task models/demo wic
-    """
-    from edgecompose_export.bundles import remove_task
-
-    with steps() as advance:
-        advance("rebuilding the index")
-        manifest = remove_task(directory, name)
-    print_bundle(directory, manifest, as_json)
+bundle.add_command(add_task_command)
+bundle.add_command(remove_task_command)

@@ -64,7 +64,7 @@ def examples(
     \b
     edgecompose-export examples snli=snli.jsonl boolq=boolq.jsonl --embedder build/embedder -o build/examples
     """
-    from edgecompose_export.datasets import Example, read_examples
+    from edgecompose.retrieval.examples import Example, read_examples
     from edgecompose_export.embedder import open_embedder
     from edgecompose_export.examples import write_examples
 

@@ -61,7 +61,7 @@ def _accepted(terms: str, by_option: bool) -> bool:
 @click.command("merge-graphs", hidden=True)
 @click.argument("folder", type=PathArgument)
 def merge_graphs(folder: Path) -> None:
-    """Write the ONNX graphs that the runtime ships."""
+    """Write the ONNX graphs that the runtime ships into FOLDER, its package."""
     from edgecompose_export.graphs.merge import write_graphs
 
     click.echo(f"{len(write_graphs(folder))} graphs written to {folder}")

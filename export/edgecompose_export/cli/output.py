@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import click
@@ -84,10 +83,3 @@ def print_result(text: str, value: Any, as_json: bool) -> None:
         click.echo(text)
     else:
         click.echo(json.dumps(value if isinstance(value, dict) else dataclasses.asdict(value), ensure_ascii=False))
-
-
-def print_bundle(path: Path, manifest: Any, as_json: bool) -> None:
-    """Print the size of a bundle, or its manifest as one JSON object."""
-    size = sum(entry.bytes for entry in manifest.files.values())
-    text = f"{path}: {len(manifest.tasks)} tasks, {manifest.index.vectors} examples, {size / 1e6:.0f} MB"
-    print_result(text, manifest, as_json)

@@ -22,27 +22,27 @@ from edgecompose_export.graphs.decoder import write_decoder
 from edgecompose_export.graphs.stored_weights import StoredWeights
 from edgecompose_export.graphs.writer import MICROSOFT, GraphWriter
 
-FOLD_GRAPH, DECODER_GRAPH = "fold.onnx", "decoder_folded.onnx"
+FUSE_GRAPH, DECODER_GRAPH = "fuse.onnx", "decoder_fused.onnx"
 #: Columns of a panel; a weight whose width is not a multiple of it is one panel.
 PANEL = 32
 
 
 def write_fuse_graphs(config: DecoderConfig, stored: StoredWeights, folder: Path) -> FusingSpec:
-    """Write `fold.onnx` and `decoder_folded.onnx` into the folder of a float decoder.
+    """Write `fuse.onnx` and `decoder_fused.onnx` into the folder of a float decoder.
 
     Args:
         stored: the weights of that decoder, all of them float.
     """
-    graph = GraphWriter("fold")
+    graph = GraphWriter("fuse")
     weights: dict[str, tuple[int, ...]] = {}
     for layer in range(len(config.layers)):
         for modules in INPUT_GROUPS:
             for group in stored.groups(layer, modules):
                 weights[_weight(layer, group)] = _panels(config, group)
                 _fuse(graph, config, stored, layer=layer, group=group)
-    graph.save(folder / FOLD_GRAPH)
+    graph.save(folder / FUSE_GRAPH)
     write_decoder(config, _FusedWeights(config, stored), slots=False).save(folder / DECODER_GRAPH)
-    return FusingSpec(FOLD_GRAPH, DECODER_GRAPH, weights)
+    return FusingSpec(FUSE_GRAPH, DECODER_GRAPH, weights)
 
 
 class _FusedWeights:

@@ -214,17 +214,18 @@ def build_probe() -> onnx.ModelProto:
 
 
 def all_graphs() -> dict[str, bytes]:
-    """File name and bytes of every graph that the runtime ships."""
-    graphs = {f"{name}.onnx": build_merge_graph(name) for name in GRAPHS}
-    graphs["probe.onnx"] = build_probe()
+    """Path below the package `edgecompose`, and bytes, of every graph that it ships."""
+    graphs = {f"merging/graphs/{name}.onnx": build_merge_graph(name) for name in GRAPHS}
+    graphs["engine/probe.onnx"] = build_probe()
     return {name: bytes(graph.SerializeToString(deterministic=True)) for name, graph in graphs.items()}
 
 
 def write_graphs(folder: Path) -> list[Path]:
-    """Write every graph into `folder`; return the paths."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write every graph below `folder`, the package `edgecompose`; return the paths."""
     paths = []
     for name, content in all_graphs().items():
-        (folder / name).write_bytes(content)
-        paths.append(folder / name)
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        paths.append(path)
     return paths

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from edgecompose.generation.tokenizer import Tokenizer
-from edgecompose_export.datasets import Example
+from edgecompose.retrieval.examples import Example
 
 PromptForm = Literal["chat", "raw", "both"]
 PROMPT_FORMS: tuple[PromptForm, ...] = get_args(PromptForm)

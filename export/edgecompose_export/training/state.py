@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgecompose.errors import ExportError
-from edgecompose_export.datasets import Example
+from edgecompose.retrieval.examples import Example
 
 STATE_FILE = "training-state.pt"
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from edgecompose.errors import ExportError
 from edgecompose.generation.tokenizer import Tokenizer
+from edgecompose.retrieval.examples import Example
 from edgecompose_export.base.checkpoint import load_model
 from edgecompose_export.base.source import Base
-from edgecompose_export.datasets import Example
 from edgecompose_export.training.batches import (
     Encoded,
     PromptForm,

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from edgecompose.errors import CheckpointError, ExportError
 from edgecompose.formats.checkpoint import StoredTensor, read_shard, weight_files
-from edgecompose_export.gguf_file import GgufFile
+from edgecompose.formats.gguf_file import GgufFile
 from edgecompose_export.weights.blocks import Bytes
 
 _SAFETENSORS = {"F32": "F32", "F16": "F16", "BF16": "BF16", "F64": "F64"}

@@ -15,12 +15,12 @@ import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
+from edgecompose.bundle.records import read_json
 from edgecompose.errors import CheckpointError, ExportError
-from edgecompose_export.datasets import read_json
+from edgecompose.formats.gguf_file import read_shards
 from edgecompose_export.decoder.config import DecoderConfig
 from edgecompose_export.decoder.config_from_gguf import config_from_gguf
 from edgecompose_export.decoder.config_from_json import config_from_json
-from edgecompose_export.gguf_file import read_shards
 from edgecompose_export.weights.blocks import Blocks, Bytes, Float
 from edgecompose_export.weights.files import GgufShards, TensorFile, TensorFolder
 from edgecompose_export.weights.gguf_blocks import FLOAT_TYPES, GGUF_FORMS, read_blocks
@@ -152,7 +152,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"'{folder}' holds an adapter (adapter_config.json), expected a base; give the base that it was trained "
             "on, or take adapter_config.json and the adapter's weights out of the folder"
         )
-    config = read_json(folder / "config.json")
+    config = read_json(folder / "config.json", ExportError, "make it again")
     if not isinstance(config, dict):
         raise ExportError(
             f"'{folder / 'config.json'}' holds a {type(config).__name__}, expected a JSON object; copy it again"

@@ -21,26 +21,18 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from edgecompose.adapters import convert_adapter
 from edgecompose.bundle.adapter import adapter_metadata, load_adapter
 from edgecompose.bundle.quantization import dequantize
-from edgecompose.bundle.specs import BaseSpec, SlotGroup
+from edgecompose.bundle.specs import BaseSpec
 from edgecompose.errors import AdapterError, EdgeComposeError, ExportError, SlotMismatch, UnsupportedAdapter
-from edgecompose_export.adapters import export_adapter
-from edgecompose_export.peft_source import scale_of
 from tests import tiny
 from tests.fixtures_tiny import TinyZoo
+from tests.lora_files import slots_of_llama
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PATH = "base_model.model.model.layers.{}.{}.lora_{}.weight"
 _PLACE = re.compile(r"layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)$")
-
-
-def slots_of_llama(layers: int = 2, hidden: int = 64) -> BaseSpec:
-    """What `export_base` says of the tiny Llama, without exporting it."""
-    widths = {"q_proj": (hidden, 64), "k_proj": (hidden, 32), "v_proj": (hidden, 32), "o_proj": (64, hidden),
-              "gate_proj": (hidden, 96), "up_proj": (hidden, 96), "down_proj": (96, hidden)}  # fmt: skip
-    slots = tuple(SlotGroup(name, layers, *sizes) for name, sizes in widths.items())
-    return BaseSpec("decoder.onnx", "tokenizer.json", "a" * 64, "fp32", 512, 2, 16, 300, (299,), slots)
 
 
 BASE = slots_of_llama()
@@ -54,9 +46,13 @@ SCALINGS: dict[str, dict[str, Any]] = {
     "the first pattern counts": {"r": 2, "lora_alpha": 6, "alpha_pattern": {"layers.0.mlp.up_proj": 1, "up_proj": 9}},
     "an anchored pattern": {"r": 2, "lora_alpha": 6, "alpha_pattern": {"^model.layers.1.self_attn.o_proj": 11}},
     "rsLoRA with both": {
-        "r": 3, "lora_alpha": 5, "use_rslora": True, "rank_pattern": {"o_proj": 4}, "alpha_pattern": {"o_proj": 9}
+        "r": 3,
+        "lora_alpha": 5,
+        "use_rslora": True,
+        "rank_pattern": {"o_proj": 4},
+        "alpha_pattern": {"o_proj": 9},
     },
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -90,7 +86,7 @@ def scales_of_peft(folder: Path, model: Path) -> Mapping[tuple[str, int], float]
 @pytest.mark.parametrize("case", SCALINGS)
 def test_scales_are_those_of_peft_for_every_module(zoo: TinyZoo, tmp_path: Path, case: str) -> None:
     folder = zoo.lora(f"scaling {case}", **SCALINGS[case])
-    export_adapter(folder, BASE, tmp_path / "a.safetensors", 8)
+    convert_adapter(folder, BASE, tmp_path / "a.safetensors", 8)
     adapter = load_adapter(tmp_path / "a.safetensors", "a", BASE.slots, BASE.identity)
     wanted = scales_of_peft(folder, zoo.model("llama"))
     assert len(wanted) == 14
@@ -101,7 +97,7 @@ def test_scales_are_those_of_peft_for_every_module(zoo: TinyZoo, tmp_path: Path,
 
 def test_factors_and_ranks_are_those_of_the_folder(zoo: TinyZoo, tmp_path: Path) -> None:
     folder = zoo.lora("ranks", r=4, rank_pattern={"layers.0.self_attn.q_proj": 2, "v_proj": 1})
-    made = export_adapter(folder, BASE, tmp_path / "a.safetensors", 8)
+    made = convert_adapter(folder, BASE, tmp_path / "a.safetensors", 8)
     adapter = load_adapter(tmp_path / "a.safetensors", "a", BASE.slots, BASE.identity)
     tensors = load_file(folder / WEIGHTS)
     query = adapter.modules["q_proj"]
@@ -121,7 +117,7 @@ def test_factors_and_ranks_are_those_of_the_folder(zoo: TinyZoo, tmp_path: Path)
 def test_the_error_of_every_module_is_recorded(
     zoo: TinyZoo, tmp_path: Path, bits: Any, least: float, most: float
 ) -> None:
-    made = export_adapter(zoo.lora("one"), BASE, tmp_path / "a.safetensors", bits)
+    made = convert_adapter(zoo.lora("one"), BASE, tmp_path / "a.safetensors", bits)
     assert set(made.errors) == {group.name for group in BASE.slots}
     assert all(least < error < most for error in made.errors.values())
     assert made.spec.error == pytest.approx(np.mean(list(made.errors.values())), abs=1e-5)
@@ -133,13 +129,13 @@ def test_the_error_of_every_module_is_recorded(
 
 def test_the_same_folder_gives_the_same_bytes(zoo: TinyZoo, tmp_path: Path) -> None:
     for name in ("a", "b"):
-        export_adapter(zoo.lora("one"), BASE, tmp_path / f"{name}.safetensors")
+        convert_adapter(zoo.lora("one"), BASE, tmp_path / f"{name}.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
 def test_layers_and_modules_that_are_left_alone_have_no_effect(zoo: TinyZoo, tmp_path: Path) -> None:
     folder = zoo.lora("partial", target_modules=["q_proj", "down_proj"], layers_to_transform=[1])
-    export_adapter(folder, BASE, tmp_path / "a.safetensors", 8)
+    convert_adapter(folder, BASE, tmp_path / "a.safetensors", 8)
     adapter = load_adapter(tmp_path / "a.safetensors", "a", BASE.slots, BASE.identity)
     assert set(adapter.modules) == {"q_proj", "down_proj"}
     for module in adapter.modules.values():
@@ -152,7 +148,7 @@ def test_layers_and_modules_that_are_left_alone_have_no_effect(zoo: TinyZoo, tmp
 def test_other_number_formats_are_read(lora: Path, tmp_path: Path, dtype: str) -> None:
     wanted = load_file(lora / WEIGHTS)[PATH.format(0, "mlp.up_proj", "B")]
     change_weights(lora, lambda tensors: tensors.update({k: v.to(getattr(torch, dtype)) for k, v in tensors.items()}))
-    export_adapter(lora, BASE, tmp_path / "a.safetensors", 8)
+    convert_adapter(lora, BASE, tmp_path / "a.safetensors", 8)
     adapter = load_adapter(tmp_path / "a.safetensors", "a", BASE.slots, BASE.identity)
     assert np.allclose(dequantize(adapter.modules["up_proj"].b)[0].T, wanted, atol=0.01 * float(wanted.abs().max()))
 
@@ -166,67 +162,12 @@ def test_other_spellings_of_keys_are_read(lora: Path, tmp_path: Path, form: str)
             other = key.replace(".weight", ".default.weight") if form == "default" else key.split(".model.", 1)[1]
             tensors[other] = tensors.pop(key)
 
-    export_adapter(lora, BASE, tmp_path / "a.safetensors", 8)
+    convert_adapter(lora, BASE, tmp_path / "a.safetensors", 8)
     change_weights(lora, rename)
-    export_adapter(lora, BASE, tmp_path / "b.safetensors", 8)
+    convert_adapter(lora, BASE, tmp_path / "b.safetensors", 8)
     one, other = (load_adapter(tmp_path / f"{n}.safetensors", n, BASE.slots, BASE.identity) for n in "ab")
     assert all(np.array_equal(one.modules[m].a.codes, other.modules[m].a.codes) for m in one.modules)
     assert set(one.modules) == set(other.modules)
-
-
-UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
-    "DoRA": ({"use_dora": True}, "use_dora"),
-    "bias": ({"bias": "all"}, "bias=all"),
-    "bias of LoRA": ({"lora_bias": True}, "lora_bias"),
-    "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save (lm_head: trained with new tokens)"),
-    "other modules_to_save": ({"modules_to_save": ["score"]}, "modules_to_save (score),"),
-    "tokens": ({"trainable_token_indices": [1, 2]}, "trainable_token_indices (trained with new tokens)"),
-    "parameters": ({"target_parameters": ["x"]}, "target_parameters"),
-    "replication": ({"layer_replication": [[0, 2]]}, "layer_replication"),
-    "QALoRA": ({"use_qalora": True}, "use_qalora"),
-    "aLoRA": ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
-    "PiSSA": ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa"),
-    "fast PiSSA": ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights=pissa_niter_16"),
-    "OLoRA": ({"init_lora_weights": "olora"}, "init_lora_weights=olora"),
-    "LoftQ": ({"init_lora_weights": "loftq"}, "init_lora_weights=loftq"),
-    "several": ({"use_dora": True, "bias": "lora_only", "init_lora_weights": "CorDA"},
-                "use_dora, bias=lora_only, init_lora_weights=corda"),
-    "another tuner": ({"peft_type": "IA3"}, "is of type 'IA3'; only LORA"),
-    "no tuner": ({"peft_type": None}, "is of type None; only LORA"),
-    "block diagonal": ({"use_bdlora": {"nblocks": 2, "target_modules_bd_a": ["q_proj"]}}, "use_bdlora"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", UNSUPPORTED)
-def test_what_would_be_dropped_in_silence_is_refused(lora: Path, tmp_path: Path, case: str) -> None:
-    values, named = UNSUPPORTED[case]
-    change_config(lora, **values)
-    with pytest.raises(UnsupportedAdapter, match=f"'one'.*{re.escape(named)}"):
-        export_adapter(lora, BASE, tmp_path / "a.safetensors")
-    assert not (tmp_path / "a.safetensors").exists()
-
-
-def test_fan_in_fan_out_means_nothing_for_linear_modules(lora: Path, tmp_path: Path) -> None:
-    """PEFT warns and goes on; configs of older versions still say so."""
-    export_adapter(lora, BASE, tmp_path / "a.safetensors")
-    change_config(lora, fan_in_fan_out=True)
-    export_adapter(lora, BASE, tmp_path / "b.safetensors")
-    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
-
-
-@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "eva"])
-def test_initialisations_that_leave_the_base_alone_are_fine(lora: Path, tmp_path: Path, init: Any) -> None:
-    change_config(lora, init_lora_weights=init)
-    export_adapter(lora, BASE, tmp_path / "a.safetensors")
-
-
-def test_a_real_dora_folder_is_refused(zoo: TinyZoo, tmp_path: Path) -> None:
-    folder = zoo.lora("dora", use_dora=True, target_modules=["q_proj"])
-    with pytest.raises(UnsupportedAdapter, match="use_dora"):
-        export_adapter(folder, BASE, tmp_path / "a.safetensors")
-    change_config(folder, use_dora=False)
-    with pytest.raises(UnsupportedAdapter, match=r"tensors that have no slot: .*lora_magnitude_vector"):
-        export_adapter(folder, BASE, tmp_path / "a.safetensors")
 
 
 _Q = PATH.format(0, "self_attn.q_proj", "{}")
@@ -256,17 +197,31 @@ def _three_dimensions(tensors: dict[str, Any]) -> None:
 
 BROKEN: dict[str, tuple[Callable[[dict[str, Any]], None], type[EdgeComposeError], str]] = {
     **{
-        f"tensor {key}": (_put(f"base_model.model.{key}", lambda: torch.ones(4, 64)), UnsupportedAdapter,
-                          f"{re.escape(key)}; it was trained with new tokens")
+        f"tensor {key}": (
+            _put(f"base_model.model.{key}", lambda: torch.ones(4, 64)),
+            UnsupportedAdapter,
+            f"{re.escape(key)}; it was trained with new tokens",
+        )
         for key in (
-            "lm_head.weight", "lm_head.lora_A.weight", "model.embed_tokens.weight",
-            "model.embed_tokens.lora_embedding_A", "model.embed_tokens.token_adapter.trainable_tokens_delta",
+            "lm_head.weight",
+            "lm_head.lora_A.weight",
+            "model.embed_tokens.weight",
+            "model.embed_tokens.lora_embedding_A",
+            "model.embed_tokens.token_adapter.trainable_tokens_delta",
         )
     },
-    "vision": (_put("base_model.model.vision_tower.encoder.layers.0.self_attn.q_proj.lora_A.weight",
-                    lambda: torch.ones(4, 64)), UnsupportedAdapter, "no slot: base_model.model.vision_tower"),
-    "bias tensor": (_put("base_model.model.model.layers.0.self_attn.q_proj.bias", lambda: torch.ones(64)),
-                    UnsupportedAdapter, "q_proj.bias"),
+    "vision": (
+        _put(
+            "base_model.model.vision_tower.encoder.layers.0.self_attn.q_proj.lora_A.weight", lambda: torch.ones(4, 64)
+        ),
+        UnsupportedAdapter,
+        "no slot: base_model.model.vision_tower",
+    ),
+    "bias tensor": (
+        _put("base_model.model.model.layers.0.self_attn.q_proj.bias", lambda: torch.ones(64)),
+        UnsupportedAdapter,
+        "q_proj.bias",
+    ),
     "A alone": (lambda tensors: tensors.pop(_Q.format("B")), AdapterError, r"0\.self_attn\.q_proj' has lora_A alone"),
     "B alone": (lambda tensors: tensors.pop(_Q.format("A")), AdapterError, r"0\.self_attn\.q_proj' has lora_B alone"),
     "NaN": (_poison(float("nan")), AdapterError, "not finite"),
@@ -275,7 +230,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], None], type[EdgeComposeError]
     "three dimensions": (_three_dimensions, AdapterError, "factors of shapes"),
     "nothing": (lambda tensors: tensors.clear(), AdapterError, "holds no LoRA factor"),
     "two towers": (_second_tower, EdgeComposeError, "vision"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BROKEN)
@@ -283,39 +238,8 @@ def test_tensors_that_cannot_be_right_are_refused(lora: Path, tmp_path: Path, ca
     change, error, message = BROKEN[case]
     change_weights(lora, change)
     with pytest.raises(error, match=message):
-        export_adapter(lora, BASE, tmp_path / "a.safetensors")
+        convert_adapter(lora, BASE, tmp_path / "a.safetensors")
     assert not (tmp_path / "a.safetensors").exists()
-
-
-def test_a_rank_that_disagrees_with_the_config_is_refused(lora: Path, tmp_path: Path) -> None:
-    change_config(lora, r=8)
-    with pytest.raises(AdapterError, match=r"_proj' has rank 4, adapter_config\.json says 8; the scale would be wrong"):
-        export_adapter(lora, BASE, tmp_path / "a.safetensors")
-
-
-@pytest.mark.parametrize("rank", [0, -1, None, "4", 2.5])
-def test_a_rank_that_is_no_positive_number_is_refused(lora: Path, tmp_path: Path, rank: Any) -> None:
-    change_config(lora, r=rank)
-    with pytest.raises(AdapterError, match="positive whole number"):
-        export_adapter(lora, BASE, tmp_path / "a.safetensors")
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"lora_alpha": None}, {"lora_alpha": "8"}, {"lora_alpha": float("nan")}, {"lora_alpha": float("inf")},
-        {"rank_pattern": ["q_proj"]}, {"rank_pattern": {"[": 4}}, {"alpha_pattern": {"q_proj": None}},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_a_config_that_gives_no_scale_is_refused(lora: Path, tmp_path: Path, values: dict[str, Any]) -> None:
-    change_config(lora, **values)
-    with pytest.raises(AdapterError, match="'one'"):
-        export_adapter(lora, BASE, tmp_path / "a.safetensors")
-
-
-def test_an_alpha_that_is_not_given_is_that_of_peft() -> None:
-    assert scale_of("model.layers.0.self_attn.q_proj", {"r": 4}) == peft.LoraConfig(r=4).lora_alpha / 4
 
 
 def test_files_that_cannot_be_read_are_refused(lora: Path, tmp_path: Path) -> None:
@@ -324,19 +248,19 @@ def test_files_that_cannot_be_read_are_refused(lora: Path, tmp_path: Path) -> No
     for content in (whole[:-1], whole[: len(whole) // 2], whole[:4], b"", b"\xff" * 100):
         weights.write_bytes(content)
         with pytest.raises(AdapterError, match=rf"'one': {WEIGHTS} cannot be read"):
-            export_adapter(lora, BASE, output)
+            convert_adapter(lora, BASE, output)
     weights.unlink()
     with pytest.raises(AdapterError, match=f"has no {WEIGHTS}; save it with safe_serialization"):
-        export_adapter(lora, BASE, output)
+        convert_adapter(lora, BASE, output)
     for content in (b"{", b"\xff", b""):
         (lora / CONFIG).write_bytes(content)
-        with pytest.raises(AdapterError, match=f"no readable {CONFIG}"):
-            export_adapter(lora, BASE, output)
+        with pytest.raises(AdapterError, match=f"{CONFIG} cannot be read as JSON"):
+            convert_adapter(lora, BASE, output)
     (lora / CONFIG).write_text("[]", encoding="utf-8")
     with pytest.raises(UnsupportedAdapter, match="is of type 'list'"):
-        export_adapter(lora, BASE, output)
-    with pytest.raises(AdapterError, match=f"no readable {CONFIG}"):
-        export_adapter(tmp_path / "absent", BASE, output)
+        convert_adapter(lora, BASE, output)
+    with pytest.raises(AdapterError, match="absent' is missing; give a LoRA file of llama.cpp"):
+        convert_adapter(tmp_path / "absent", BASE, output)
 
 
 def test_an_adapter_of_another_base_is_refused_with_every_slot(lora: Path, tmp_path: Path) -> None:
@@ -344,17 +268,17 @@ def test_an_adapter_of_another_base_is_refused_with_every_slot(lora: Path, tmp_p
     slots = tuple(group for group in narrow.slots if group.name != "down_proj")
     other = BaseSpec("d", "t", "c" * 64, "fp32", 512, 2, 16, 300, (299,), slots)
     with pytest.raises(SlotMismatch) as caught:
-        export_adapter(lora, other, tmp_path / "a.safetensors")
+        convert_adapter(lora, other, tmp_path / "a.safetensors")
     message = str(caught.value)
     for group in slots:
-        assert f"'layers.0.{group.name}' is {group.n_in}x{group.n_out} here" in message
+        assert f"'layers.0.{group.name}' is {group.n_in}x{group.n_out} in this base" in message
         assert f"'layers.1.{group.name}': this base has 1 layers" in message
     assert "'down_proj' has no slot in this base" in message
-    assert "'layers.0.q_proj' is 32x64 here, 64x64 there" in message
+    assert "'layers.0.q_proj' is 32x64 in this base, 64x64 in the adapter" in message
 
 
 def test_a_file_for_another_base_of_the_same_shape_is_refused(lora: Path, tmp_path: Path) -> None:
-    export_adapter(lora, BASE, tmp_path / "a.safetensors")
+    convert_adapter(lora, BASE, tmp_path / "a.safetensors")
     with pytest.raises(SlotMismatch, match="was exported against base aaaaaaaaaaaa…, this base is dddddddddddd…"):
         load_adapter(tmp_path / "a.safetensors", "a", BASE.slots, "d" * 64)
 
@@ -374,24 +298,24 @@ def test_a_packed_projection_of_another_width_is_refused(zoo: TinyZoo, tmp_path:
 
     change_weights(folder, resize)
     with pytest.raises(SlotMismatch):
-        export_adapter(folder, BASE, tmp_path / "a.safetensors")
+        convert_adapter(folder, BASE, tmp_path / "a.safetensors")
 
 
 def test_an_output_that_exists_is_not_overwritten(lora: Path, tmp_path: Path) -> None:
     output = tmp_path / "a.safetensors"
     output.write_bytes(b"mine")
     with pytest.raises(ExportError, match="exists"):
-        export_adapter(lora, BASE, output)
+        convert_adapter(lora, BASE, output)
     assert output.read_bytes() == b"mine"
 
 
 def test_a_training_report_goes_along(lora: Path, tmp_path: Path) -> None:
     tiny.write_json(lora / "training.json", {"steps": 7})
-    made = export_adapter(lora, BASE, tmp_path / "deep" / "er" / "a.safetensors")
+    made = convert_adapter(lora, BASE, tmp_path / "deep" / "er" / "a.safetensors")
     assert made.spec.source["training"] == {"steps": 7}
 
 
 def test_a_damaged_training_report_is_refused(lora: Path, tmp_path: Path) -> None:
     (lora / "training.json").write_text("{", encoding="utf-8")
     with pytest.raises(EdgeComposeError, match=r"training\.json"):
-        export_adapter(lora, BASE, tmp_path / "a.safetensors")
+        convert_adapter(lora, BASE, tmp_path / "a.safetensors")

@@ -1,4 +1,4 @@
-"""An adapter folder of mlx_lm to float factors."""
+"""Adapter folders of mlx_lm: reads them to float factors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import safetensors
 
 from edgecompose.bundle.files import sha256_of
 from edgecompose.errors import AdapterError, UnsupportedAdapter
-from edgecompose_export.lora_source import (
+from edgecompose.formats.lora import (
     CONFIG_FILE,
     Half,
     LoraSource,
@@ -32,31 +32,29 @@ _KEY = re.compile(r"^(.+)\.lora_(a|b)$")
 _FUSED = re.compile(r"switch_mlp|\.experts\.")
 
 
-def is_mlx_folder(folder: Path, config: Any) -> bool:
-    """Whether a folder with this `adapter_config.json` holds an adapter of mlx_lm, and not one of PEFT.
+def is_mlx_folder(path: Path) -> bool:
+    """Whether a folder holds an adapter of mlx_lm, and not one of PEFT.
 
     Converters write configs with the settings of both; then the weights decide.
     """
+    if not (path / CONFIG_FILE).is_file():
+        return False
+    try:
+        config = read_adapter_config(path)
+    except AdapterError:
+        return False
     if not isinstance(config, dict):
         return False
-    has_weights = (folder / WEIGHTS_FILE).is_file()
+    has_weights = (path / WEIGHTS_FILE).is_file()
     if "peft_type" in config:
-        return has_weights and not (folder / _PEFT_WEIGHTS_FILE).is_file() and _has_names_of_mlx(folder / WEIGHTS_FILE)
+        return has_weights and not (path / _PEFT_WEIGHTS_FILE).is_file() and _has_names_of_mlx(path / WEIGHTS_FILE)
     return "fine_tune_type" in config or "lora_parameters" in config or has_weights
-
-
-def _has_names_of_mlx(path: Path) -> bool:
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            return any(_KEY.match(key) for key in file.keys())  # noqa: SIM118 (it is no mapping)
-    except (OSError, safetensors.SafetensorError):
-        return True  # its reader says what is wrong
 
 
 def read_mlx_folder(folder: Path) -> LoraSource:
     """The factors of a folder that holds adapter_config.json and adapters.safetensors.
 
-    mlx_lm keeps A as (in, r) and B as (r, out); both are turned here.
+    mlx_lm keeps A as (in, r) and B as (r, out); both are transposed.
 
     Raises:
         UnsupportedAdapter: DoRA, full fine-tuning, fused experts, a scale of unclear meaning, or unknown tensors.
@@ -90,7 +88,15 @@ def read_mlx_folder(folder: Path) -> LoraSource:
         return scale
 
     about = {"name": name, "kind": "mlx", "weights_sha256": sha256_of(path), "r": rank, "scale": scale}
-    return LoraSource(name, "mlx", pair_up(name, halves, scale_of), about)
+    return LoraSource(name, pair_up(name, halves, scale_of), about)
+
+
+def _has_names_of_mlx(path: Path) -> bool:
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            return any(_KEY.match(key) for key in file.keys())  # noqa: SIM118 (it is no mapping)
+    except (OSError, safetensors.SafetensorError):
+        return True  # its reader says what is wrong
 
 
 def _rank_and_scale(adapter: str, config: Any) -> tuple[int, float]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from edgecompose.errors import ExportError
-from edgecompose_export.datasets import Example, read_examples
+from edgecompose.retrieval.examples import Example, read_examples
 
 GOOD = '{"prompt": "2 + 2?", "answer": "4"}'
 
@@ -42,15 +42,20 @@ def test_a_line_ends_only_at_a_line_feed(path: Path, separator: str) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "is not JSON"), ("not json", "is not JSON"), ("[1]", "is a list"), ("7", "is a int"),
-        ('{"answer": "4"}', "has no 'prompt'"), ('{"prompt": "?"}', "has no 'answer'"),
-        ('{"prompt": "  ", "answer": "4"}', "has no 'prompt'"), ('{"prompt": "?", "answer": 4}', "has no 'answer'"),
+        ("{", "is not JSON"),
+        ("not json", "is not JSON"),
+        ("[1]", "is a list"),
+        ("7", "is a int"),
+        ('{"answer": "4"}', "has no 'prompt'"),
+        ('{"prompt": "?"}', "has no 'answer'"),
+        ('{"prompt": "  ", "answer": "4"}', "has no 'prompt'"),
+        ('{"prompt": "?", "answer": 4}', "has no 'answer'"),
         ('{"prompt": "?", "answer": "4", "choices": "45"}', "'choices'"),
         ('{"prompt": "?", "answer": "4", "choices": [4]}', "'choices'"),
         pytest.param('{"prompt": "?", "answer": ' + "1" * 5000 + "}", "is not JSON", id="5000 digits"),
         pytest.param("[" * 100_000, "is not JSON", id="deep"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_line_is_named(path: Path, line: str, message: str) -> None:
     path.write_text(f"{GOOD}\n\n{line}\n", encoding="utf-8")
     with pytest.raises(ExportError, match=f"task.jsonl:3.*{message}"):

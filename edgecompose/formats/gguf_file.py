@@ -7,20 +7,20 @@ believed before it is compared with the size of the file.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import mmap
 import re
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from edgecompose.errors import ExportError
+from edgecompose.errors import EdgeComposeError, ExportError
 from edgecompose.formats.checkpoint import text_instead
 
 MAGIC = b"GGUF"
@@ -136,13 +136,25 @@ class _Header:
         return strings
 
 
+def require_gguf() -> None:
+    """Make sure that the package gguf is there, which knows the types of numbers in such files.
+
+    Raises:
+        EdgeComposeError: it is not installed.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise EdgeComposeError("GGUF files need the package gguf; run: pip install 'edgecompose[gguf]'")
+
+
 def read_gguf(path: Path) -> GgufFile:
     """The header of a GGUF file, of either kind of content (model or adapter).
 
     Raises:
         ExportError: no GGUF file, one of the other byte order or of an unknown version, a damaged or incomplete one,
             or a tensor twice.
+        EdgeComposeError: the package gguf is not installed.
     """
+    require_gguf()
     try:
         with path.open("rb") as stream:
             mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
@@ -236,12 +248,14 @@ def _parse(header: _Header) -> GgufFile:
             raise header.fail(
                 f"{what} takes bytes {start + end} to {start + end + tensor.bytes}, the file ends at byte {header.size}"
             )
-        tensors[tensor.name] = GgufTensor(tensor.name, tensor.type, tensor.shape, start + end, tensor.bytes)
+        tensors[tensor.name] = replace(tensor, offset=start + end)
         end = -(-(end + tensor.bytes) // alignment) * alignment
     return GgufFile(path, metadata, tensors)
 
 
 def _tensor(header: _Header) -> GgufTensor:
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
     name = header.text("tensor name")
     axes = header.number("I", f"axes of '{name:.60}'")
     if not 1 <= axes <= 4:
@@ -258,7 +272,7 @@ def _tensor(header: _Header) -> GgufTensor:
     block, size = GGML_QUANT_SIZES[known]
     if shape[-1] % block or min(shape) < 1:
         raise header.fail(f"tensor '{name}' has shape {shape}, rows of {known.name} are multiples of {block}")
-    return GgufTensor(name, known.name, shape, offset, math.prod(shape) // block * size)
+    return GgufTensor(name, known.name, shape, offset=offset, bytes=math.prod(shape) // block * size)
 
 
 def _refuse_doubles(path: Path, names: Iterator[str]) -> None:

@@ -1,13 +1,23 @@
-"""Task examples as JSON lines, and JSON files; knows nothing of models."""
+"""Training examples of tasks: JSON lines, and their prompts as vectors under consecutive keys of an index."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
 
 from edgecompose.errors import ExportError
+from edgecompose.retrieval.embedder import Embedder, normalize
+
+if TYPE_CHECKING:
+    from usearch.index import Index
+
+Float = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +51,26 @@ def read_examples(path: Path, *, limit: int | None = None) -> list[Example]:
     return examples[:limit]
 
 
-def read_json(path: Path) -> Any:
-    """The value in a JSON file.
+def embed_prompts(
+    embedder: Embedder, prompts: Sequence[str], advance: Callable[[int], None] = lambda count: None
+) -> Float:
+    """Vectors (n, dimension) of prompts, at unit norm as queries are, whether the encoder normalises or not."""
+    vectors = []
+    for prompt in prompts:
+        vectors.append(normalize(embedder.embed(prompt)))
+        advance(1)
+    return np.stack(vectors)
 
-    Raises:
-        ExportError: unreadable or not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ExportError(f"'{path}' cannot be read as JSON: {error}; make it again") from error
+
+def add_vectors(index: Index, vectors: Float, first_key: int) -> None:
+    """Add vectors (n, dimension of the index) under consecutive keys (one thread: same input, same file)."""
+    index.add(np.arange(first_key, first_key + len(vectors), dtype=np.uint64), vectors, threads=1)
+
+
+def prompt_lines(prompts: Sequence[str], first_key: int) -> str:
+    """JSON lines of key and prompt."""
+    lines = (json.dumps({"key": k, "prompt": p}, ensure_ascii=False) for k, p in enumerate(prompts, start=first_key))
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _example(line: str, place: str) -> Example:

@@ -1,0 +1,237 @@
+"""Adds tasks to a bundle, and removes them.
+
+A task comes and goes in one rename. Files whose content changes get a new name (the index carries a part of its hash),
+the manifest is replaced last, and only then are the files removed that only the old one named. A run that is killed at
+any moment leaves the old bundle or the new one, and at worst files that nothing names.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgecompose.adapters import convert_adapter
+from edgecompose.bundle.adapter import adapter_metadata, load_adapter
+from edgecompose.bundle.files import Bundle, describe_file, sha256_of, write_manifest
+from edgecompose.bundle.manifest import Manifest, check_name
+from edgecompose.bundle.quantization import Bits
+from edgecompose.bundle.specs import AdapterSpec, BaseSpec, FileEntry, TaskSpec
+from edgecompose.engine.device import choose_device
+from edgecompose.errors import ExportError, UnknownAdapter
+from edgecompose.formats.registry import detect_format, unknown_format
+from edgecompose.merging.merger import Merger
+from edgecompose.retrieval.examples import add_vectors, embed_prompts, prompt_lines, read_examples
+from edgecompose.retrieval.index import new_index, open_index
+from edgecompose.retrieval.retriever import Retriever
+from edgecompose.retrieval.whitening import load_whitening
+
+if TYPE_CHECKING:
+    from usearch.index import Index
+
+#: Adapters whose inner products with one other are computed at once.
+_PAIRED = 8
+
+
+def add_task(
+    root: Path,
+    name: str,
+    adapter: Path,
+    examples: Path,
+    *,
+    bits: Bits = 4,
+    advance: Callable[[int, int], None] = lambda done, of: None,
+) -> Manifest:
+    """Add a task with its adapter and examples to an existing bundle.
+
+    Args:
+        adapter: a quantised adapter file, or a file or folder in a format of `edgecompose.formats.registry`.
+        examples: JSON lines with `prompt` and `answer`; prompts are embedded, answers are not kept.
+        bits: of the quantised factors, where `adapter` has another format.
+        advance: called with (prompts embedded, prompts in all).
+
+    Raises:
+        ExportError: the task is there already, or the examples cannot be used.
+        AdapterError: the adapter cannot be read, or does not fit the base.
+        BundleError: the bundle cannot be used.
+    """
+    bundle = Bundle(root)
+    manifest = bundle.manifest
+    check_name(name)
+    if name in manifest.tasks or name in manifest.adapters:
+        raise ExportError(f"bundle '{root}' already has a task '{name}'; remove it first, or give another name")
+    prompts = [example.prompt for example in read_examples(examples)]
+    spec = place_adapter(adapter, root, name=name, base=manifest.base, bits=bits)
+    index = open_index(bundle.path(manifest.index.file), manifest.index, editable=True)
+    first_key = max((task.first_key + task.examples for task in manifest.tasks.values()), default=0)
+    add_vectors(index, _vectors(bundle, prompts, advance), first_key)
+    texts = None
+    if manifest.index.texts is not None:
+        texts = bundle.text(manifest.index.texts) + prompt_lines(prompts, first_key)
+    adapters = {**manifest.adapters, name: spec}
+    changed = replace(
+        manifest,
+        tasks={**manifest.tasks, name: TaskSpec({name: 1.0}, first_key, len(prompts))},
+        adapters=adapters,
+        inner_products=pairwise_inner_products(root, adapters, manifest.base, known=manifest.inner_products),
+        **_store_index(bundle, index, texts, files={spec.file: describe_file(root / spec.file)}),
+    )
+    _commit(root, manifest, changed)
+    return changed
+
+
+def remove_task(root: Path, name: str) -> Manifest:
+    """Remove a task, its examples, and its adapter unless another task uses it.
+
+    Raises:
+        UnknownAdapter: the bundle has no such task.
+        ExportError: it is the only task.
+        BundleError: the bundle cannot be used.
+    """
+    bundle = Bundle(root)
+    manifest = bundle.manifest
+    if name not in manifest.tasks:
+        raise UnknownAdapter(f"bundle '{root}' has no task '{name}'; it has: {', '.join(sorted(manifest.tasks))}")
+    if len(manifest.tasks) == 1:
+        raise ExportError(f"'{name}' is the only task of bundle '{root}'; a bundle needs one")
+    tasks = {key: task for key, task in manifest.tasks.items() if key != name}
+    old = open_index(bundle.path(manifest.index.file), manifest.index, editable=True)
+    index = new_index(manifest.index.dimension, manifest.index.dtype, vectors=manifest.index.vectors)
+    for task in tasks.values():
+        keys = np.arange(task.first_key, task.first_key + task.examples, dtype=np.uint64)
+        index.add(keys, np.asarray(old.get(keys), np.float32), threads=1)
+    texts = None
+    if manifest.index.texts is not None:
+        lines = bundle.text(manifest.index.texts).split("\n")[:-1]  # JSON may hold other line separators
+        texts = "".join(f"{line}\n" for line in lines if not _is_of(line, manifest.tasks[name]))
+    used = set().union(*(task.adapters for task in tasks.values()))
+    adapters = {key: spec for key, spec in manifest.adapters.items() if key in used}
+    changed = replace(
+        manifest,
+        tasks=tasks,
+        adapters=adapters,
+        inner_products=pairwise_inner_products(root, adapters, manifest.base, known=manifest.inner_products),
+        **_store_index(bundle, index, texts),
+    )
+    named = set(changed.named_files())
+    named |= {f"{path}.data" for path in named}
+    changed = replace(changed, files={path: entry for path, entry in changed.files.items() if path in named})
+    _commit(root, manifest, changed)
+    return changed
+
+
+def place_adapter(source: Path, root: Path, *, name: str, base: BaseSpec, bits: Bits) -> AdapterSpec:
+    """Copy a quantised adapter, or convert one of another format, to `adapters/NAME.safetensors` of a bundle.
+
+    Raises:
+        AdapterError: it cannot be read, or does not fit the base.
+        ExportError: nothing lies at `source`.
+    """
+    relative = f"adapters/{name}.safetensors"
+    target = root / relative
+    if detect_format(source) is not None:
+        target.unlink(missing_ok=True)
+        return replace(convert_adapter(source, base, target, bits=bits).spec, file=relative)
+    if not source.is_file():
+        raise ExportError(f"{unknown_format(source)}, or a quantised file")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+    try:
+        adapter = load_adapter(target, name, base.slots, base.identity)
+    except Exception:
+        target.unlink()
+        raise
+    about = _source_of(target)
+    errors = about.get("errors", {})
+    error = float(np.mean(list(errors.values()))) if errors else 0.0
+    return AdapterSpec(
+        file=relative, rank=adapter.rank, bits=adapter.bits, base=base.identity, error=round(error, 5), source=about
+    )
+
+
+def pairwise_inner_products(
+    root: Path, adapters: Mapping[str, AdapterSpec], base: BaseSpec, *, known: Mapping[str, Mapping[str, float]]
+) -> dict[str, dict[str, float]]:
+    """Inner products of the updates of every two adapters of a bundle; those in `known` are not computed again."""
+    names = sorted(adapters)
+    result = {one: {other: known.get(one, {}).get(other) for other in names[i:]} for i, one in enumerate(names)}
+    merger = Merger(choose_device("cpu"))
+    load = functools.lru_cache(maxsize=2 * _PAIRED)(
+        lambda name: load_adapter(root / adapters[name].file, name, base.slots, base.identity)
+    )
+    for one, row in result.items():
+        missing = [other for other, value in row.items() if value is None]
+        for start in range(0, len(missing), _PAIRED):
+            others = [other for other in missing[start : start + _PAIRED] if other != one]
+            products = merger.inner_products([load(one), *map(load, others)])[0]
+            row.update({n: float(v) for n, v in zip([one, *others], products, strict=True) if row[n] is None})
+    return {one: {other: value for other, value in row.items() if value is not None} for one, row in result.items()}
+
+
+def index_file_name(path: Path) -> str:
+    """What an index file is called in a bundle: it carries a part of its hash."""
+    return f"examples-{sha256_of(path)[:12]}.usearch"
+
+
+def _vectors(bundle: Bundle, prompts: Sequence[str], advance: Callable[[int, int], None]) -> npt.NDArray[np.float32]:
+    """Vectors (n, dimension of the index) of prompts."""
+    done = iter(range(1, len(prompts) + 1))
+    embedder = Retriever(bundle, choose_device("cpu")).embedder
+    vectors = embed_prompts(embedder, prompts, lambda count: advance(next(done), len(prompts)))
+    spec = bundle.manifest.index
+    if spec.whitening is None:
+        return vectors
+    return load_whitening(bundle.path(spec.whitening), bundle.manifest.embedder.dimension, spec.dimension)(vectors)
+
+
+def _source_of(path: Path) -> dict[str, Any]:
+    """Where a quantised adapter comes from, as the file says."""
+    source = json.loads(adapter_metadata(path).get("source", "{}"))
+    return source if isinstance(source, dict) else {}
+
+
+def _store_index(
+    bundle: Bundle, index: Index, texts: str | None, *, files: Mapping[str, FileEntry] = MappingProxyType({})
+) -> dict[str, Any]:
+    """Write a changed index (and texts) under new names.
+
+    Args:
+        files: other files that are new.
+
+    Returns:
+        The fields of the manifest that change.
+    """
+    root, manifest = bundle.root, bundle.manifest
+    work = root / ".examples.usearch.tmp"
+    index.save(str(work))
+    name = index_file_name(work)
+    work.replace(root / name)
+    old = (manifest.index.file, manifest.index.texts)
+    entries = {path: entry for path, entry in manifest.files.items() if path not in old}
+    entries |= {**files, name: describe_file(root / name)}
+    texts_name = None
+    if texts is not None:
+        texts_name = f"{Path(name).stem}.jsonl"
+        (root / texts_name).write_text(texts, encoding="utf-8")
+        entries[texts_name] = describe_file(root / texts_name)
+    return {"index": replace(manifest.index, file=name, vectors=len(index), texts=texts_name), "files": entries}
+
+
+def _is_of(line: str, task: TaskSpec) -> bool:
+    """Whether a line of the texts belongs to a task."""
+    return task.first_key <= int(json.loads(line)["key"]) < task.first_key + task.examples
+
+
+def _commit(root: Path, old: Manifest, new: Manifest) -> None:
+    """Make a changed manifest the bundle's, then remove the files that only the old one named."""
+    write_manifest(root, new)
+    for relative in set(old.files) - set(new.files):
+        (root / relative).unlink(missing_ok=True)

@@ -1,0 +1,131 @@
+"""PEFT folders: what would be lost in silence, and settings that cannot be right, are refused by name."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch", reason="a package of edgecompose-export")
+pytest.importorskip("transformers", reason="a package of edgecompose-export")
+pytest.importorskip("peft", reason="a package of edgecompose-export")
+
+import peft
+
+from edgecompose.adapters import convert_adapter
+from edgecompose.errors import AdapterError, UnsupportedAdapter
+from edgecompose.formats.peft import scale_of
+from tests import tiny
+from tests.fixtures_tiny import TinyZoo
+from tests.lora_files import slots_of_llama
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+BASE = slots_of_llama()
+
+
+@pytest.fixture
+def lora(zoo: TinyZoo, tmp_path: Path) -> Path:
+    """A PEFT folder that may be changed."""
+    return shutil.copytree(zoo.lora("one"), tmp_path / "one")
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    path = folder / CONFIG
+    tiny.write_json(path, json.loads(path.read_text(encoding="utf-8")) | values)
+
+
+UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
+    "DoRA": ({"use_dora": True}, "use_dora"),
+    "bias": ({"bias": "all"}, "bias=all"),
+    "bias of LoRA": ({"lora_bias": True}, "lora_bias"),
+    "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save (lm_head: trained with new tokens)"),
+    "other modules_to_save": ({"modules_to_save": ["score"]}, "modules_to_save (score),"),
+    "tokens": ({"trainable_token_indices": [1, 2]}, "trainable_token_indices (trained with new tokens)"),
+    "parameters": ({"target_parameters": ["x"]}, "target_parameters"),
+    "replication": ({"layer_replication": [[0, 2]]}, "layer_replication"),
+    "QALoRA": ({"use_qalora": True}, "use_qalora"),
+    "aLoRA": ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+    "PiSSA": ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa"),
+    "fast PiSSA": ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights=pissa_niter_16"),
+    "OLoRA": ({"init_lora_weights": "olora"}, "init_lora_weights=olora"),
+    "LoftQ": ({"init_lora_weights": "loftq"}, "init_lora_weights=loftq"),
+    "several": (
+        {"use_dora": True, "bias": "lora_only", "init_lora_weights": "CorDA"},
+        "use_dora, bias=lora_only, init_lora_weights=corda",
+    ),
+    "another tuner": ({"peft_type": "IA3"}, "is of type 'IA3'; only LORA"),
+    "no tuner": ({"peft_type": None}, "is of type None; only LORA"),
+    "block diagonal": ({"use_bdlora": {"nblocks": 2, "target_modules_bd_a": ["q_proj"]}}, "use_bdlora"),
+}
+
+
+@pytest.mark.parametrize("case", UNSUPPORTED)
+def test_what_would_be_dropped_in_silence_is_refused(lora: Path, tmp_path: Path, case: str) -> None:
+    values, named = UNSUPPORTED[case]
+    change_config(lora, **values)
+    with pytest.raises(UnsupportedAdapter, match=f"'one'.*{re.escape(named)}"):
+        convert_adapter(lora, BASE, tmp_path / "a.safetensors")
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_fan_in_fan_out_means_nothing_for_linear_modules(lora: Path, tmp_path: Path) -> None:
+    """PEFT warns and goes on; configs of older versions still say so."""
+    convert_adapter(lora, BASE, tmp_path / "a.safetensors")
+    change_config(lora, fan_in_fan_out=True)
+    convert_adapter(lora, BASE, tmp_path / "b.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "eva"])
+def test_initialisations_that_leave_the_base_alone_are_fine(lora: Path, tmp_path: Path, init: Any) -> None:
+    change_config(lora, init_lora_weights=init)
+    convert_adapter(lora, BASE, tmp_path / "a.safetensors")
+
+
+def test_a_real_dora_folder_is_refused(zoo: TinyZoo, tmp_path: Path) -> None:
+    folder = zoo.lora("dora", use_dora=True, target_modules=["q_proj"])
+    with pytest.raises(UnsupportedAdapter, match="use_dora"):
+        convert_adapter(folder, BASE, tmp_path / "a.safetensors")
+    change_config(folder, use_dora=False)
+    with pytest.raises(UnsupportedAdapter, match=r"tensors that have no slot: .*lora_magnitude_vector"):
+        convert_adapter(folder, BASE, tmp_path / "a.safetensors")
+
+
+def test_a_rank_that_disagrees_with_the_config_is_refused(lora: Path, tmp_path: Path) -> None:
+    change_config(lora, r=8)
+    with pytest.raises(AdapterError, match=r"_proj' has rank 4, adapter_config\.json says 8; the scale would be wrong"):
+        convert_adapter(lora, BASE, tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("rank", [0, -1, None, "4", 2.5])
+def test_a_rank_that_is_no_positive_number_is_refused(lora: Path, tmp_path: Path, rank: Any) -> None:
+    change_config(lora, r=rank)
+    with pytest.raises(AdapterError, match="positive whole number"):
+        convert_adapter(lora, BASE, tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"lora_alpha": None},
+        {"lora_alpha": "8"},
+        {"lora_alpha": float("nan")},
+        {"lora_alpha": float("inf")},
+        {"rank_pattern": ["q_proj"]},
+        {"rank_pattern": {"[": 4}},
+        {"alpha_pattern": {"q_proj": None}},
+    ],
+    ids=str,
+)
+def test_a_config_that_gives_no_scale_is_refused(lora: Path, tmp_path: Path, values: dict[str, Any]) -> None:
+    change_config(lora, **values)
+    with pytest.raises(AdapterError, match="'one'"):
+        convert_adapter(lora, BASE, tmp_path / "a.safetensors")
+
+
+def test_an_alpha_that_is_not_given_is_that_of_peft() -> None:
+    assert scale_of("model.layers.0.self_attn.q_proj", {"r": 4}) == peft.LoraConfig(r=4).lora_alpha / 4

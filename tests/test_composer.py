@@ -1,0 +1,148 @@
+"""A prompt through retrieval, merging and generation, on the tiny bundle."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgecompose import Composer, EdgeComposeError, MergeSettings, Request, Sampling, open_bundle
+from edgecompose.errors import RetrievalError, UnknownAdapter
+from edgecompose.settings import RetrievalSettings
+from tests.fixtures_tiny import TASKS
+from tests.recipes import ALONE, NEAREST, PROMPT
+
+
+@pytest.fixture(scope="module")
+def composer(bundle: Path) -> Iterator[Composer]:
+    with open_bundle(bundle, device="cpu") as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_prompt_of_a_task_finds_its_task(composer: Composer, task: str) -> None:
+    for prompt in TASKS[task]:
+        retrieval = composer.retrieve(prompt, NEAREST)
+        assert [n.task for n in retrieval.neighbours] == [task]
+        assert retrieval.neighbours[0].similarity == pytest.approx(1, abs=2e-3)
+        assert retrieval.weights == {task: pytest.approx(1)}
+
+
+def test_a_whole_answer(composer: Composer) -> None:
+    pieces: list[str] = []
+    answer = composer.run(PROMPT, on_text=pieces.append)
+    assert "".join(pieces) == answer.text
+    assert 0 <= answer.generated_tokens <= 6
+    assert answer.prompt_tokens > len(PROMPT) / 2
+    assert len(answer.retrieval.neighbours) == 4
+    assert sum(answer.retrieval.weights.values()) == pytest.approx(1)
+    assert sum(answer.retrieval.distribution.values()) == pytest.approx(1)
+    assert answer == dataclasses.replace(composer.run(PROMPT), timings_ms=answer.timings_ms)
+
+
+def test_the_blend_changes_the_logits(composer: Composer) -> None:
+    choices = ("yes", "no", "maybe so")
+    scores = [
+        composer.run(PROMPT, dataclasses.replace(request, choices=choices)).choices
+        for request in (ALONE, Request(weights={"animals": 1.0}), Request(weights={"animals": -1.0}), Request())
+    ]
+    values = [tuple(s.values()) for s in scores if s is not None]
+    assert len(set(values)) == 4
+
+
+def test_choices_are_ranked(composer: Composer) -> None:
+    answer = composer.run(PROMPT, Request(choices=("yes", "no", "maybe so")))
+    assert answer.choices is not None
+    assert list(answer.choices) == ["yes", "no", "maybe so"]
+    assert all(score < 0 for score in answer.choices.values())
+    assert answer.text == max(answer.choices, key=answer.choices.__getitem__)
+    turned = composer.run(PROMPT, Request(choices=("maybe so", "no", "yes")))
+    assert turned.choices == pytest.approx(answer.choices, abs=1e-5)
+    with pytest.raises(EdgeComposeError, match="appears twice"):
+        composer.run(PROMPT, Request(choices=("yes", "yes")))
+
+
+def test_an_excluded_task_is_left_out(composer: Composer) -> None:
+    retrieval = composer.retrieve(PROMPT, Request(exclude=("animals",), retrieval=RetrievalSettings(neighbours=50)))
+    assert {n.task for n in retrieval.neighbours} == {"numbers", "colours"}
+    assert len(retrieval.neighbours) == 9
+    assert "animals" not in retrieval.weights
+    with pytest.raises(UnknownAdapter, match="no task 'absent'"):
+        composer.retrieve(PROMPT, Request(exclude=("absent",)))
+    with pytest.raises(RetrievalError, match="no example is left"):
+        composer.retrieve(PROMPT, Request(exclude=tuple(TASKS)))
+
+
+def test_weights_by_hand_skip_retrieval(composer: Composer) -> None:
+    answer = composer.run("", Request(weights={"numbers": 0.5, "colours": -0.25}))
+    assert answer.retrieval.neighbours == ()
+    assert answer.retrieval.weights == {"numbers": 0.5, "colours": -0.25}
+    assert answer.timings_ms["embed"] == 0
+    other = composer.run("", Request(weights={"colours": -0.25, "numbers": 0.5}))
+    assert (other.composition, other.text) == (answer.composition, answer.text)
+    with pytest.raises(UnknownAdapter, match="'absent' is not in the bundle"):
+        composer.run(PROMPT, Request(weights={"absent": 1.0}))
+
+
+def test_zero_weight_is_the_base_alone(composer: Composer) -> None:
+    choices = ("one", "two")
+    zero = composer.run(PROMPT, Request(weights={"animals": 0.0}, choices=choices)).choices
+    assert zero == pytest.approx(composer.run(PROMPT, Request(weights={}, choices=choices)).choices, abs=1e-5)
+
+
+def test_a_seed_decides_what_is_drawn(composer: Composer) -> None:
+    def draw(seed: int) -> str:
+        return composer.run(PROMPT, Request(sampling=Sampling(5.0, 1.0, seed), max_tokens=12)).text
+
+    assert draw(1) == draw(1)
+    assert len({draw(seed) for seed in range(4)}) > 1
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "magnitude_prune"])
+def test_factorwise_methods_want_one_rank(composer: Composer, method: str) -> None:
+    settings = MergeSettings(method)
+    assert composer.run(PROMPT, Request(weights={"animals": 1.0}, merge=settings)).settings == settings
+    with pytest.raises(EdgeComposeError, match=r"has ranks \[2, 4\]"):
+        composer.run(PROMPT, Request(weights={"animals": 0.5, "numbers": 0.5}, merge=settings))
+
+
+def test_a_closed_composer_loads_again(bundle: Path) -> None:
+    opened = open_bundle(bundle, device="cpu")
+    opened.warm_up()
+    first = opened.run(PROMPT).text
+    opened.close()
+    assert opened.run(PROMPT).text == first
+
+
+def test_vectors_in_the_index_are_those_of_the_embedder(composer: Composer) -> None:
+    query = composer.retriever.embedder.embed(PROMPT)
+    (nearest,) = composer.retriever.index.search(query, 1)
+    assert nearest.key == 0
+    assert nearest.similarity == pytest.approx(1, abs=2e-3)
+    assert np.linalg.norm(query) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_prompt_seen_before_is_neither_embedded_nor_searched_again(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = TASKS["numbers"][0]
+    with open_bundle(bundle, device="cpu") as opened:
+        first = opened.retrieve(prompt)
+        assert opened.compose(prompt).merged is opened.compose(prompt).merged
+
+        def refuse(text: str) -> None:
+            raise AssertionError(f"embedded again: {text}")
+
+        monkeypatch.setattr(opened.retriever.embedder, "embed_tokens", refuse)
+        assert opened.retrieve(prompt) == first
+        for other in (
+            Request(exclude=("numbers",)),
+            Request(retrieval=RetrievalSettings(routing_temperature=0.1)),
+            Request(retrieval=RetrievalSettings(nucleus=0.5)),
+        ):
+            assert opened.retrieve(prompt, other) != first
+        with pytest.raises(AssertionError, match="embedded again"):
+            opened.retrieve(TASKS["colours"][0])
