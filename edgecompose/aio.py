@@ -1,4 +1,4 @@
-"""The same for programs with an event loop: the model works in threads, the loop stays free."""
+"""Async wrapper of Composer: model calls run in threads."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import asyncio
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 from typing import TypeVar
 
+from edgecompose.closing import AsyncClosing
 from edgecompose.composer import Composer
 from edgecompose.generation.messages import Prompt
 from edgecompose.request import Answer, Composition, Request
@@ -18,7 +18,7 @@ from edgecompose.streaming import Generation
 T = TypeVar("T")
 
 
-class AsyncComposer:
+class AsyncComposer(AsyncClosing):
     """A composer whose methods are awaited; it lets go of its threads when it is closed, the composer stays open.
 
     Args:
@@ -28,14 +28,6 @@ class AsyncComposer:
     def __init__(self, composer: Composer, *, workers: int = 1) -> None:
         self.composer = composer
         self._threads = ThreadPoolExecutor(workers, "edgecompose")
-
-    async def __aenter__(self) -> AsyncComposer:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
 
     async def close(self) -> None:
         """Wait for what is being computed, then let go of the threads."""
@@ -82,7 +74,7 @@ class AsyncComposer:
             raise
 
 
-class AsyncGeneration:
+class AsyncGeneration(AsyncClosing):
     """An answer that is being written, as `composer.Generation`."""
 
     def __init__(self, generation: Generation, owner: AsyncComposer) -> None:
@@ -93,18 +85,10 @@ class AsyncGeneration:
         return self
 
     async def __anext__(self) -> str:
-        piece = await self._owner.call(lambda: next(self._generation, None))
-        if piece is None:
+        text = await self._owner.call(lambda: next(self._generation, None))
+        if text is None:
             raise StopAsyncIteration
-        return piece
-
-    async def __aenter__(self) -> AsyncGeneration:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
+        return text
 
     async def close(self) -> None:
         """Stop, wherever the answer is; returns when the model has stopped."""

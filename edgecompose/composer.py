@@ -6,13 +6,13 @@ import dataclasses
 import functools
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
 from edgecompose.answering import Answering
 from edgecompose.bundle.files import Bundle
+from edgecompose.closing import Closing
 from edgecompose.engine.device import Device, DeviceRequest, choose_device, usable_cores
 from edgecompose.engine.fusing import require_fusing
 from edgecompose.errors import EdgeComposeError, GenerationError, MergeError, RetrievalError
@@ -31,7 +31,7 @@ Float = npt.NDArray[np.float32]
 _PARALLEL = 4
 
 
-class Composer:
+class Composer(Closing):
     """An opened bundle on a device. Parts are loaded when first needed; `close` drops them.
 
     Safe between threads: several threads get the answers that one gets. Blends are kept up to `cache_bytes`, fused
@@ -45,14 +45,6 @@ class Composer:
         self.retriever = Retriever(bundle, device)
         self.blends = Blends(bundle, device, cache_bytes=cache_bytes)
         self.model = LanguageModel(bundle, device, fused_cache_bytes=fused_cache_bytes)
-
-    def __enter__(self) -> Composer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Drop the sessions, the index and the adapters; they are loaded again when needed."""

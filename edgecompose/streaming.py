@@ -5,14 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 
+from edgecompose.closing import Closing
 from edgecompose.errors import EdgeComposeError, GenerationError
 from edgecompose.generation.decode import Chunk
 from edgecompose.request import Answer, Composition
 
 
-class Generation:
+class Generation(Closing):
     """An answer in progress: iterate over its text, then read `answer`.
 
     Closing it, or leaving its `with` block, stops the model at the present token; any thread may close it.
@@ -45,14 +45,6 @@ class Generation:
             if chunk.text:
                 return chunk.text
         raise StopIteration
-
-    def __enter__(self) -> Generation:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Stop, wherever the answer is; returns when the model has stopped."""

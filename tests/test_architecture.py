@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 RUNTIME, EXPORT = ROOT / "edgecompose", ROOT / "export" / "edgecompose_export"
 BUILD_TIME = {"torch", "transformers", "peft", "optimum", "onnx", "onnx_ir", "gguf", "edgecompose_export"}
 #: The rooms that each room may import, beside itself and the ground. Data flows down this list.
-GROUND = {"errors", "timing", "caching", "settings"}
+GROUND = {"errors", "timing", "caching", "settings", "closing"}
 ROOMS: dict[str, set[str]] = {
     "bundle": set(),
     "engine": {"bundle"},
@@ -141,7 +141,7 @@ def test_the_server_is_an_extra_that_nothing_else_imports() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     assert {re.split(r"[<>=]", wanted)[0].replace("-", "_") for wanted in extras["server"]} == SERVER
     importers = {name for name, tree in modules(RUNTIME).items() if foreign(tree) & SERVER}
-    assert importers == {"server.app", "server.metrics", "server.run"}
+    assert importers == {"server.app", "server.gate", "server.metrics", "server.run"}
     done = run_python(f"import sys; import edgecompose.cli.main; print({SERVER} & set(sys.modules))")
     assert (done.returncode, done.stdout) == (0, "set()\n")
 

@@ -17,6 +17,7 @@ from edgecompose.retrieval.index import Neighbour
 from edgecompose.server import protocol, responses
 from edgecompose.server.app import create_app
 from edgecompose.server.config import ServerSettings
+from edgecompose.server.endpoints import BY_PATH
 from edgecompose.settings import MergeSettings, RetrievalSettings, Sampling, settings_of
 from edgecompose.timing import STAGES
 
@@ -98,7 +99,8 @@ def _routes() -> Iterator[str]:
     service = create_app(cast(Any, None), ServerSettings())
     for route in cast(Any, service.routes):
         method = next(name for name in ("POST", "GET") if name in route.methods)
-        text = (inspect.getdoc(route.endpoint) or "").partition(": ")[2].rstrip(".")
+        row = BY_PATH.get(route.path)
+        text = row.help if row else (inspect.getdoc(route.endpoint) or "").partition(": ")[2].rstrip(".")
         yield f"| {method} | `{route.path.replace(':path', '')}` | {text} |"
 
 

@@ -1,4 +1,4 @@
-"""Answers that were computed before, kept in a JSONL file so that a killed evaluation goes on where it stopped."""
+"""Answers of an evaluation in a JSONL file, which makes the evaluation resumable."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Literal
 
+from edgecompose.bundle.jsonl import ResumableFile, open_resumable
 from edgecompose.bundle.records import value_from_json
-from edgecompose.errors import EvaluationError, ManifestInvalid
+from edgecompose.errors import EvaluationError
 
-#: How every line begins, by which a line that was cut off is known as ours.
+#: How every line begins, by which an incomplete line is known.
 _START = b'{"key": {"base": '
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerKey:
-    """All that an answer depends on: base, example, blend (its content hash), and how the answer was asked for.
+    """All that an answer depends on: base, example, blend (its content hash), and the request.
 
     `base` names the model, `max_tokens` is None where choices were scored.
     """
@@ -50,25 +51,21 @@ class _Line:
 
 @dataclass(slots=True)
 class AnswerCache:
-    """AnswerCache by key, appended to `file` where there is one, each as soon as it is known."""
+    """Answers by key, appended to a file where there is one, each as soon as it is computed."""
 
-    known: dict[AnswerKey, CachedAnswer] = field(default_factory=dict)
-    file: IO[bytes] | None = None
+    answers: dict[AnswerKey, CachedAnswer] = field(default_factory=dict)
+    file: ResumableFile[_Line] | None = None
 
     def add(self, key: AnswerKey, task: str, cached: CachedAnswer) -> None:
-        """Keep an answer; `task` is for whoever reads the file."""
-        self.known[key] = cached
+        """Store an answer; `task` is for readers of the file."""
+        self.answers[key] = cached
         if self.file is not None:
-            line = dataclasses.asdict(_Line(key, task, cached))
-            self.file.write(json.dumps(line).encode() + b"\n")
-            self.file.flush()
+            self.file.append(json.dumps(dataclasses.asdict(_Line(key, task, cached))))
 
 
 @contextmanager
 def open_answer_cache(path: Path | None) -> Iterator[AnswerCache]:
-    """The answer cache of a file, which is made where it is absent; None keeps them in memory only.
-
-    A last line that was cut off is taken off the file.
+    """The answer cache of a file, which is made where it is absent; None keeps answers in memory only.
 
     Raises:
         EvaluationError: the file holds something else.
@@ -77,33 +74,11 @@ def open_answer_cache(path: Path | None) -> Iterator[AnswerCache]:
     if path is None:
         yield AnswerCache()
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        file.seek(0)
-        known, end = _read(file, path)
-        file.truncate(end)
-        yield AnswerCache(known, file)
-
-
-def _read(file: IO[bytes], path: Path) -> tuple[dict[AnswerKey, CachedAnswer], int]:
-    """What the file knows, and where its last whole line ends."""
-    known: dict[AnswerKey, CachedAnswer] = {}
-    end = 0
-    for number, line in enumerate(file, 1):
-        if not line.endswith(b"\n") and (line.startswith(_START) or _START.startswith(line)):
-            break
-        found = _parse(line, f"{path}:{number}")
-        known[found.key] = found.cached
-        end += len(line)
-    return known, end
-
-
-def _parse(line: bytes, place: str) -> _Line:
-    found: Any = None
-    try:
-        found = json.loads(line)
-        return value_from_json(_Line, found, "cached")
-    except (ValueError, RecursionError, ManifestInvalid) as error:
-        raise EvaluationError(
-            f"{place} is no answer of an evaluation ({error}); give another file, or delete this one to start anew"
-        ) from error
+    with open_resumable(
+        path,
+        lambda value: value_from_json(_Line, value, "cached"),
+        start=_START,
+        error=EvaluationError,
+        content="answer of an evaluation",
+    ) as file:
+        yield AnswerCache({line.key: line.cached for line in file.earlier}, file)

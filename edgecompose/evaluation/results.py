@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgecompose.evaluation.examples import (
+from edgecompose.evaluation.bootstrap import (
     Bools,
-    EvalExample,
     Interval,
     PairedDifference,
     bootstrap_interval,
     mean_interval,
     paired_bootstrap,
 )
+from edgecompose.evaluation.examples import EvalExample
 from edgecompose.timing import STAGES
 
 #: Bins of the reliability of the top share.

@@ -205,9 +205,9 @@ class _Bench:
 
     def _cached(self, example: EvalExample, request: Request, weights: Mapping[str, float]) -> CachedAnswer:
         key = self._key(example, request, weights)
-        known = self._answer_cache.known.get(key)
-        if known is not None:
-            return known
+        cached = self._answer_cache.answers.get(key)
+        if cached is not None:
+            return cached
         self._composer.warm_up()  # so that no example's time is that of opening the models
         try:
             answer = self._composer.run(example.prompt, request)

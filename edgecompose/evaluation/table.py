@@ -9,7 +9,7 @@ from typing import Any
 from edgecompose.bundle.manifest import Manifest
 from edgecompose.engine.device import Device
 from edgecompose.errors import MergeError, RetrievalError
-from edgecompose.evaluation.examples import RESAMPLES, Interval, PairedDifference
+from edgecompose.evaluation.bootstrap import RESAMPLES, Interval, PairedDifference
 from edgecompose.evaluation.results import Comparison, Metrics, Routing, Summary
 from edgecompose.evaluation.runner import MAX_TOKENS, Variant
 from edgecompose.merging.methods import parameters_of

@@ -6,10 +6,9 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-import tokenizers
-
 from edgecompose.engine.memory import release_freed_memory
-from edgecompose.errors import BundleError, GenerationError
+from edgecompose.engine.tokenizer_file import open_tokenizer
+from edgecompose.errors import GenerationError
 from edgecompose.generation.chat_template import ChatTemplate
 
 Message = dict[str, str]
@@ -24,13 +23,8 @@ class Tokenizer:
     """
 
     def __init__(self, path: Path, *, chat_template: str | None = None) -> None:
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception on any malformed file
-            raise BundleError(f"tokenizer '{path.name}' cannot be read: {error}; export the bundle again") from error
+        self._tokenizer = open_tokenizer(path)
         release_freed_memory()  # reading 262,144 tokens leaves 190 MB that nothing uses
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
         self._template = None if chat_template is None else ChatTemplate(chat_template)
 
     @property

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import tokenizers
 
 from edgecompose.bundle.specs import EmbedderSpec
 from edgecompose.engine.device import Device, host, open_session
+from edgecompose.engine.tokenizer_file import open_tokenizer
 from edgecompose.errors import BundleError, RetrievalError
 
 Float = npt.NDArray[np.float32]
@@ -24,12 +24,7 @@ class Embedder:
         self._spec = spec
         self._session = open_session(graph, embedder_device(spec, device), name="embedder")
         self._inputs = {i.name for i in self._session.get_inputs()}
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer))
-        except Exception as error:  # the library raises bare Exception on any malformed file
-            raise BundleError(f"the embedder's tokenizer cannot be read: {error}; export the bundle again") from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._tokenizer = open_tokenizer(tokenizer)
 
     def embed(self, text: str) -> Float:
         """The vector (dimension,) of a text, of unit norm when the encoder normalises.

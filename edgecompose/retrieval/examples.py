@@ -6,11 +6,12 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from edgecompose.bundle.jsonl import read_lines
 from edgecompose.errors import ExportError
 from edgecompose.retrieval.embedder import Embedder, normalize
 
@@ -40,12 +41,9 @@ def read_examples(path: Path, *, limit: int | None = None) -> list[Example]:
         ExportError: no file, no example, or a line in another format; the message names the line.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        examples = [_example(fields, place) for place, fields in read_lines(path, ExportError)]
+    except OSError as error:
         raise ExportError(f"examples '{path}' cannot be read: {error}; give a UTF-8 JSONL file") from error
-    examples = [
-        _example(line, f"{path.name}:{number}") for number, line in enumerate(text.split("\n"), start=1) if line.strip()
-    ]
     if not examples:
         raise ExportError(f"examples '{path}' holds no example; expected one JSON object a line")
     return examples[:limit]
@@ -73,11 +71,7 @@ def prompt_lines(prompts: Sequence[str], first_key: int) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def _example(line: str, place: str) -> Example:
-    try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ExportError(f"{place} is not JSON ({error}); expected one JSON object a line") from error
+def _example(fields: Any, place: str) -> Example:
     if not isinstance(fields, dict):
         raise ExportError(f"{place} is a {type(fields).__name__}, expected a JSON object")
     for key in ("prompt", "answer"):

@@ -1,8 +1,8 @@
-"""Calls of the OpenAI API in a JSONL file, answered into another, as its batch API has them.
+"""Answers a file of OpenAI API calls into another, in the form of OpenAI's batch API.
 
-A line of the first is `{"custom_id", "method": "POST", "url": "/v1/chat/completions" or "/v1/completions", "body"}`, a
-line of the second `{"id", "custom_id", "response": {"status_code", "request_id", "body"}, "error"}`, in the same order.
-No answer depends on the others: sequences of earlier calls are not gone on with.
+A line of the first is `{"custom_id", "method": "POST", "url", "body"}`, where `url` is a path of the table of
+endpoints. A line of the second is `{"id", "custom_id", "response": {"status_code", "request_id", "body"}, "error"}`, in
+the same order. Answers are independent of each other: none continues the sequence of an earlier one.
 """
 
 from __future__ import annotations
@@ -16,20 +16,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgecompose.bundle.jsonl import open_resumable, read_lines
 from edgecompose.bundle.records import value_from_json
 from edgecompose.composer import Composer
 from edgecompose.errors import ApiError, EdgeComposeError, ManifestInvalid
 from edgecompose.request import Answer
 from edgecompose.server import protocol, responses
-from edgecompose.server.protocol import ApiCall, Kind
+from edgecompose.server.endpoints import BY_PATH
+from edgecompose.server.protocol import ApiCall
 from edgecompose.server.responses import Json
 
-_KINDS: dict[str, Kind] = {"/v1/chat/completions": "chat", "/v1/completions": "text"}
+#: A call that was checked: prompts to answer, the computation of a result, or why neither is possible.
+_Parsed = ApiCall | Callable[[], Json] | EdgeComposeError
+#: How every line of results begins, by which an incomplete line is known.
+_START = b'{"id": "'
 
 
 @dataclass(frozen=True, slots=True)
 class BatchCall:
-    """A line of the file: what a caller knows it by, where it would be sent to, and what."""
+    """A line of the file: the caller's name for it, the path it is for, and its body."""
 
     custom_id: str
     url: str
@@ -38,23 +43,20 @@ class BatchCall:
 
 
 def read_calls(path: Path) -> list[BatchCall]:
-    """The calls of a file, blank lines passed over.
+    """The calls of a file; blank lines are skipped.
 
     Raises:
         ApiError: a line is no call, or has the `custom_id` of another; the message names it.
         OSError: the file cannot be read.
     """
     calls: dict[str, BatchCall] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
-        place = f"{path}:{number}"
+    for place, fields in read_lines(path, ApiError):
         try:
-            call = value_from_json(BatchCall, json.loads(line), "call")
-        except (ValueError, RecursionError, ManifestInvalid) as error:
+            call = value_from_json(BatchCall, fields, "call")
+        except ManifestInvalid as error:
             raise ApiError(f"{place} is no call ({error}); expected custom_id, url and body, one a line") from error
-        if call.url not in _KINDS or call.method != "POST":
-            raise ApiError(f"{place} is {call.method} {call.url:.80}; use POST and {' or '.join(_KINDS)}")
+        if call.url not in BY_PATH or call.method != "POST":
+            raise ApiError(f"{place} is {call.method} {call.url:.80}; use POST and {' or '.join(BY_PATH)}")
         if call.custom_id in calls:
             raise ApiError(f"{place} has the custom_id {call.custom_id:.80} of another line; give each its own")
         calls[call.custom_id] = call
@@ -70,11 +72,11 @@ def answer_calls(
     parallel: int | None = None,
     advance: Callable[[float], object] = lambda count: None,
 ) -> tuple[int, int]:
-    """Append the result of each call to `output`; calls that it has results of already are not answered again.
+    """Append the result of each call to `output`; calls whose results it holds already are not answered again.
 
     Args:
-        max_tokens: the longest answer that may be asked for.
-        parallel: answers that are written at once, as `Composer.batch` has it.
+        max_tokens: upper bound of `max_tokens` of a call.
+        parallel: concurrent answers, as in `Composer.batch`.
         advance: called with 1 for each call.
 
     Returns:
@@ -84,50 +86,46 @@ def answer_calls(
         ApiError: the file holds something else.
         OSError: it cannot be read or written.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
     failures = 0
-    with output.open("a+b") as file:
-        file.seek(0)
-        known, end = _results(file.read(), output)
-        file.truncate(end)
-        advance(sum(call.custom_id in known for call in calls))
-        calls = [call for call in calls if call.custom_id not in known]
-        parsed = [_parsed(composer, call, max_tokens) for call in calls]
-        items = [(prompt, a.request) for a in parsed if isinstance(a, ApiCall) for prompt in a.prompts]
+    with open_resumable(
+        output, lambda line: str(line["custom_id"]), start=_START, error=ApiError, content="result of a batch"
+    ) as file:
+        answered = set(file.earlier)
+        advance(sum(call.custom_id in answered for call in calls))
+        calls = [call for call in calls if call.custom_id not in answered]
+        parsed = [_parse(composer, call, max_tokens) for call in calls]
+        items = [(prompt, p.request) for p in parsed if isinstance(p, ApiCall) for prompt in p.prompts]
         with closing(composer.batch([p for p, _ in items], [r for _, r in items], parallel=parallel)) as answers:
-            for call, asked in zip(calls, parsed, strict=True):
-                result = _result(call, asked, answers)
+            for call, work in zip(calls, parsed, strict=True):
+                result = _result(call, work, answers)
                 failures += result["error"] is not None
-                file.write(json.dumps(result, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
-                file.flush()
+                file.append(json.dumps(result, ensure_ascii=False))
                 advance(1)
     return len(calls), failures
 
 
-def _parsed(composer: Composer, call: BatchCall, max_tokens: int) -> ApiCall | EdgeComposeError:
+def _parse(composer: Composer, call: BatchCall, max_tokens: int) -> _Parsed:
+    action = BY_PATH[call.url].action
     try:
-        asked = protocol.call_of(composer, _KINDS[call.url], call.body, max_tokens=max_tokens)
-        if asked.stream:
-            raise ApiError("'stream' is true, which a file has no use for; leave it out", param="stream")
-        return dataclasses.replace(asked, request=dataclasses.replace(asked.request, prompt_cache=False))
+        if not isinstance(action, str):
+            return action(composer, call.body, max_tokens)
+        api_call = protocol.call_of(composer, action, call.body, max_tokens=max_tokens)
+        if api_call.stream:
+            raise ApiError("'stream' is true, which has no effect in a file; leave it out", param="stream")
+        return dataclasses.replace(api_call, request=dataclasses.replace(api_call.request, prompt_cache=False))
     except EdgeComposeError as error:
         return error
 
 
-def _result(
-    call: BatchCall, asked: ApiCall | EdgeComposeError, answers: Iterator[Answer | EdgeComposeError]
-) -> dict[str, Any]:
-    """The line of a call, its answers taken from all."""
-    name = responses.new_id(_KINDS[call.url])
-    found = [asked] if isinstance(asked, EdgeComposeError) else list(itertools.islice(answers, len(asked.prompts)))
-    said = [a for a in found if isinstance(a, Answer)]
-    error = next((a for a in found if isinstance(a, EdgeComposeError)), None)
-    body: Json
-    if error is None and isinstance(asked, ApiCall):
-        status, body = 200, responses.response(asked, said, name)
-    else:
-        assert error is not None
-        status, body = getattr(error, "status", 400), responses.error_json(error)
+def _result(call: BatchCall, work: _Parsed, answers: Iterator[Answer | EdgeComposeError]) -> Json:
+    """The line of a call; its answers are the next of `answers`."""
+    action = BY_PATH[call.url].action
+    name = responses.new_id(action if isinstance(action, str) else BY_PATH[call.url].method)
+    try:
+        body, error = _body(work, answers, name), None
+    except EdgeComposeError as reason:
+        body, error = responses.error_json(reason), reason
+    status = 200 if error is None else getattr(error, "status", 400)
     return {
         "id": name,
         "custom_id": call.custom_id,
@@ -136,16 +134,19 @@ def _result(
     }
 
 
-def _results(content: bytes, path: Path) -> tuple[set[str], int]:
-    """What calls a file has results of, and where its last whole line ends; what follows was cut off."""
-    known: set[str] = set()
-    end = content.rfind(b"\n") + 1
-    for number, line in enumerate(content[:end].splitlines(), 1):
-        try:
-            found = json.loads(line)
-            known.add(str(found["custom_id"]))
-        except (ValueError, RecursionError, TypeError, KeyError) as error:
-            raise ApiError(f"{path}:{number} is no result of a batch; give another file") from error
-    if end < len(content) and not content[end:].startswith(b'{"id": "'[: len(content) - end]):
-        raise ApiError(f"{path} ends in a line that is no result of a batch; give another file")
-    return known, end
+def _body(work: _Parsed, answers: Iterator[Answer | EdgeComposeError], name: str) -> Json:
+    """The body of a response.
+
+    Raises:
+        EdgeComposeError: the call, or one of its prompts, cannot be answered.
+    """
+    if isinstance(work, EdgeComposeError):
+        raise work
+    if not isinstance(work, ApiCall):
+        return work()
+    results = list(itertools.islice(answers, len(work.prompts)))
+    complete = [result for result in results if isinstance(result, Answer)]
+    for result in results:
+        if isinstance(result, EdgeComposeError):
+            raise result
+    return responses.response(work, complete, name)

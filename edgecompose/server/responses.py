@@ -16,11 +16,13 @@ from edgecompose.serialize import answer_json
 from edgecompose.server.protocol import ApiCall, Kind
 
 Json = dict[str, Any]
+#: Beginnings of ids, as OpenAI's API has them.
+_ID_PREFIXES = {"chat": "chatcmpl", "text": "cmpl"}
 
 
-def new_id(kind: Kind) -> str:
-    """A name for a response."""
-    return f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{uuid.uuid4().hex}"
+def new_id(kind: str) -> str:
+    """A fresh id for a response of an endpoint, by its kind of answers or its method."""
+    return f"{_ID_PREFIXES.get(kind, kind)}-{uuid.uuid4().hex}"
 
 
 def response(call: ApiCall, answers: Sequence[Answer], name: str) -> Json:

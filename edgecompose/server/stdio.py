@@ -1,9 +1,9 @@
-"""A bundle behind standard input and output, for editors and tools that start a child process.
+"""Serves a bundle over standard input and output, for editors and tools that start a child process.
 
-One JSON-RPC 2.0 message a line. Methods: `chat` and `complete` take what the OpenAI API takes (see `protocol`) and
-give its response; with `stream` true, pieces come first, as notifications `piece` with the `id` of the call and the
-`text`. `compose` gives the blend alone, `models` the names, `cancel` with `id` ends an answer, `shutdown` the whole.
-Calls are answered one after another; `cancel` and `shutdown` do not wait for their turn.
+One JSON-RPC 2.0 message a line. Methods are those of the table of endpoints: `chat`, `complete`, `embed` and `compose`
+take the body of the HTTP call as `params` and give its response as `result`. With `stream` true, chunks come first, as
+notifications `piece` with the `id` of the call and the `text`. `models` lists names, `cancel` with `id` ends an answer,
+`shutdown` ends the process. Calls are answered one after another; `cancel` and `shutdown` are handled at once.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from typing import Any
 
 from edgecompose.composer import Composer
 from edgecompose.errors import EdgeComposeError
-from edgecompose.serialize import composition_json
 from edgecompose.server import protocol, responses
+from edgecompose.server.endpoints import BY_METHOD
 from edgecompose.server.protocol import ApiCall
 from edgecompose.server.responses import Json
 from edgecompose.streaming import Generation
 
+_METHODS = (*BY_METHOD, "models")
 _PARSE, _REQUEST, _METHOD, _INTERNAL, _OURS, _CANCELLED = -32700, -32600, -32601, -32603, -32000, -32800
 
 
@@ -54,26 +55,26 @@ class StdioServer:
     def _take(self, line: bytes, thread: ThreadPoolExecutor) -> bool:
         """Answer a line, or have it answered; False when that was the last."""
         try:
-            found = json.loads(line)
+            message = json.loads(line)
         except (ValueError, RecursionError) as error:
             self._fail(None, _PARSE, f"the line is not JSON: {error}")
             return True
-        if not isinstance(found, dict) or not isinstance(found.get("method"), str):
+        if not isinstance(message, dict) or not isinstance(message.get("method"), str):
             self._fail(None, _REQUEST, "expected an object with jsonrpc, id, method and params, one a line")
             return True
-        name, method, params = found.get("id"), found["method"], found.get("params") or {}
+        name, method, params = message.get("id"), message["method"], message.get("params") or {}
         if not _is_id(name) or not isinstance(params, dict) or not _is_id(params.get("id")):
             self._fail(None, _REQUEST, "id has to be text or a number, and params an object")
         elif method == "shutdown":
             self._succeed(name, None)
             return False
         elif method == "cancel":
-            known = self._calls.get(params.get("id"))
-            if known is not None:
-                known.cancel()
-            self._succeed(name, {"cancelled": known is not None})
-        elif method not in self._methods():
-            self._fail(name, _METHOD, f"no method is called {method!r:.80}; use {', '.join(self._methods())}")
+            running = self._calls.get(params.get("id"))
+            if running is not None:
+                running.cancel()
+            self._succeed(name, {"cancelled": running is not None})
+        elif method not in _METHODS:
+            self._fail(name, _METHOD, f"no method is called {method!r:.80}; use {', '.join(_METHODS)}")
         elif name in self._calls:
             self._fail(name, _REQUEST, f"a call with the id {name!r:.80} is still being answered; use another")
         else:
@@ -82,46 +83,36 @@ class StdioServer:
             answered.add_done_callback(lambda _: self._calls.pop(name, None))
         return True
 
-    def _methods(self) -> dict[str, Callable[[Mapping[str, Any], _Call, object], Json]]:
-        return {"chat": self._chat, "complete": self._complete, "compose": self._compose, "models": self._models}
-
     def _answer(self, name: object, method: str, params: Mapping[str, Any], call: _Call) -> None:
         try:
-            self._succeed(name, self._methods()[method](params, call, name))
+            self._succeed(name, self._result(method, params, call, name))
         except _Cancelled:
             self._fail(name, _CANCELLED, "the call was cancelled")
         except EdgeComposeError as error:
             self._fail(name, _OURS, str(error))
-        except Exception as error:  # a fault of ours; whoever waits for an answer has to hear of it
+        except Exception as error:  # an internal error; the caller must still get a response
             self._fail(name, _INTERNAL, f"{type(error).__name__}: {error}")
 
-    def _chat(self, params: Mapping[str, Any], call: _Call, name: object) -> Json:
-        return self._write_answers(self._parse("chat", params), call, name)
+    def _result(self, method: str, params: Mapping[str, Any], call: _Call, name: object) -> Json:
+        if method == "models":
+            return {"models": protocol.model_names(self._composer)}
+        action = BY_METHOD[method].action
+        if isinstance(action, str):
+            api_call = protocol.call_of(self._composer, action, dict(params), max_tokens=self._max_tokens)
+            return self._generate(api_call, call, name)
+        return action(self._composer, dict(params), self._max_tokens)()
 
-    def _complete(self, params: Mapping[str, Any], call: _Call, name: object) -> Json:
-        return self._write_answers(self._parse("text", params), call, name)
-
-    def _write_answers(self, asked: ApiCall, call: _Call, name: object) -> Json:
+    def _generate(self, api_call: ApiCall, call: _Call, name: object) -> Json:
         answers = []
-        for index, prompt in enumerate(asked.prompts):
-            with call.watched(self._composer.generate(prompt, asked.request)) as generation:
-                for piece in generation:
-                    if asked.stream:
-                        self._send({"method": "piece", "params": {"id": name, "index": index, "text": piece}})
+        for index, prompt in enumerate(api_call.prompts):
+            with call.watched(self._composer.generate(prompt, api_call.request)) as generation:
+                for text in generation:
+                    if api_call.stream:
+                        self._send({"method": "piece", "params": {"id": name, "index": index, "text": text}})
                 if call.cancelled:
                     raise _Cancelled
                 answers.append(generation.answer)
-        return responses.response(asked, answers, responses.new_id(asked.kind))
-
-    def _compose(self, params: Mapping[str, Any], call: _Call, name: object) -> Json:
-        asked = self._parse("chat", params)
-        return composition_json(self._composer.compose(asked.prompts[0], asked.request))
-
-    def _models(self, params: Mapping[str, Any], call: _Call, name: object) -> Json:
-        return {"models": protocol.model_names(self._composer)}
-
-    def _parse(self, kind: protocol.Kind, params: Mapping[str, Any]) -> ApiCall:
-        return protocol.call_of(self._composer, kind, dict(params), max_tokens=self._max_tokens)
+        return responses.response(api_call, answers, responses.new_id(api_call.kind))
 
     def _succeed(self, name: object, result: Json | None) -> None:
         self._send({"id": name, "result": result})
@@ -135,8 +126,8 @@ class StdioServer:
             self._write_line(line)
 
 
-def _is_id(found: object) -> bool:
-    return not isinstance(found, (dict, list))
+def _is_id(value: object) -> bool:
+    return not isinstance(value, (dict, list))
 
 
 class _Cancelled(Exception):

@@ -13,7 +13,8 @@ import pytest
 
 from edgecompose import Answer, Composer, MergeSettings, Request, Sampling, open_bundle
 from edgecompose.errors import EvaluationError, MergeError
-from edgecompose.evaluation.examples import EvalExample, bootstrap_interval
+from edgecompose.evaluation.bootstrap import bootstrap_interval
+from edgecompose.evaluation.examples import EvalExample
 from edgecompose.evaluation.results import Evaluation, Result, routing
 from edgecompose.evaluation.runner import KINDS, Variant, adapters_of, evaluate, parse_variants
 from edgecompose.merging.methods import METHODS, composition_digest

@@ -14,6 +14,7 @@ pytest.importorskip("torch", reason="exports want the packages of edgecompose-ex
 from edgecompose import Composer, Request, open_bundle
 from edgecompose.errors import ApiError
 from edgecompose.server.batch import answer_calls, read_calls
+from edgecompose.server.endpoints import BY_PATH
 from tests.fixtures_tiny import TASKS
 
 
@@ -65,6 +66,26 @@ def test_every_call_has_its_result_in_order(opened: Composer, tmp_path: Path) ->
     assert sum(steps) == 6
 
 
+def test_every_endpoint_of_the_table_is_answered(opened: Composer, tmp_path: Path) -> None:
+    bodies = {
+        "/v1/embeddings": {"model": "any", "input": [TASKS["animals"][0], "hello"]},
+        "/v1/compose": {"messages": [{"role": "user", "content": TASKS["animals"][0]}]},
+        "/v1/chat/completions": CALLS[0]["body"],
+        "/v1/completions": {"prompt": "a dog", "max_tokens": 2},
+    }
+    assert set(bodies) == set(BY_PATH)
+    calls = [{"custom_id": url, "url": url, "body": body} for url, body in bodies.items()]
+    calls.append({"custom_id": "refused", "url": "/v1/embeddings", "body": {"input": 3}})
+    output = tmp_path / "results.jsonl"
+    assert answer_calls(opened, read_calls(write(tmp_path / "calls.jsonl", calls)), output, max_tokens=100) == (5, 1)
+    answered = {line["custom_id"]: line["response"]["body"] for line in results(output)}
+    vector, _ = opened.embed("hello")
+    assert answered["/v1/embeddings"]["data"][1]["embedding"] == pytest.approx(vector.tolist())
+    assert answered["/v1/compose"]["composition"] == opened.compose(TASKS["animals"][0]).merged.digest
+    assert answered["refused"]["error"]["param"] == "input"
+    assert answer_calls(opened, read_calls(tmp_path / "calls.jsonl"), output, max_tokens=100) == (0, 0)
+
+
 @pytest.mark.parametrize("torn", [b"", b"{", b'{"id": "cmpl-9", "custom_id": "thr'], ids=["whole", "begun", "torn"])
 def test_a_stopped_run_goes_on(opened: Composer, tmp_path: Path, torn: bytes) -> None:
     calls, output = read_calls(write(tmp_path / "calls.jsonl", CALLS)), tmp_path / "results.jsonl"
@@ -89,15 +110,15 @@ def test_another_file_is_left_alone(opened: Composer, tmp_path: Path, content: b
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "is no call"),
+        ("{", "is not JSON"),
         ("[]", "is no call"),
         ('{"custom_id": "x"}', "is no call"),
-        ("\x00", "is no call"),
+        ("\x00", "is not JSON"),
         ('{"custom_id": 3, "url": "/v1/completions", "body": {}}', "is no call"),
-        ('{"custom_id": "x", "url": "/v1/embeddings", "body": {}}', "use POST and /v1/chat/completions"),
+        ('{"custom_id": "x", "url": "/v1/models", "body": {}}', "use POST and /v1/chat/completions"),
         ('{"custom_id": "x", "method": "GET", "url": "/v1/completions", "body": {}}', "is GET"),
         (json.dumps(CALLS[0]), "of another line"),
-        ("[" * 100_000, "is no call"),
+        ("[" * 100_000, "is not JSON"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path: Path, line: str, message: str) -> None:

@@ -85,6 +85,11 @@ def test_the_other_methods(parent: Parent, composer: Composer) -> None:
     assert parent.read()["result"]["choices"][0]["text"] == composer.run(PROMPT, Request(max_tokens=3, raw=True)).text
     parent.call(2, "compose", messages=CHAT["messages"])
     assert parent.read()["result"]["composition"] == composer.compose(PROMPT).merged.digest
+    parent.call(4, "embed", input="hello")
+    vector, tokens = composer.embed("hello")
+    result = parent.read()["result"]
+    assert result["data"][0]["embedding"] == pytest.approx(vector.tolist())
+    assert result["usage"]["total_tokens"] == tokens
     parent.call(3, "models")
     assert parent.read()["result"]["models"][:2] == ["auto", "base"]
 
@@ -99,7 +104,7 @@ def test_the_other_methods(parent: Parent, composer: Composer) -> None:
         (b'{"id": [1], "method": "chat"}', -32600, "id has to be"),
         (b'{"id": 1, "method": "chat", "params": [1]}', -32600, "params an object"),
         (b'{"id": 1, "method": "cancel", "params": {"id": [1]}}', -32600, "id has to be"),
-        (b'{"id": 1, "method": "dance"}', -32601, "use chat, complete, compose, models"),
+        (b'{"id": 1, "method": "dance"}', -32601, "use chat, complete, embed, compose, models"),
         (b'{"id": 1, "method": "chat"}', -32000, "'messages' is missing"),
         (b'{"id": 1, "method": "complete", "params": {"model": "x", "prompt": "x"}}', -32000, "no model"),
     ],

@@ -1,0 +1,87 @@
+"""JSON Lines files: read with a place for each line, or appended to by a run that can be resumed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Generic, TypeVar
+
+from edgecompose.errors import EdgeComposeError
+
+_T = TypeVar("_T")
+
+
+def read_lines(path: Path, error: type[EdgeComposeError]) -> Iterator[tuple[str, Any]]:
+    """Place (`file:line`, for messages) and value of each line of a UTF-8 file; blank lines are skipped.
+
+    A byte order mark is skipped. A line ends at `\\n`: JSON may hold other line separators.
+
+    Args:
+        error: the class of error to raise.
+
+    Raises:
+        error: a line is no UTF-8, or no JSON; the message names it.
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            place = f"{path}:{number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                value = json.loads(text) if text else None
+            except (ValueError, RecursionError) as reason:
+                raise error(f"{place} is not JSON in UTF-8 ({reason}); expected one object a line") from reason
+            if text:
+                yield place, value
+
+
+@dataclass(frozen=True, slots=True)
+class ResumableFile(Generic[_T]):
+    """A file that a run appends to, and the values of the lines that earlier runs wrote."""
+
+    earlier: Sequence[_T]
+    file: IO[bytes]
+
+    def append(self, line: str) -> None:
+        """Write a line of JSON; it is handed to the system before this returns."""
+        self.file.write(line.encode("utf-8", "replace") + b"\n")
+        self.file.flush()
+
+
+@contextmanager
+def open_resumable(
+    path: Path, parse: Callable[[Any], _T], *, start: bytes, error: type[EdgeComposeError], content: str
+) -> Iterator[ResumableFile[_T]]:
+    """Open a file of JSON lines for appending; it is made where it is absent.
+
+    A last line that an interrupted run left incomplete is cut off. Nothing changes in a file that holds something else.
+
+    Args:
+        parse: gives the value of a parsed line; raises EdgeComposeError, TypeError, ValueError or KeyError for others.
+        start: how every line begins, by which an incomplete line is known.
+        error: the class of error to raise.
+        content: what a line is, for messages, such as 'result of a batch'.
+
+    Raises:
+        error: a line is something else; the message names it.
+        OSError: the file cannot be read or written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        file.seek(0)
+        earlier, end = [], 0
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n") and (line.startswith(start) or start.startswith(line)):
+                break
+            try:
+                earlier.append(parse(json.loads(line)))
+            except (EdgeComposeError, TypeError, ValueError, KeyError, RecursionError) as reason:
+                raise error(
+                    f"{path}:{number} is no {content} ({reason}); give another file, or delete this one to start anew"
+                ) from reason
+            end += len(line)
+        file.truncate(end)
+        yield ResumableFile(earlier, file)
