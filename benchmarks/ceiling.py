@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=20)
     parser.add_argument("--test", type=int, default=100)
     parser.add_argument("--tasks", nargs="*", help="these only")
-    parser.add_argument("--answer-cache", "--outcomes", type=Path, dest="cache", help="file of earlier answers")
+    parser.add_argument("--answer-cache", type=Path, dest="cache", help="file of earlier answers")
     parser.add_argument("--save", type=Path)
     options = parser.parse_args()
     ceilings = []

@@ -156,29 +156,29 @@ def build_plain(data: Path, models: Path, build: Path) -> None:
 
 def write_table(models: Path, work: Path) -> None:
     """Put what each adapter was trained on and what it is worth into the table of `SOURCES.md`."""
-    page, admission = models / "SOURCES.md", models / "validation.json"
+    page, validation = models / "SOURCES.md", models / "validation.json"
     lines = page.read_text(encoding="utf-8").splitlines()
     known = {cells[1].strip(" `"): cells[2:9] for cells in (line.split("|") for line in lines) if len(cells) > 9}
-    kept = [line for line in lines if not line.startswith("| `")]
-    at = next(number for number, line in enumerate(kept) if line.startswith("| adapter")) + 2
+    other_lines = [line for line in lines if not line.startswith("| `")]
+    at = next(number for number, line in enumerate(other_lines) if line.startswith("| adapter")) + 2
     rows = []
-    for task, found in sorted(read_validation(admission).items()):
-        low, high = (f"{100 * bound:+.1f}" for bound in found.ci95)
-        worth = f"{100 * (found.accuracy - found.base):+.1f} ({low} to {high}, n = {found.examples})"
+    for task, gain in sorted(read_validation(validation).items()):
+        low, high = (f"{100 * bound:+.1f}" for bound in gain.ci95)
+        worth = f"{100 * (gain.accuracy - gain.base):+.1f} ({low} to {high}, n = {gain.examples})"
         trained = _training(known[task], work / task / REPORT_FILE)
         rows.append(
-            f"| `{task}` |{trained}| {100 * found.base:.1f} | {100 * found.accuracy:.1f} | {worth} | {found.verdict} |"
+            f"| `{task}` |{trained}| {100 * gain.base:.1f} | {100 * gain.accuracy:.1f} | {worth} | {gain.verdict} |"
         )
-    page.write_text("\n".join([*kept[:at], *rows, *kept[at:]]) + "\n", encoding="utf-8")
+    page.write_text("\n".join([*other_lines[:at], *rows, *other_lines[at:]]) + "\n", encoding="utf-8")
 
 
 def _training(cells: Sequence[str], report: Path) -> str:
     """The cells of a row that tell its family and its training, anew where its training was done here."""
     if not report.is_file():
         return "|".join(cells)
-    found = json.loads(report.read_text(encoding="utf-8"))
-    values = (f"{found[name]}" for name in ("examples", "epochs", "batch", "learning_rate", "steps"))
-    return f"{cells[0]}| {' | '.join(values)} | {found['final_loss']:.3f} "
+    training = json.loads(report.read_text(encoding="utf-8"))
+    values = (f"{training[name]}" for name in ("examples", "epochs", "batch", "learning_rate", "steps"))
+    return f"{cells[0]}| {' | '.join(values)} | {training['final_loss']:.3f} "
 
 
 def say(line: str) -> None:

@@ -6,10 +6,10 @@
 DATA_DIR holds `<task>.<split>.jsonl`. Four settings: `in-pool`, tasks of the bundle as they are; `left-out`, each task
 of the bundle with its own examples and adapter left out; `unseen`, tasks that the bundle lacks; `reworded`, tasks of
 the bundle in the two wordings of `rewordings.HELD_OUT` by turns, which neither index nor adapters have seen. The
-contenders are fixed in `CONTENDERS`. Those of the paper answer from `--plain`, a bundle of the same adapters whose
+variants are fixed in `VARIANTS`. Those of the paper answer from `--plain`, a bundle of the same adapters whose
 index is searched by plain cosine of whole prompts (`python benchmarks/pool.py DATA_DIR --steps plain`); without it they
-are left out. Answers are kept in `--outcomes`, so that a run that was stopped goes on, and one blend is never computed
-twice. Prints a table for each setting.
+are left out. `--answer-cache` stores answers: a stopped run is resumable, and no blend is computed twice. Prints a
+table for each setting.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ MAIN = "ours"
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A contender, whether it is a main row (answers all examples), and whether it answers from the plain bundle."""
+    """A variant, whether it is a main row (answers all examples), and whether it answers from the plain bundle."""
 
-    contender: Variant
+    variant: Variant
     main: bool = False
     plain: bool = False
 
@@ -67,7 +67,7 @@ def _kind(kind: Kind) -> Entry:
     return Entry(Variant(kind, kind), main=True)
 
 
-CONTENDERS: tuple[Entry, ...] = (
+VARIANTS: tuple[Entry, ...] = (
     _kind("base"),
     _kind("own"),
     _kind("top1"),
@@ -91,9 +91,9 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="examples of a task")
     parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--tasks", nargs="*", help="these only")
-    parser.add_argument("--contenders", nargs="*", help="these only; 'main' for the main rows")
+    parser.add_argument("--variants", nargs="*", help="these only; 'main' for the main rows")
     parser.add_argument("--plain", type=Path)
-    parser.add_argument("--outcomes", type=Path)
+    parser.add_argument("--answer-cache", type=Path)
     parser.add_argument("--save", type=Path)
     options = parser.parse_args()
     results: dict[str, Any] = {
@@ -106,10 +106,10 @@ def main() -> None:
         plain = open_bundle(options.plain, device="cpu") if options.plain else None
         for setting in options.settings:
             examples = list(read_split(composer, options, setting))
-            entries = chosen(options.contenders, setting, with_plain=plain is not None)
-            found = measure(composer, plain, examples, entries, options.outcomes)
-            settings = settings_json(composer.bundle.manifest, composer.device, [e.contender for e in entries])
-            results["settings"][setting] = evaluation_json(found.summary(), settings)
+            entries = chosen(options.variants, setting, with_plain=plain is not None)
+            evaluation = measure(composer, plain, examples, entries, options.answer_cache)
+            settings = settings_json(composer.bundle.manifest, composer.device, [e.variant for e in entries])
+            results["settings"][setting] = evaluation_json(evaluation.summary(), settings)
             print(f"\n{setting}", *describe_evaluation(results["settings"][setting]), sep="\n", flush=True)
             if options.save:
                 options.save.write_text(json.dumps(results) + "\n", encoding="utf-8")
@@ -132,15 +132,15 @@ def reworded(examples: Iterable[EvalExample]) -> Iterable[EvalExample]:
 
 
 def chosen(names: Sequence[str] | None, setting: Setting, *, with_plain: bool) -> list[Entry]:
-    """The contenders of a run; the main one is always there."""
-    found = []
-    for entry in CONTENDERS:
-        name = entry.contender.name
-        wanted = not names or name in names or ("main" in names and entry.main) or name == MAIN
-        if wanted and (with_plain or not entry.plain) and not (setting == "unseen" and name == "own"):
-            contender = replace(entry.contender, exclude_own=setting == "left-out")
-            found.append(replace(entry, contender=contender))
-    return found
+    """The variants of a run; the main one is always there."""
+    selected = []
+    for entry in VARIANTS:
+        name = entry.variant.name
+        is_named = not names or name in names or ("main" in names and entry.main) or name == MAIN
+        if is_named and (with_plain or not entry.plain) and not (setting == "unseen" and name == "own"):
+            variant = replace(entry.variant, exclude_own=setting == "left-out")
+            selected.append(replace(entry, variant=variant))
+    return selected
 
 
 def measure(
@@ -148,19 +148,19 @@ def measure(
     plain: Composer | None,
     examples: Sequence[EvalExample],
     entries: Sequence[Entry],
-    outcomes: Path | None,
+    answer_cache: Path | None,
 ) -> Evaluation:
-    """Have the contenders answer, each from its bundle."""
-    judged: dict[str, tuple[Result, ...]] = {}
+    """Have the variants answer, each from its bundle."""
+    results: dict[str, tuple[Result, ...]] = {}
     for source, uses_plain in ((plain, True), (composer, False)):
-        contenders = [e.contender for e in entries if e.plain == uses_plain]
-        if source is None or not contenders:
+        variants = [e.variant for e in entries if e.plain == uses_plain]
+        if source is None or not variants:
             continue
-        with counting("plain" if uses_plain else "main", len(examples) * len(contenders)) as advance:
-            judged |= evaluate(source, examples, contenders, answer_cache=outcomes, advance=advance).results
-    if not judged.get(MAIN):
+        with counting("plain" if uses_plain else "main", len(examples) * len(variants)) as advance:
+            results |= evaluate(source, examples, variants, answer_cache=answer_cache, advance=advance).results
+    if not results.get(MAIN):
         sys.exit("quality: no example of this setting was found; check DATA_DIR and --split")
-    return Evaluation(MAIN, {e.contender.name: judged[e.contender.name] for e in entries})
+    return Evaluation(MAIN, {e.variant.name: results[e.variant.name] for e in entries})
 
 
 if __name__ == "__main__":

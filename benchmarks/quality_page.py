@@ -48,33 +48,38 @@ def page(paths: Sequence[Path]) -> str:
     """The page for some result files."""
     parts = [INTRODUCTION]
     for path in sorted(paths):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        limit = "all examples" if found["limit"] is None else f"at most {found['limit']} examples a task"
-        cores = found.get("cores")
+        results = json.loads(path.read_text(encoding="utf-8"))
+        limit = "all examples" if results["limit"] is None else f"at most {results['limit']} examples a task"
+        cores = results.get("cores")
         timed = "" if cores is None else f", times on {cores} core{'s' if cores > 1 else ''}"
-        parts.append(f"## {found['split'].capitalize()} split, {limit}\n\n`benchmarks/results/{path.name}`{timed}\n")
-        parts += [f"### {SETTING_WORDS[name]}\n\n{setting(result)}" for name, result in found["settings"].items()]
+        parts.append(f"## {results['split'].capitalize()} split, {limit}\n\n`benchmarks/results/{path.name}`{timed}\n")
+        parts += [f"### {SETTING_WORDS[name]}\n\n{setting(result)}" for name, result in results["settings"].items()]
     return "\n".join(parts)
 
 
 def setting(result: Mapping[str, Any]) -> str:
-    """Contenders by their means, then each task."""
+    """Variants by their means, then each task."""
     main = result["main"]
     lines = [
-        "| contender | tasks | mean | 95 % interval | less than `ours` by | ms an answer |",
+        "| variant | tasks | mean | 95 % interval | less than `ours` by | ms an answer |",
         "|---|---|---|---|---|---|",
     ]
-    for name, found in result["variants"].items():
-        low, high = found["mean_ci95"]
+    for name, metrics in result["variants"].items():
+        low, high = metrics["mean_ci95"]
         against = result["against"].get(name)
         less = ""
         if against is not None:
             less = f"{points(against['difference'])} ({points(against['ci95'][0])} to {points(against['ci95'][1])})"
         label = f"**{name}**" if name == main else name
-        mean, spent = percent(found["mean_accuracy"]), found["timings_ms"]["total"]
-        lines.append(
-            f"| {label} | {len(found['tasks'])} | {mean} | {percent(low)} to {percent(high)} | {less} | {spent:.0f} |"
+        entries = (
+            label,
+            len(metrics["tasks"]),
+            percent(metrics["mean_accuracy"]),
+            f"{percent(low)} to {percent(high)}",
+            less,
+            f"{metrics['timings_ms']['total']:.0f}",
         )
+        lines.append(f"| {' | '.join(map(str, entries))} |")
     lines += ["", *routing(result["variants"][main]["routing"]["confusion"])]
     names = list(result["variants"])
     lines += ["", f"| task | n | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
@@ -87,10 +92,10 @@ def setting(result: Mapping[str, Any]) -> str:
 
 def routing(confusion: Mapping[str, Mapping[str, int]]) -> list[str]:
     """One line: how often the likeliest task is the example's own or its twin; none where that cannot be."""
-    strict = {task: _share(found, (task,)) for task, found in confusion.items()}
+    strict = {task: _share(counts, (task,)) for task, counts in confusion.items()}
     if not any(strict.values()):
         return []
-    twins = {task: _share(found, next((g for g in TWINS if task in g), (task,))) for task, found in confusion.items()}
+    twins = {task: _share(counts, next((g for g in TWINS if task in g), (task,))) for task, counts in confusion.items()}
     low = ", ".join(
         f"{task} {percent(hit)}" for task, hit in sorted(strict.items(), key=lambda item: item[1]) if hit < 0.9
     )
@@ -101,8 +106,8 @@ def routing(confusion: Mapping[str, Mapping[str, int]]) -> list[str]:
     ]
 
 
-def _share(found: Mapping[str, int], right: Sequence[str]) -> float:
-    return sum(found.get(task, 0) for task in right) / sum(found.values())
+def _share(counts: Mapping[str, int], right: Sequence[str]) -> float:
+    return sum(counts.get(task, 0) for task in right) / sum(counts.values())
 
 
 def percent(share: float) -> str:

@@ -66,7 +66,7 @@ class Variant:
 class Result:
     """One row: times in the units of their names, sizes in 1e6 bytes, None where a library has no such thing."""
 
-    contender: str
+    variant: str
     vectors: int
     recall: float
     median_ms: float
@@ -104,48 +104,50 @@ def exact(vectors: Float, queries: Float) -> Keys:
     return keys
 
 
-def recall(found: Sequence[Keys], wanted: Keys) -> float:
-    """Share of the true COUNT nearest that were found."""
-    return float(np.mean([len(set(f.tolist()) & set(w.tolist())) / COUNT for f, w in zip(found, wanted, strict=True)]))
+def recall(neighbours: Sequence[Keys], exact: Keys) -> float:
+    """Share of the true COUNT nearest that a search returns."""
+    return float(
+        np.mean([len(set(f.tolist()) & set(w.tolist())) / COUNT for f, w in zip(neighbours, exact, strict=True)])
+    )
 
 
 def timed(search: Search, queries: Float) -> tuple[list[Keys], Float]:
     """What a search finds for each query, and its milliseconds."""
     for query in queries[:10]:
         search(query)
-    found, spent = [], np.empty(len(queries), np.float32)
+    neighbours, elapsed_ms = [], np.empty(len(queries), np.float32)
     for i, query in enumerate(queries):
         start = time.perf_counter()
-        found.append(search(query))
-        spent[i] = (time.perf_counter() - start) * 1e3
-    return found, spent
+        neighbours.append(search(query))
+        elapsed_ms[i] = (time.perf_counter() - start) * 1e3
+    return neighbours, elapsed_ms
 
 
-def measure(contenders: Sequence[Variant], vectors: Float, queries: Float, wanted: Keys) -> list[Result]:
-    """A row for each contender; those that differ in `expansion_search` alone share one graph."""
+def measure(variants: Sequence[Variant], vectors: Float, queries: Float, exact: Keys) -> list[Result]:
+    """A row for each variant; those that differ in `expansion_search` alone share one graph."""
     rows = []
     built: dict[Variant, tuple[Any, float]] = {}
-    for contender in contenders:
-        key = replace(contender, expansion_search=0)
+    for variant in variants:
+        key = replace(variant, expansion_search=0)
         if key not in built:
             built = {}  # let go of the graph before
             start = time.perf_counter()
-            built[key] = (_LIBRARIES[contender.library].build(contender, vectors), 0.0)
+            built[key] = (_LIBRARIES[variant.library].build(variant, vectors), 0.0)
             built[key] = (built[key][0], time.perf_counter() - start)
         index, seconds = built[key]
-        library = _LIBRARIES[contender.library]
-        found, spent = timed(library.searcher(contender, index), queries)
+        library = _LIBRARIES[variant.library]
+        neighbours, elapsed_ms = timed(library.searcher(variant, index), queries)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "index"
             library.save(index, path)
             size = path.stat().st_size / 1e6 if path.exists() else vectors.nbytes / 1e6
-            reopened = library.reopen(contender, path, queries[0])
+            reopened = library.reopen(variant, path, queries[0])
         row = Result(
-            contender.name,
+            variant.name,
             len(vectors),
-            recall(found, wanted),
-            float(np.median(spent)),
-            float(np.percentile(spent, 99)),
+            recall(neighbours, exact),
+            float(np.median(elapsed_ms)),
+            float(np.percentile(elapsed_ms, 99)),
             seconds,
             size,
             *reopened,
@@ -159,10 +161,10 @@ def reading(load: Callable[[], Any]) -> tuple[float | None, float]:
     """Memory (1e6 bytes, Linux) and milliseconds that loading takes; what was loaded is let go of."""
     before, start = resident(), time.perf_counter()
     loaded = load()
-    spent = (time.perf_counter() - start) * 1e3
+    elapsed_ms = (time.perf_counter() - start) * 1e3
     after = resident()
     del loaded
-    return None if before is None or after is None else (after - before) / 1e6, spent
+    return None if before is None or after is None else (after - before) / 1e6, elapsed_ms
 
 
 def resident() -> int | None:
@@ -174,31 +176,31 @@ def resident() -> int | None:
 
 
 class _USearch:
-    def build(self, contender: Variant, vectors: Float) -> Any:
+    def build(self, variant: Variant, vectors: Float) -> Any:
         index = importlib.import_module("usearch.index").Index(
             ndim=vectors.shape[1],
             metric="cos",
-            dtype=contender.dtype,
-            connectivity=contender.connectivity or 16,
-            expansion_add=contender.expansion_add,
-            expansion_search=contender.expansion_search,
+            dtype=variant.dtype,
+            connectivity=variant.connectivity or 16,
+            expansion_add=variant.expansion_add,
+            expansion_search=variant.expansion_search,
         )
         index.add(np.arange(len(vectors), dtype=np.uint64), vectors, threads=os.cpu_count() or 1)
         return index
 
-    def searcher(self, contender: Variant, index: Any) -> Search:
-        index.expansion_search = contender.expansion_search
-        flat = contender.connectivity == 0
+    def searcher(self, variant: Variant, index: Any) -> Search:
+        index.expansion_search = variant.expansion_search
+        flat = variant.connectivity == 0
         return lambda query: np.asarray(index.search(query, COUNT, threads=1, exact=flat).keys, np.int64)
 
     def save(self, index: Any, path: Path) -> None:
         index.save(str(path))
 
-    def reopen(self, contender: Variant, path: Path, query: Float) -> Reopened:
+    def reopen(self, variant: Variant, path: Path, query: Float) -> Reopened:
         kind = importlib.import_module("usearch.index").Index
 
         def load(*, view: bool) -> Any:
-            index = kind(ndim=len(query), metric="cos", dtype=contender.dtype, enable_key_lookups=not view)
+            index = kind(ndim=len(query), metric="cos", dtype=variant.dtype, enable_key_lookups=not view)
             (index.view if view else index.load)(str(path))
             index.search(query, COUNT, threads=1)
             return index
@@ -207,10 +209,10 @@ class _USearch:
 
 
 class _Numpy:
-    def build(self, contender: Variant, vectors: Float) -> Float:
+    def build(self, variant: Variant, vectors: Float) -> Float:
         return vectors
 
-    def searcher(self, contender: Variant, index: Float) -> Search:
+    def searcher(self, variant: Variant, index: Float) -> Search:
         def search(query: Float) -> Keys:
             scores = index @ query
             return np.asarray(np.argpartition(-scores, COUNT - 1)[:COUNT], np.int64)
@@ -220,25 +222,25 @@ class _Numpy:
     def save(self, index: Float, path: Path) -> None:
         """Nothing: its file is the vectors."""
 
-    def reopen(self, contender: Variant, path: Path, query: Float) -> Reopened:
+    def reopen(self, variant: Variant, path: Path, query: Float) -> Reopened:
         return None, None, None
 
 
 class _Hnswlib:
-    def build(self, contender: Variant, vectors: Float) -> Any:
+    def build(self, variant: Variant, vectors: Float) -> Any:
         index = importlib.import_module("hnswlib").Index(space="cosine", dim=vectors.shape[1])
-        index.init_index(len(vectors), ef_construction=contender.expansion_add, M=contender.connectivity)
+        index.init_index(len(vectors), ef_construction=variant.expansion_add, M=variant.connectivity)
         index.add_items(vectors, num_threads=os.cpu_count() or 1)
         return index
 
-    def searcher(self, contender: Variant, index: Any) -> Search:
-        index.set_ef(max(contender.expansion_search, COUNT))
+    def searcher(self, variant: Variant, index: Any) -> Search:
+        index.set_ef(max(variant.expansion_search, COUNT))
         return lambda query: np.asarray(index.knn_query(query, COUNT, num_threads=1)[0][0], np.int64)
 
     def save(self, index: Any, path: Path) -> None:
         index.save_index(str(path))
 
-    def reopen(self, contender: Variant, path: Path, query: Float) -> Reopened:
+    def reopen(self, variant: Variant, path: Path, query: Float) -> Reopened:
         def load() -> Any:
             index = importlib.import_module("hnswlib").Index(space="cosine", dim=len(query))
             index.load_index(str(path))
@@ -249,26 +251,26 @@ class _Hnswlib:
 
 
 class _Faiss:
-    def build(self, contender: Variant, vectors: Float) -> Any:
+    def build(self, variant: Variant, vectors: Float) -> Any:
         faiss = importlib.import_module("faiss")
-        if contender.connectivity == 0:
+        if variant.connectivity == 0:
             index = faiss.IndexFlatIP(vectors.shape[1])
         else:
-            index = faiss.IndexHNSWFlat(vectors.shape[1], contender.connectivity, faiss.METRIC_INNER_PRODUCT)
-            index.hnsw.efConstruction = contender.expansion_add
+            index = faiss.IndexHNSWFlat(vectors.shape[1], variant.connectivity, faiss.METRIC_INNER_PRODUCT)
+            index.hnsw.efConstruction = variant.expansion_add
         index.add(vectors)
         return index
 
-    def searcher(self, contender: Variant, index: Any) -> Search:
+    def searcher(self, variant: Variant, index: Any) -> Search:
         importlib.import_module("faiss").omp_set_num_threads(1)
-        if contender.connectivity:
-            index.hnsw.efSearch = max(contender.expansion_search, COUNT)
+        if variant.connectivity:
+            index.hnsw.efSearch = max(variant.expansion_search, COUNT)
         return lambda query: np.asarray(index.search(query[None], COUNT)[1][0], np.int64)
 
     def save(self, index: Any, path: Path) -> None:
         importlib.import_module("faiss").write_index(index, str(path))
 
-    def reopen(self, contender: Variant, path: Path, query: Float) -> Reopened:
+    def reopen(self, variant: Variant, path: Path, query: Float) -> Reopened:
         def load() -> Any:
             index = importlib.import_module("faiss").read_index(str(path))
             index.search(query[None], COUNT)
@@ -280,7 +282,7 @@ class _Faiss:
 _LIBRARIES: dict[str, Any] = {"usearch": _USearch(), "numpy": _Numpy(), "hnswlib": _Hnswlib(), "faiss": _Faiss()}
 
 
-def contenders(quick: bool) -> list[Variant]:
+def variants(quick: bool) -> list[Variant]:
     """What is measured; the rivals where they are installed."""
     rows = [Variant("numpy", connectivity=0), *(Variant("usearch", dtype, 0) for dtype in ("f32", "f16", "i8"))]
     settings = [("f16", 16), ("i8", 16)] if quick else [("f32", 16), ("f16", 16), ("i8", 16), ("f16", 32)]
@@ -297,7 +299,7 @@ def _line(row: Result) -> str:
     values = (row.memory_mb, row.load_ms, row.mmap_ms)
     reopened = "".join(" " * 9 if value is None else f"{value:9.1f}" for value in values)
     return (
-        f"{row.vectors:9}  {row.contender:28}{row.recall:8.4f}{row.median_ms:9.3f}{row.p99_ms:9.3f}{row.build_s:9.1f}"
+        f"{row.vectors:9}  {row.variant:28}{row.recall:8.4f}{row.median_ms:9.3f}{row.p99_ms:9.3f}{row.build_s:9.1f}"
         f"{row.file_mb:9.1f}{reopened}"
     )
 
@@ -309,12 +311,12 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--queries", type=int, default=300)
     parser.add_argument("--quick", action="store_true", help="fewer settings of USearch")
-    parser.add_argument("--only", nargs="+", help="contenders whose names hold one of these, e.g. 'usearch f16 M=16'")
+    parser.add_argument("--only", nargs="+", help="variants whose names hold one of these, e.g. 'usearch f16 M=16'")
     parser.add_argument("--save", type=Path, help="JSON file; rows that it holds already are kept or replaced")
     options = parser.parse_args()
-    print(f"  vectors  {'contender':28}  recall   median      p99  build s  file MB   mem MB  load ms  mmap ms")
+    print(f"  vectors  {'variant':28}  recall   median      p99  build s  file MB   mem MB  load ms  mmap ms")
     rows: list[Result] = []
-    chosen = [c for c in contenders(options.quick) if not options.only or any(o in c.name for o in options.only)]
+    chosen = [c for c in variants(options.quick) if not options.only or any(o in c.name for o in options.only)]
     for size in options.sizes:
         vectors, queries = sample(options.bundle, size, 1), sample(options.bundle, options.queries, 2)
         rows += measure(chosen, vectors, queries, exact(vectors, queries))
@@ -324,9 +326,9 @@ def main() -> None:
 
 
 def save(path: Path, rows: Sequence[Result]) -> None:
-    """Add rows to a file, in the place of those of the same contender and number of vectors."""
+    """Add rows to a file, in the place of those of the same variant and number of vectors."""
     known = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    merged = {(row["contender"], row["vectors"]): row for row in [*known, *map(asdict, rows)]}
+    merged = {(row["variant"], row["vectors"]): row for row in [*known, *map(asdict, rows)]}
     result = {"rows": list(merged.values()), "noise": NOISE, "machine": machine()}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -166,10 +166,10 @@ def fields_of(task: str, prompt: str) -> dict[str, str]:
     `options` is the list as it stands, for `options_of`. Where a field holds a line that looks like the template's, the
     last such line counts as the template's. ValueError if the prompt is not of the task's template.
     """
-    found = _PATTERNS[dataset_of(task)].fullmatch(prompt)
-    if found is None:
+    match = _PATTERNS[dataset_of(task)].fullmatch(prompt)
+    if match is None:
         raise ValueError(f"not a prompt of {task}: {prompt[:80]!r}")
-    return found.groupdict()
+    return match.groupdict()
 
 
 def reword(task: str, prompt: str, wording: str) -> str:

@@ -19,10 +19,10 @@ T = TypeVar("T")
 
 
 class AsyncComposer(AsyncClosing):
-    """A composer whose methods are awaited; it lets go of its threads when it is closed, the composer stays open.
+    """A composer whose methods are awaited. Closing it ends its threads; the composer stays open.
 
     Args:
-        workers: answers that are written at once; more of them wait for their turn.
+        workers: concurrent answers; more of them wait.
     """
 
     def __init__(self, composer: Composer, *, workers: int = 1) -> None:
@@ -30,7 +30,7 @@ class AsyncComposer(AsyncClosing):
         self._threads = ThreadPoolExecutor(workers, "edgecompose")
 
     async def close(self) -> None:
-        """Wait for what is being computed, then let go of the threads."""
+        """Wait for running calls, then end the threads."""
         await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)
 
     async def retrieve(self, prompt: Prompt, request: Request | None = None) -> Retrieval:
@@ -46,24 +46,24 @@ class AsyncComposer(AsyncClosing):
         return await self.call(functools.partial(self.composer.score, prompt, choices, request))
 
     async def run(self, prompt: Prompt, request: Request | None = None) -> Answer:
-        """As `Composer.run`; being cancelled ends the answer at the token it is at."""
+        """As `Composer.run`; cancelling it stops at the present token."""
         async with await self.generate(prompt, request) as generation:
             async for _ in generation:
                 pass
             return generation.answer
 
     async def generate(self, prompt: Prompt, request: Request | None = None) -> AsyncGeneration:
-        """As `Composer.generate`: compose the blend, and give an asynchronous iterator over the answer.
+        """As `Composer.generate`: compose the blend, and return an asynchronous iterator over the answer.
 
-        Use it in an `async with` block, which ends the answer when it is left.
+        Leaving its `async with` block stops the answer.
         """
         started = await self.call(functools.partial(self.composer.generate, prompt, request))
         return AsyncGeneration(started, self)
 
     async def call(self, work: Callable[[], T]) -> T:
-        """Do something in one of the threads; whoever is cancelled meanwhile waits until it is done.
+        """Run a function in one of the threads. A caller that is cancelled waits until the function has ended.
 
-        So what a thread works on is never let go of while it does.
+        So nothing is released while a thread works on it.
         """
         task = asyncio.get_running_loop().run_in_executor(self._threads, work)
         try:
@@ -75,7 +75,7 @@ class AsyncComposer(AsyncClosing):
 
 
 class AsyncGeneration(AsyncClosing):
-    """An answer that is being written, as `composer.Generation`."""
+    """An answer in progress, as `Generation`."""
 
     def __init__(self, generation: Generation, owner: AsyncComposer) -> None:
         self.composition = generation.composition
@@ -96,9 +96,9 @@ class AsyncGeneration(AsyncClosing):
 
     @property
     def answer(self) -> Answer:
-        """The whole answer and how it came about.
+        """The whole answer and how it was computed.
 
         Raises:
-            GenerationError: it was not written to its end.
+            GenerationError: it was not read to its end.
         """
         return self._generation.answer

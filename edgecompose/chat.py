@@ -1,4 +1,4 @@
-"""A conversation that goes on: its messages, and what is said next."""
+"""Holds a conversation: its messages so far, and the answer to the next one."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ class Chat:
         stays in the conversation.
 
         Args:
-            on_text: called with each piece of the answer as it becomes certain.
+            on_text: called with each chunk of the answer as it becomes certain.
 
         Raises:
             EdgeComposeError: of the stage that failed; the conversation is as it was.
         """
-        asked = (*self.messages, Message("user", text))
-        pieces: list[str] = []
-        with self._composer.generate(asked, self._request) as generation:
+        messages = (*self.messages, Message("user", text))
+        chunks: list[str] = []
+        with self._composer.generate(messages, self._request) as generation:
             try:
-                for piece in generation:
-                    pieces.append(piece)
-                    on_text(piece)
+                for chunk in generation:
+                    chunks.append(chunk)
+                    on_text(chunk)
                 return generation.answer
             finally:
-                if pieces:
-                    self.messages = (*asked, Message("assistant", "".join(pieces)))
+                if chunks:
+                    self.messages = (*messages, Message("assistant", "".join(chunks)))
 
     def reset(self) -> None:
         """Begin anew; the system message stays."""

@@ -12,7 +12,7 @@
     ├── RetrievalError                  the query or the index cannot be searched
     ├── MergeError                      unknown method, bad parameter, adapters that cannot be merged so
     ├── CheckpointError                 a float base that a blend cannot be written into
-    ├── DeviceError                     the device that was asked for is not there
+    ├── DeviceError                     the requested device is not available
     ├── GenerationError                 the prompt or the settings cannot be generated from
     │   └── PromptTooLong               prompt and answer exceed the context of the base
     ├── ApiError                        a call to the server is malformed or not supported
@@ -76,7 +76,7 @@ class CheckpointError(EdgeComposeError):
 
 
 class DeviceError(EdgeComposeError):
-    """The device that was asked for is not available."""
+    """The requested device is not available."""
 
 
 class GenerationError(EdgeComposeError):

@@ -225,7 +225,7 @@ def describe_manifest(manifest: Manifest) -> list[str]:
         + fuse,
         f"embedder      {embedder['source']}, {embedder['precision']}, {embedder['dimension']} dimensions",
         f"slots         {', '.join(base['slots'])}",
-        "task                  examples  served by",
+        "task                  examples  adapters",
     ]
     for name, task in shown["tasks"].items():
         served = " + ".join(f"{weight:g} {adapter}" for adapter, weight in task["adapters"].items())
@@ -239,42 +239,43 @@ def _described_adapter(name: str, adapter: Mapping[str, Any]) -> str:
         f"{name:20}  {adapter['rank']:4}  {adapter['bits']:4}  {adapter['bytes'] / 1e3:5.0f}  "
         f"{adapter['quantization_error']:.3f}"
     )
-    found = adapter["validation"]
-    if found is None:
+    validation = adapter["validation"]
+    if validation is None:
         return line
-    return f"{line}  {found['base']:5.1%}  {found['accuracy']:7.1%}  {found['verdict']} ({found['examples']})"
+    gain = f"{validation['base']:5.1%}  {validation['accuracy']:7.1%}"
+    return f"{line}  {gain}  {validation['verdict']} ({validation['examples']})"
 
 
-def describe_compatibility(found: Mapping[str, Any]) -> list[str]:
+def describe_compatibility(compatibility: Mapping[str, Any]) -> list[str]:
     """Norms and cosines as a table; negative pairs work against each other and predict a bad blend."""
-    names = list(found["norms"])
+    names = list(compatibility["norms"])
     widest = max((len(name) for name in names), default=0)
     lines = [f"{'cosine of updates':{widest}}  {'norm':>8}  " + "  ".join(f"{name[:8]:>8}" for name in names)]
     width = len(lines[0].split("  ")[0])
     for one in names:
-        row = (f"{1.0 if one == other else found['cosines'][one][other]:8.3f}" for other in names)
-        lines.append(f"{one:{width}}  {found['norms'][one]:8.3f}  " + "  ".join(row))
+        row = (f"{1.0 if one == other else compatibility['cosines'][one][other]:8.3f}" for other in names)
+        lines.append(f"{one:{width}}  {compatibility['norms'][one]:8.3f}  " + "  ".join(row))
     opposed = [
-        f"{one} and {other} ({found['cosines'][one][other]:.3f})"
+        f"{one} and {other} ({compatibility['cosines'][one][other]:.3f})"
         for i, one in enumerate(names)
         for other in names[i + 1 :]
-        if found["cosines"][one][other] < _OPPOSED
+        if compatibility["cosines"][one][other] < _OPPOSED
     ]
     return [*lines, f"against each other: {', '.join(opposed)}"] if opposed else lines
 
 
-def describe_doctor(found: Mapping[str, Any]) -> list[str]:
+def describe_doctor(report: Mapping[str, Any]) -> list[str]:
     """The doctor's findings as lines of text."""
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    packages = ", ".join(f"{name} {version}" for name, version in found["onnxruntime_packages"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    packages = ", ".join(f"{name} {version}" for name, version in report["onnxruntime_packages"].items())
     return [
-        f"python        {found['python']} on {found['platform']}",
+        f"python        {report['python']} on {report['platform']}",
         f"versions      {versions}",
         f"packages      {packages}",
-        f"providers     {', '.join(found['available_providers'])}",
-        f"device        {found['device']['kind']}: {found['device']['reason']}",
-        f"telemetry     {'off' if found['telemetry_disabled'] else 'ON'}",
-        *(f"problem       {problem}" for problem in found["problems"]),
+        f"providers     {', '.join(report['available_providers'])}",
+        f"device        {report['device']['kind']}: {report['device']['reason']}",
+        f"telemetry     {'off' if report['telemetry_disabled'] else 'ON'}",
+        *(f"problem       {problem}" for problem in report["problems"]),
     ]
 
 
@@ -291,10 +292,11 @@ def _neighbour_json(neighbour: Neighbour) -> Json:
     return {"task": neighbour.task, "key": neighbour.key, "similarity": neighbour.similarity}
 
 
-def _bars(distribution: Mapping[str, float], kept: Mapping[str, float]) -> list[str]:
+def _bars(distribution: Mapping[str, float], nucleus: Mapping[str, float]) -> list[str]:
     widest = max(map(len, distribution))
     return [
-        f"            {'*' if task in kept else ' '} {task:{widest}}  {share:6.1%}  {'█' * round(share * _BAR_WIDTH)}"
+        f"            {'*' if task in nucleus else ' '} {task:{widest}}  {share:6.1%}  "
+        f"{'█' * round(share * _BAR_WIDTH)}"
         for task, share in distribution.items()
     ]
 

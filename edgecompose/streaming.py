@@ -1,4 +1,4 @@
-"""Answers as they are written: one that is read piece by piece, and several at once."""
+"""Streams an answer chunk by chunk, and generates several answers concurrently."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ def write_all(
 ) -> Generator[Answer | EdgeComposeError, None, None]:
     """The answers of several generations, in their order; an error takes the place of the answer that it prevented.
 
-    Closing what is returned ends the answers that are being written.
+    Closing the generator stops the answers in progress.
 
     Args:
-        workers: how many are written at once, at least 1.
+        workers: concurrent answers, at least 1.
     """
     ended = threading.Event()
 

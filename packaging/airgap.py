@@ -33,9 +33,9 @@ def main() -> None:
     parser.add_argument("--extras", required=True, help="extras that the wheels are for, as in cpu,server")
     parser.add_argument("--bundle", type=Path, required=True, help="bundle to ship")
     parser.add_argument("-o", "--output", type=Path, required=True, help="archive to write, NAME.tar.gz")
-    given = parser.parse_args()
+    options = parser.parse_args()
     try:
-        pack(given.executable, given.wheels, given.extras, given.bundle.resolve(), given.output)
+        pack(options.executable, options.wheels, options.extras, options.bundle.resolve(), options.output)
     except (OSError, ValueError) as error:
         sys.exit(f"airgap.py: {error}")
 
@@ -132,8 +132,8 @@ def _sha256(source: Path | bytes) -> str:
 
 def _glibc(folder: Path) -> str:
     """The newest version of the C library that a library or executable in the folder asks for."""
-    asked = {match for path in _files(folder) for match in re.findall(rb"\0GLIBC_(\d+)\.(\d+)\b", path.read_bytes())}
-    return "{}.{}".format(*max(((int(major), int(minor)) for major, minor in asked), default=(2, 17)))
+    versions = {match for path in _files(folder) for match in re.findall(rb"\0GLIBC_(\d+)\.(\d+)\b", path.read_bytes())}
+    return "{}.{}".format(*max(((int(major), int(minor)) for major, minor in versions), default=(2, 17)))
 
 
 def _say(text: str, *, passing: bool = False) -> None:

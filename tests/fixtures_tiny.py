@@ -1,6 +1,6 @@
 """Session-wide tiny models, exports and a bundle, each made once, when a test first asks for it.
 
-Nothing of torch is imported before that, so tests that want none of it run where it is not installed.
+Nothing of torch is imported before that, so tests that need none of it run where it is not installed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 
 from edgecompose.bundle.specs import BaseSpec, EmbedderSpec
 
-_REASON = "exports want the packages of edgecompose-export"
+_REASON = "exports need the packages of edgecompose-export"
 #: Prompts of the tiny bundle's tasks. A prompt is its own nearest neighbour, whatever the encoder's weights.
 TASKS = {
     "animals": ("the cat sat on a mat", "a dog barks at night", "seven horses in the rain", "bees make honey"),

@@ -40,7 +40,18 @@ def slots_of_llama(layers: int = 2, hidden: int = 64) -> BaseSpec:
         "down_proj": (96, hidden),
     }
     slots = tuple(SlotGroup(name, layers, *sizes) for name, sizes in widths.items())
-    return BaseSpec("decoder.onnx", "tokenizer.json", "a" * 64, "fp32", 512, 2, 16, 300, (299,), slots)
+    return BaseSpec(
+        graph="decoder.onnx",
+        tokenizer="tokenizer.json",
+        identity="a" * 64,
+        precision="fp32",
+        context=512,
+        kv_heads=2,
+        head_size=16,
+        vocabulary=300,
+        end_tokens=(299,),
+        slots=slots,
+    )
 
 
 BASE = dataclasses.replace(slots_of_llama(), architecture="llama")

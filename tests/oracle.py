@@ -41,11 +41,11 @@ def merge(parts: Sequence[Part], settings: MergeSettings) -> tuple[Double, Doubl
 
 def prune(values: Double, density: float) -> Double:
     """Keep the largest magnitudes of one tensor; a tie at the threshold has no right answer and is refused."""
-    kept = int(density * values.size)
+    remaining = int(density * values.size)
     order = np.sort(np.abs(values), axis=None)[::-1]
-    if kept < values.size and order[kept] == order[kept - 1] != 0:
+    if remaining < values.size and order[remaining] == order[remaining - 1] != 0:
         raise ValueError("two values tie at the pruning threshold; take other values")
-    return np.where(np.abs(values) >= order[kept - 1], values, 0.0)
+    return np.where(np.abs(values) >= order[remaining - 1], values, 0.0)
 
 
 def _combine(tensors: Sequence[Double], weights: Sequence[Double], settings: MergeSettings) -> Double:

@@ -75,12 +75,12 @@ def change_weights(folder: Path, change: Callable[[dict[str, Any]], None]) -> No
 def scales_of_peft(folder: Path, model: Path) -> Mapping[tuple[str, int], float]:
     base = transformers.AutoModelForCausalLM.from_pretrained(model, local_files_only=True)
     loaded = peft.PeftModel.from_pretrained(base, folder)
-    found = {}
+    result = {}
     for path, module in loaded.named_modules():
         place = _PLACE.search(path)
         if place and hasattr(module, "lora_A"):
-            found[place[2], int(place[1])] = float(module.scaling["default"])
-    return found
+            result[place[2], int(place[1])] = float(module.scaling["default"])
+    return result
 
 
 @pytest.mark.parametrize("case", SCALINGS)
@@ -88,11 +88,11 @@ def test_scales_are_those_of_peft_for_every_module(zoo: TinyZoo, tmp_path: Path,
     folder = zoo.lora(f"scaling {case}", **SCALINGS[case])
     convert_adapter(folder, BASE, tmp_path / "a.safetensors", 8)
     adapter = load_adapter(tmp_path / "a.safetensors", "a", BASE.slots, BASE.identity)
-    wanted = scales_of_peft(folder, zoo.model("llama"))
-    assert len(wanted) == 14
-    for (module, layer), scale in wanted.items():
+    expected = scales_of_peft(folder, zoo.model("llama"))
+    assert len(expected) == 14
+    for (module, layer), scale in expected.items():
         assert adapter.modules[module].scaling[layer] == pytest.approx(scale, rel=1e-6), (module, layer)
-    assert (len(set(wanted.values())) > 1) == ("pattern" in case or "both" in case)
+    assert (len(set(expected.values())) > 1) == ("pattern" in case or "both" in case)
 
 
 def test_factors_and_ranks_are_those_of_the_folder(zoo: TinyZoo, tmp_path: Path) -> None:
@@ -108,9 +108,9 @@ def test_factors_and_ranks_are_those_of_the_folder(zoo: TinyZoo, tmp_path: Path)
     for layer, rank in enumerate(query.ranks):
         assert not a[layer, rank:].any()
         assert not b[layer, rank:].any()
-        for side, found in (("A", a[layer, :rank]), ("B", b[layer, :rank].T)):
-            wanted = tensors[PATH.format(layer, "self_attn.q_proj", side)].numpy()
-            assert np.abs(found - wanted).max() <= 0.006 * np.abs(wanted).max()
+        for side, result in (("A", a[layer, :rank]), ("B", b[layer, :rank].T)):
+            expected = tensors[PATH.format(layer, "self_attn.q_proj", side)].numpy()
+            assert np.abs(result - expected).max() <= 0.006 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize(("bits", "least", "most"), [(4, 0.03, 0.15), (8, 0.002, 0.01)])
@@ -146,11 +146,11 @@ def test_layers_and_modules_that_are_left_alone_have_no_effect(zoo: TinyZoo, tmp
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 def test_other_number_formats_are_read(lora: Path, tmp_path: Path, dtype: str) -> None:
-    wanted = load_file(lora / WEIGHTS)[PATH.format(0, "mlp.up_proj", "B")]
+    expected = load_file(lora / WEIGHTS)[PATH.format(0, "mlp.up_proj", "B")]
     change_weights(lora, lambda tensors: tensors.update({k: v.to(getattr(torch, dtype)) for k, v in tensors.items()}))
     convert_adapter(lora, BASE, tmp_path / "a.safetensors", 8)
     adapter = load_adapter(tmp_path / "a.safetensors", "a", BASE.slots, BASE.identity)
-    assert np.allclose(dequantize(adapter.modules["up_proj"].b)[0].T, wanted, atol=0.01 * float(wanted.abs().max()))
+    assert np.allclose(dequantize(adapter.modules["up_proj"].b)[0].T, expected, atol=0.01 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("form", ["default", "bare"])
@@ -266,7 +266,18 @@ def test_files_that_cannot_be_read_are_refused(lora: Path, tmp_path: Path) -> No
 def test_an_adapter_of_another_base_is_refused_with_every_slot(lora: Path, tmp_path: Path) -> None:
     narrow = slots_of_llama(layers=1, hidden=32)
     slots = tuple(group for group in narrow.slots if group.name != "down_proj")
-    other = BaseSpec("d", "t", "c" * 64, "fp32", 512, 2, 16, 300, (299,), slots)
+    other = BaseSpec(
+        graph="d",
+        tokenizer="t",
+        identity="c" * 64,
+        precision="fp32",
+        context=512,
+        kv_heads=2,
+        head_size=16,
+        vocabulary=300,
+        end_tokens=(299,),
+        slots=slots,
+    )
     with pytest.raises(SlotMismatch) as caught:
         convert_adapter(lora, other, tmp_path / "a.safetensors")
     message = str(caught.value)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("torch", reason="exports want the packages of edgecompose-export")
+pytest.importorskip("torch", reason="exports need the packages of edgecompose-export")
 
 from edgecompose import AsyncComposer, Request, open_bundle
 from edgecompose.engine.decoder_state import DecoderState
@@ -40,7 +40,7 @@ def test_answers_at_once_are_answers_alone(bundle: Path, workers: int) -> None:
     check(work())
 
 
-def test_pieces_come_one_by_one_and_leaving_stops_the_model(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_come_one_by_one_and_leaving_stops_the_model(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
     forward = DecoderState.forward
 
@@ -52,11 +52,11 @@ def test_pieces_come_one_by_one_and_leaving_stops_the_model(bundle: Path, monkey
 
     async def work() -> None:
         with open_bundle(bundle, device="cpu") as composer:
-            wanted = composer.run(PROMPTS[0], REQUEST).text
+            expected = composer.run(PROMPTS[0], REQUEST).text
             async with AsyncComposer(composer) as aio:
                 async with await aio.generate(PROMPTS[0], REQUEST) as generation:
-                    pieces = [piece async for piece in generation]
-                assert "".join(pieces) == wanted == generation.answer.text and len(pieces) > 1
+                    chunks = [chunk async for chunk in generation]
+                assert "".join(chunks) == expected == generation.answer.text and len(chunks) > 1
                 passes.clear()
                 async with await aio.generate(PROMPTS[0], REQUEST) as generation:
                     await anext(generation)
@@ -78,7 +78,7 @@ def test_who_is_cancelled_leaves_a_model_that_stopped(bundle: Path, monkeypatch:
 
     async def work() -> None:
         with open_bundle(bundle, device="cpu") as composer:
-            wanted = composer.run(PROMPTS[0], REQUEST).text
+            expected = composer.run(PROMPTS[0], REQUEST).text
             async with AsyncComposer(composer) as aio:
                 monkeypatch.setattr(DecoderState, "forward", slow)
                 task = asyncio.create_task(aio.run(PROMPTS[0], REQUEST))
@@ -88,7 +88,7 @@ def test_who_is_cancelled_leaves_a_model_that_stopped(bundle: Path, monkeypatch:
                 with pytest.raises(asyncio.CancelledError):
                     await task
                 assert len(passes) <= 2
-                assert (await aio.run(PROMPTS[0], REQUEST)).text == wanted
+                assert (await aio.run(PROMPTS[0], REQUEST)).text == expected
 
     check(work())
 

@@ -120,7 +120,7 @@ def test_an_installation_is_replaced_only_when_forced_and_survives_a_failure(alt
     done = call(*install, home=home)
     assert done.returncode == 0, done.stderr
     assert f"'{prefix}/bin/edgecompose' run '{prefix}/bundle'" in done.stdout
-    assert [path.name for path in home.iterdir()] == [prefix.name], "a prefix of one's own wants no link"
+    assert [path.name for path in home.iterdir()] == [prefix.name], "an own prefix needs no link"
     assert "add --force" in faults(call(*install, home=home))
     (wheel,) = (altered / "wheels").glob("numpy-*")
     wheel.unlink()

@@ -139,7 +139,7 @@ def test_matplotlib_is_an_extra_that_one_module_imports_when_it_draws() -> None:
 
 def test_the_server_is_an_extra_that_nothing_else_imports() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    assert {re.split(r"[<>=]", wanted)[0].replace("-", "_") for wanted in extras["server"]} == SERVER
+    assert {re.split(r"[<>=]", expected)[0].replace("-", "_") for expected in extras["server"]} == SERVER
     importers = {name for name, tree in modules(RUNTIME).items() if foreign(tree) & SERVER}
     assert importers == {"server.app", "server.gate", "server.metrics", "server.run"}
     done = run_python(f"import sys; import edgecompose.cli.main; print({SERVER} & set(sys.modules))")

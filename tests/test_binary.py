@@ -72,9 +72,11 @@ def test_it_answers_as_the_library_does(executable: Path, tmp_path: Path, expect
     arguments = ("run", BUNDLE, PROMPT, "--max-tokens", TOKENS, "--device", "cpu", "--json")
     done = call(executable, *arguments, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    found = json.loads(done.stdout)
-    assert {key: found[key] for key in ("answer", "composition")} == {k: expected[k] for k in ("answer", "composition")}
-    assert found["weights"] == pytest.approx(expected["weights"])
+    result = json.loads(done.stdout)
+    assert {key: result[key] for key in ("answer", "composition")} == {
+        k: expected[k] for k in ("answer", "composition")
+    }
+    assert result["weights"] == pytest.approx(expected["weights"])
 
 
 def test_it_answers_where_there_is_no_network(tmp_path: Path, expected: dict[str, Any]) -> None:
@@ -93,11 +95,11 @@ def test_it_writes_adapters(form: str, tmp_path: Path, expected: dict[str, Any])
     arguments = ("compose", BUNDLE, PROMPT, "-o", output, "--format", form, "--device", "cpu", "--json")
     done = call(EXECUTABLES["folder"], *arguments, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    found = json.loads(done.stdout)
-    assert found["composition"] == expected["composition"]
+    result = json.loads(done.stdout)
+    assert result["composition"] == expected["composition"]
     names = ["adapter_config.json", "adapter_model.safetensors"]
-    assert found["files"] == ([str(output / name) for name in names] if form == "peft" else [str(output)])
-    assert all(Path(name).stat().st_size > 100 for name in found["files"])
+    assert result["files"] == ([str(output / name) for name in names] if form == "peft" else [str(output)])
+    assert all(Path(name).stat().st_size > 100 for name in result["files"])
 
 
 def test_one_file_composes_too(tmp_path: Path, expected: dict[str, Any]) -> None:
@@ -157,9 +159,9 @@ def test_it_evaluates_inspects_and_verifies(tmp_path: Path) -> None:
 def test_doctor_finds_what_was_frozen(tmp_path: Path) -> None:
     done = call(EXECUTABLES["folder"], "doctor", "--json", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    found = json.loads(done.stdout)
-    assert found["onnxruntime_packages"] == {"onnxruntime": found["versions"]["onnxruntime"]}
-    assert (found["problems"], found["telemetry_disabled"]) == ([], True)
+    result = json.loads(done.stdout)
+    assert result["onnxruntime_packages"] == {"onnxruntime": result["versions"]["onnxruntime"]}
+    assert (result["problems"], result["telemetry_disabled"]) == ([], True)
 
 
 def test_a_chat_remembers(tmp_path: Path) -> None:

@@ -32,9 +32,9 @@ def test_a_prompt_of_a_task_finds_its_task(composer: Composer, task: str) -> Non
 
 
 def test_a_whole_answer(composer: Composer) -> None:
-    pieces: list[str] = []
-    answer = composer.run(PROMPT, on_text=pieces.append)
-    assert "".join(pieces) == answer.text
+    chunks: list[str] = []
+    answer = composer.run(PROMPT, on_text=chunks.append)
+    assert "".join(chunks) == answer.text
     assert 0 <= answer.generated_tokens <= 6
     assert answer.prompt_tokens > len(PROMPT) / 2
     assert len(answer.retrieval.neighbours) == 4
@@ -102,7 +102,7 @@ def test_a_seed_decides_what_is_drawn(composer: Composer) -> None:
 
 
 @pytest.mark.parametrize("method", ["linear", "ties", "magnitude_prune"])
-def test_factorwise_methods_want_one_rank(composer: Composer, method: str) -> None:
+def test_factorwise_methods_need_one_rank(composer: Composer, method: str) -> None:
     settings = MergeSettings(method)
     assert composer.run(PROMPT, Request(weights={"animals": 1.0}, merge=settings)).settings == settings
     with pytest.raises(EdgeComposeError, match=r"has ranks \[2, 4\]"):

@@ -93,9 +93,9 @@ def test_a_blend_is_the_weighted_sum_of_its_adapters(composer: Composer) -> None
     blend = composer.compose("", Request(weights=weights)).merged.factors()["down_proj"]
     parts = {n: composer.compose("", Request(weights={n: 1.0})).merged.factors()["down_proj"] for n in weights}
     for layer in (0, 29):
-        wanted = sum(w * (parts[n][0][layer].T @ parts[n][1][layer]) for n, w in weights.items())
-        found = blend[0][layer].T @ blend[1][layer]
-        np.testing.assert_allclose(found, wanted, atol=1e-5 * float(np.abs(wanted).max()))
+        expected = sum(w * (parts[n][0][layer].T @ parts[n][1][layer]) for n, w in weights.items())
+        result = blend[0][layer].T @ blend[1][layer]
+        np.testing.assert_allclose(result, expected, atol=1e-5 * float(np.abs(expected).max()))
 
 
 def test_a_blend_is_written_as_a_peft_folder(composer: Composer, tmp_path: Path) -> None:

@@ -17,33 +17,25 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tomllib
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 from click.testing import CliRunner
 
-pytest.importorskip("torch", reason="exports want the packages of edgecompose-export")
+pytest.importorskip("torch", reason="exports need the packages of edgecompose-export")
 
 from docs import generate
-from docs.reference_generator.markdown import anchor
 from edgecompose.cli.main import main as runtime
 from edgecompose.server.config import ServerSettings
 from edgecompose_export.bundles import build_bundle
-from edgecompose_export.cli import main as export
 from tests import tiny
+from tests.doc_pages import FENCE, PAGES, PROGRAMS, README, ROOT, name_of, parse
 from tests.fixtures_tiny import ADAPTERS, TASKS, TinyZoo, ignore_tracer_warnings
-from tests.server.test_app import serving
+from tests.server.served import serving
 
-ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
-PAGES = (README, *sorted((ROOT / "docs").rglob("*.md")))
-PROGRAMS: dict[str, click.Group] = {"edgecompose": runtime, "edgecompose-export": export}
 #: First words of a line that make it a command line, in whatever block it stands.
 COMMANDS = frozenset(
     (
@@ -74,7 +66,7 @@ SHELL = frozenset(("curl", "python", "printf", "echo"))
 _BUILDS = "builds for minutes; tests check what it made"
 _DOWNLOADS = "fetches packages"
 _AIRGAP = "tests/test_airgap.py does the same with the installer"
-_NOT_HERE = "wants a program that is not installed with ours"
+_NOT_HERE = "needs a program that is not installed with ours"
 #: Command lines that no test of this file runs, and why.
 NOT_RUN: dict[str, str] = {
     "make demo": _BUILDS,
@@ -107,7 +99,7 @@ NOT_RUN: dict[str, str] = {
         _AIRGAP,
     ),
     ". .venv/bin/activate": "tests run in an environment of their own",
-    "python benchmarks/cuda.py": "wants a GPU; tests/benchmarks/test_cuda.py runs it on the CPU",
+    "python benchmarks/cuda.py": "needs a GPU; tests/benchmarks/test_cuda.py runs it on the CPU",
     "taskset -c 0,1 edgecompose serve models/demo": "not every system has taskset and two cores",
     "llama-cli -m SmolLM2-135M-Instruct.Q4_1.gguf --lora blend.gguf": f"{_NOT_HERE}; see test_llama_cpp.py",
     "vllm serve SmolLM2-135M-Instruct --enable-lora --max-lora-rank 16 --lora-modules blend=small": _NOT_HERE,
@@ -115,7 +107,6 @@ NOT_RUN: dict[str, str] = {
 #: Tasks of the tiny bundle, and those of the demo that stand for them.
 DEMO_TASKS = {"animals": "snli", "numbers": "cb", "colours": "yelp"}
 _ADDRESS = "http://127.0.0.1:8080"
-_FENCE = re.compile(r"^```(\w*) ?(\S*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 def is_command(line: str) -> bool:
@@ -158,21 +149,17 @@ def _split_output(part: str) -> tuple[str, str]:
 
 def blocks(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
-    found = [(m.start(), Block(m[1], m[2], m[3])) for m in _FENCE.finditer(text)]
-    bare = _FENCE.sub(lambda m: "\n" * m[0].count("\n"), text)
+    result = [(m.start(), Block(m[1], m[2], m[3])) for m in FENCE.finditer(text)]
+    bare = FENCE.sub(lambda m: "\n" * m[0].count("\n"), text)
     assert "```" not in bare, f"{page}: a fence is not closed"
     place = 0
     for part in bare.split("\n\n"):
         lines = part.strip("\n").splitlines()
         if lines and all(line.startswith("    ") for line in lines):
             where = text.index(part.strip("\n"))
-            found.append((where, Block("indented", "", "".join(f"{line[4:]}\n" for line in lines))))
+            result.append((where, Block("indented", "", "".join(f"{line[4:]}\n" for line in lines))))
         place += len(part) + 2
-    return [block for _, block in sorted(found, key=lambda one: one[0])]
-
-
-def name_of(page: Path) -> str:
-    return page.relative_to(ROOT).as_posix()
+    return [block for _, block in sorted(result, key=lambda one: one[0])]
 
 
 class Page:
@@ -264,12 +251,12 @@ class Page:
 
     def _serve(self, arguments: list[str], environment: dict[str, str]) -> None:
         """A server with the settings that the command gives it, at a free port, until the page ends."""
-        given: list[ServerSettings] = []
+        value: list[ServerSettings] = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("edgecompose.cli.serve.run_server", lambda _, settings, **others: given.append(settings))
+            patch.setattr("edgecompose.cli.serve.run_server", lambda _, settings, **others: value.append(settings))
             done = CliRunner(env=environment).invoke(runtime, arguments)
-        assert done.exit_code == 0 and given, done.output
-        settings = dataclasses.replace(given[0], max_tokens=min(given[0].max_tokens, 256))
+        assert done.exit_code == 0 and value, done.output
+        settings = dataclasses.replace(value[0], max_tokens=min(value[0].max_tokens, 256))
         self.address = self._stack.enter_context(serving(self.folder / arguments[1], settings)).url
 
     def _shell(self, line: str) -> bytes:
@@ -288,31 +275,6 @@ class Page:
 def _expanded(word: str) -> list[str]:
     """The files that a pattern names, or else the word."""
     return (sorted(str(path) for path in Path().glob(word)) if word.startswith("*") else []) or [word]
-
-
-def parse(line: str) -> None:
-    """Check as much of a command line as can be without running it: targets, extras, commands and options."""
-    words = shlex.split(line, comments=True)
-    program = words[0].rpartition("/")[2]
-    if program == "make":
-        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-        for word in words[1:]:
-            name, is_variable, _ = word.partition("=")
-            assert re.search(rf"^{name} \?=" if is_variable else rf"^{name}:", makefile, flags=re.MULTILINE), line
-    elif program == "pip":
-        for name, found in re.findall(r"([\w./-]+)\[([\w,]+)\]", line):
-            file = ROOT / {"edgecompose": ".", ".": ".", "./export": "export"}[name] / "pyproject.toml"
-            extras = tomllib.loads(file.read_text("utf-8"))["project"]["optional-dependencies"]
-            assert set(found.split(",")) <= set(extras), line
-    elif program in PROGRAMS:
-        command: click.Command = PROGRAMS[program]
-        arguments = words[1:]
-        while isinstance(command, click.Group):
-            _, found, arguments = command.resolve_command(click.Context(command), arguments)
-            assert found is not None
-            command = found
-        with command.make_context(command.name, arguments):
-            pass
 
 
 @pytest.fixture(scope="module")
@@ -357,8 +319,8 @@ SHOWN = [(p, line, out) for p in PAGES for b in blocks(p) for line, out in b.com
 
 def _without_numbers(text: str) -> list[str]:
     """Lines without what differs from machine to machine."""
-    told = [line for line in text.splitlines() if not line.startswith(("...", "device", "tokens", "time"))]
-    return [re.sub(r"[\d.]+", "0", re.sub(r"composition \w+|█", "", line)).rstrip() for line in told]
+    messages = [line for line in text.splitlines() if not line.startswith(("...", "device", "tokens", "time"))]
+    return [re.sub(r"[\d.]+", "0", re.sub(r"composition \w+|█", "", line)).rstrip() for line in messages]
 
 
 @pytest.mark.parametrize(("path", "line", "output"), SHOWN, ids=[f"{p.stem}: {s:.40}" for p, s, _ in SHOWN])
@@ -373,8 +335,8 @@ def test_output_that_is_shown_comes_out(
     program, *arguments = shlex.split(line)
     done = CliRunner().invoke(PROGRAMS[program], arguments)
     assert done.exit_code == 0, done.output
-    said = set(_without_numbers(done.output))
-    assert [text for text in _without_numbers(output) if text not in said] == [], done.output
+    printed = set(_without_numbers(done.output))
+    assert [text for text in _without_numbers(output) if text not in printed] == [], done.output
 
 
 def test_the_first_python_example_is_under_ten_lines_and_runs_on_the_demo() -> None:
@@ -385,79 +347,3 @@ def test_the_first_python_example_is_under_ten_lines_and_runs_on_the_demo() -> N
     finished = subprocess.run([sys.executable, "-c", first], capture_output=True, text=True, cwd=ROOT, check=False)
     assert finished.returncode == 0, finished.stderr
     assert "yelp" in finished.stdout
-
-
-@pytest.mark.parametrize("path", PAGES, ids=name_of)
-def test_commands_and_options_named_in_the_text_exist(path: Path) -> None:
-    options = {name for group in PROGRAMS.values() for command in _all(group) for name in _options(command)}
-    text = _FENCE.sub("", path.read_text(encoding="utf-8"))
-    for code in re.findall(r"`([^`\n]+)`", text) if path.name != "log.md" else ():
-        words = code.split()
-        if words[0] in ("make", "pip"):
-            parse(code)
-        elif words[0] in PROGRAMS and len(words) > 1 and re.fullmatch(r"[\w-]+", words[1]) and words[1] != "--help":
-            group = PROGRAMS[words[0]]
-            command = group.get_command(click.Context(group), words[1])
-            assert command is not None or words[1].startswith("-") or words[1].isupper(), code
-            if command is not None and not isinstance(command, click.Group):
-                given = {w.split("=")[0] for w in words if w.startswith("--")}
-                assert given <= {*_options(command), "--help"}, code
-        elif words[0].startswith("--") and path.parent.name != "reference":
-            assert words[0].split("=")[0] in {*options, *_OTHERS_OPTIONS}, code
-
-
-#: Options of programs that are not ours.
-_OTHERS_OPTIONS = frozenset(
-    ("--help", "--prefix", "--python", "--force", "--uninstall", "--lora", "--lora-modules", "--enable-lora", "--chat")
-)
-
-
-def _all(group: click.Group) -> Iterator[click.Command]:
-    context = click.Context(group)
-    for name in group.list_commands(context):
-        command = group.get_command(context, name)
-        assert command is not None
-        yield from _all(command) if isinstance(command, click.Group) else (command,)
-
-
-def _options(command: click.Command) -> list[str]:
-    return [name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)]
-
-
-# Links
-
-
-def anchors(page: Path) -> set[str]:
-    bare = _FENCE.sub("", page.read_text(encoding="utf-8"))
-    return {anchor(heading.strip()) for heading in re.findall(r"^#+ (.*)$", bare, flags=re.MULTILINE)}
-
-
-@pytest.mark.parametrize("path", (*PAGES, ROOT / "CHANGELOG.md", ROOT / "models" / "SOURCES.md"), ids=name_of)
-def test_links_lead_somewhere(path: Path) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", _FENCE.sub("", path.read_text(encoding="utf-8"))):
-        if re.match(r"https?:", target):
-            continue
-        file, _, fragment = target.partition("#")
-        found = path.parent / file if file else path
-        assert found.exists(), target
-        if fragment:
-            assert fragment in anchors(found), target
-
-
-def test_the_index_names_every_page() -> None:
-    index = ROOT / "docs" / "README.md"
-    linked = {(index.parent / target).resolve() for target in re.findall(r"\]\(([^)#]+)", index.read_text("utf-8"))}
-    assert {page.resolve() for page in PAGES} - {README.resolve(), index.resolve()} <= linked
-
-
-def test_every_path_in_the_tree_exists() -> None:
-    tree = re.search(r"```text\n(edgecompose/.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert tree is not None
-    folder = ""
-    for line in tree[1].splitlines():
-        name = line.split()[0]
-        if not line.startswith(" "):
-            folder = name
-            assert (ROOT / name).is_dir(), name
-        else:
-            assert (ROOT / folder / name).exists(), f"{folder}{name}"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("peft", reason="parity with PEFT wants the packages of edgecompose-export")
+pytest.importorskip("peft", reason="parity with PEFT needs the packages of edgecompose-export")
 
 import peft
 import torch
@@ -60,7 +60,7 @@ class Case:
 
 @pytest.fixture(scope="module")
 def cases(composer: Composer, tmp_path_factory: pytest.TempPathFactory) -> list[Case]:
-    reference, found = load_model(open_base(MODEL)), []
+    reference, result = load_model(open_base(MODEL)), []
     tokenizer, folder = composer.model.tokenizer, tmp_path_factory.mktemp("blends")
     for number, prompt in enumerate(PROMPTS):
         raw = number % 2 == 0
@@ -68,9 +68,9 @@ def cases(composer: Composer, tmp_path_factory: pytest.TempPathFactory) -> list[
         merged = composer.compose(prompt, REQUEST).merged
         write_peft_folder(merged, folder / str(number), composer.bundle.manifest.base)
         model = peft.PeftModel.from_pretrained(reference, str(folder / str(number)))
-        found.append(Case(prompt, raw, ids, merged, _generate(model, ids, composer.bundle.manifest.base.end_tokens)))
+        result.append(Case(prompt, raw, ids, merged, _generate(model, ids, composer.bundle.manifest.base.end_tokens)))
         model.unload()
-    return found
+    return result
 
 
 @pytest.mark.parametrize("attachment", ["attach", "fuse"])

@@ -87,8 +87,8 @@ def test_a_removed_task_leaves_no_trace(bundle_copy: Path) -> None:
     assert manifest.index.vectors == 9
     assert not (bundle_copy / "adapters/numbers.safetensors").exists()
     with open_bundle(bundle_copy, device="cpu") as opened:
-        found = opened.retrieve(TASKS["numbers"][0], Request(retrieval=RetrievalSettings(neighbours=50))).neighbours
-        assert {n.task for n in found} == {"animals", "colours"}
+        result = opened.retrieve(TASKS["numbers"][0], Request(retrieval=RetrievalSettings(neighbours=50))).neighbours
+        assert {n.task for n in result} == {"animals", "colours"}
         for task in ("animals", "colours"):
             assert opened.retrieve(TASKS[task][1], NEAREST).neighbours[0].task == task
     remove_task(bundle_copy, "animals")

@@ -230,7 +230,7 @@ def write_encoder(folder: Path, *, pooling: str = "mean", max_length: int = 32, 
     """A sentence-transformers folder around a tiny BERT.
 
     Args:
-        pooling: 'mean', 'cls', or another of sentence-transformers' modes.
+        pooling: 'mean', 'cls', 'max', or another of sentence-transformers' modes.
         max_length: window in tokens.
     """
     config = transformers.BertConfig(
@@ -251,8 +251,8 @@ def write_encoder(folder: Path, *, pooling: str = "mean", max_length: int = 32, 
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for i, (kind, path) in enumerate(kinds)
     ]
-    mode = {"mean": "mean_tokens", "cls": "cls_token"}.get(pooling, pooling)
-    modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
+    mode = {"mean": "mean_tokens", "cls": "cls_token", "max": "max_tokens"}.get(pooling, pooling)
+    modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "lasttoken")
     flags = {f"pooling_mode_{name}": name == mode for name in modes}
     write_json(folder / "modules.json", modules)
     write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": 32, **flags})

@@ -223,7 +223,7 @@ def _sample() -> dict[str, Any]:
         retrieval=choice,
         settings=edgecompose.MergeSettings(),
         composition="0703f594ce76...",
-        device=Device("cpu", ("CPUExecutionProvider",), "cpu was asked for"),
+        device=Device("cpu", ("CPUExecutionProvider",), "cpu was requested"),
         timings_ms=dict.fromkeys(STAGES, 0.0),
         prompt_tokens=64,
         generated_tokens=1,

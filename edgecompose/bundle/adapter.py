@@ -190,13 +190,15 @@ def _check_fit(
     name: str, modules: Mapping[str, AdapterModule], groups: Mapping[str, SlotGroup], made_for: str, base: str
 ) -> None:
     problems = []
-    for module, found in modules.items():
-        group = groups.get(module)
-        have = f"{found.layers} layers of {found.a.width}x{found.b.width}"
+    for name_of_module, module in modules.items():
+        group = groups.get(name_of_module)
         if group is None:
-            problems.append(f"'{module}' has no slot here")
-        elif (found.layers, found.a.width, found.b.width) != (group.layers, group.n_in, group.n_out):
-            problems.append(f"'{module}' is {group.layers} layers of {group.n_in}x{group.n_out} here, {have} there")
+            problems.append(f"'{name_of_module}' has no slot in this base")
+        elif (module.layers, module.a.width, module.b.width) != (group.layers, group.n_in, group.n_out):
+            problems.append(
+                f"'{name_of_module}' is {group.layers} layers of {group.n_in}x{group.n_out} in this base, "
+                f"{module.layers} layers of {module.a.width}x{module.b.width} in the adapter"
+            )
     if problems:
         raise SlotMismatch(
             f"adapter '{name}' does not fit this base: {'; '.join(problems)}; export it against this base"

@@ -18,7 +18,7 @@ _MANIFEST_LIMIT = 64 << 20
 class Bundle:
     """An opened bundle: its manifest is valid and every file has the size that the manifest says.
 
-    A file is hashed the first time that `path` is asked for it, so nothing native reads unchecked bytes.
+    `path` hashes a file on its first call, so native code never reads unchecked bytes.
     """
 
     def __init__(self, root: Path) -> None:
@@ -138,9 +138,9 @@ def file_problem(
     problem = _size_problem(root, relative, entry)
     if problem is not None:
         return problem
-    found = sha256_of(root / relative, advance=advance)
-    if found != entry.sha256:
-        return f"file '{relative}' has sha256 {found[:12]}…, the manifest says {entry.sha256[:12]}…"
+    digest = sha256_of(root / relative, advance=advance)
+    if digest != entry.sha256:
+        return f"file '{relative}' has sha256 {digest[:12]}…, the manifest says {entry.sha256[:12]}…"
     return None
 
 

@@ -124,13 +124,13 @@ def unpack(factor: QuantizedFactor) -> Codes:
 
 def unpack_into(flat: Codes, factor: QuantizedFactor, layers: slice) -> None:
     """Write the codes of some layers to `flat`, (layers, r n)."""
-    kept = factor.codes[layers].reshape(len(flat), -1)
+    codes = factor.codes[layers].reshape(len(flat), -1)
     if factor.bits != 4:
-        np.copyto(flat, kept)
+        np.copyto(flat, codes)
         return
-    half = kept.shape[1]
-    np.bitwise_and(kept, np.uint8(15), out=flat[:, :half])
-    np.right_shift(kept, np.uint8(4), out=flat[:, half:])
+    half = codes.shape[1]
+    np.bitwise_and(codes, np.uint8(15), out=flat[:, :half])
+    np.right_shift(codes, np.uint8(4), out=flat[:, half:])
 
 
 def relative_error(factor: Float, quantized: QuantizedFactor) -> float:

@@ -124,6 +124,7 @@ class BaseSpec:
 class EmbedderSpec:
     """The sentence encoder: pooling, length in tokens, and whether vectors have unit norm.
 
+    `pooling` is a name of the table in `retrieval.pooling`.
     `ends` > 0 appends the means of the first and of the last `ends` tokens to the pooled vector, so that `dimension` is
     three times the encoder's width. `cosine` is the mean cosine between its vectors and those of its float32 form.
     """
@@ -134,7 +135,7 @@ class EmbedderSpec:
     precision: str
     dimension: int
     max_length: int
-    pooling: Literal["mean", "cls"]
+    pooling: str
     normalize: bool
     ends: int = 0
     cosine: float = 1.0

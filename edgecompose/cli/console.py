@@ -21,7 +21,7 @@ class ErrorGroup(click.Group):
     program = "edgecompose"
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command that was asked for."""
+        """Run the command."""
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
@@ -39,7 +39,7 @@ def _one_line(text: str) -> str:
 
 
 def progress(*columns: ProgressColumn) -> Progress:
-    """A progress display on stderr that vanishes when it is done, and is silent where nobody looks."""
+    """A progress display on stderr; it disappears at the end, and is silent where stderr is no terminal."""
     from rich.console import Console
     from rich.progress import Progress
 

@@ -73,7 +73,7 @@ def _parse_methods(context: click.Context, parameter: click.Parameter, value: st
     "--report",
     "report_folder",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Write a report with charts to this folder (wants edgecompose[report]), and --answer-cache there.",
+    help="Write a report with charts to this folder (needs edgecompose[report]), with --answer-cache in it.",
 )
 @retrieval_options
 @no_sampling
@@ -113,12 +113,12 @@ def evaluate_examples(
         if weights is not None:
             variants.insert(0, Variant("by hand", "fixed", dataclasses.replace(request, weights=weights)))
         with counting("answering", len(examples) * len(variants)) as advance:
-            found = evaluate(composer, examples, variants, answer_cache=answer_cache, advance=advance)
+            evaluation = evaluate(composer, examples, variants, answer_cache=answer_cache, advance=advance)
         settings = table.settings_json(composer.bundle.manifest, composer.device, variants)
     settings |= {"files": [path.name for path in data], "limit": limit}
-    summary = found.summary()
+    summary = evaluation.summary()
     result = table.evaluation_json(summary, settings)
-    pages = [] if report_folder is None else write_report(found, summary, result, report_folder)
+    pages = [] if report_folder is None else write_report(evaluation, summary, result, report_folder)
     if as_json:
         print_json(result)
     else:

@@ -29,25 +29,30 @@ from edgecompose.server.stdio import StdioServer
 def batch(
     bundle: Path, calls: Path, output: Path, parallel: int | None, max_tokens: int, device: str, as_json: bool
 ) -> None:
-    """Answer CALLS, a file of OpenAI API calls in the form of its batch API; run it again to go on after a stop.
+    """Answer CALLS, a file of OpenAI API calls in the form of its batch API; run it again to resume.
 
     A line is {"custom_id": "a", "url": "/v1/chat/completions", "body": {"messages": [...]}}.
 
     \b
     edgecompose batch models/demo calls.jsonl -o results.jsonl
     """
-    found = read_calls(calls)
-    with open_composer(bundle, device) as composer, counting("answering", len(found)) as advance:
-        done, failed = answer_calls(composer, found, output, max_tokens=max_tokens, parallel=parallel, advance=advance)
+    parsed = read_calls(calls)
+    with open_composer(bundle, device) as composer, counting("answering", len(parsed)) as advance:
+        done, failed = answer_calls(composer, parsed, output, max_tokens=max_tokens, parallel=parallel, advance=advance)
     if as_json:
-        print_json({"calls": len(found), "answered": done, "failed": failed, "output": str(output)})
+        print_json({"calls": len(parsed), "answered": done, "failed": failed, "output": str(output)})
     else:
-        click.echo(f"{output}: {done} of {len(found)} calls answered now, {failed} with an error")
+        click.echo(f"{output}: {done} of {len(parsed)} calls answered now, {failed} with an error")
 
 
 @click.command()
 @bundle_argument
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; others want a key.")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen at; any but this machine's own needs a key.",
+)
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
 @click.option(
     "--api-key-file",
@@ -56,7 +61,7 @@ def batch(
 )
 @click.option("--allow-host", multiple=True, metavar="NAME", help="Another name of this server; repeatable.")
 @click.option("--allow-origin", multiple=True, metavar="URL", help="A site whose pages may call it; repeatable.")
-@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Answers written at once.")
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Concurrent answers.")
 @click.option(
     "--queue", type=click.IntRange(0), default=16, show_default=True, help="Requests that wait; more get 429."
 )

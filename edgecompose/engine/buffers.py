@@ -40,7 +40,7 @@ class BufferPool:
         return self._device.buffer(values)
 
     def give(self, buffer: OrtValue) -> None:
-        """Return a buffer that nobody reads any more."""
+        """Return a buffer that is no longer read."""
         with self._lock:
             self._idle.append((buffer.shape()[0], buffer))
             while len(self._idle) > 1 and sum(4 * size for size, _ in self._idle) > self._limit:

@@ -16,7 +16,7 @@ from edgecompose.engine.slots import bind_slots, check_graph, slot_axes
 
 _IDLE_CACHES = 2
 #: Tokens that a pass of the graph reads at most, by device: what it computes on the way of a longer prompt takes more
-#: memory, and, as it leaves a CPU's caches, more time; a GPU wants large passes.
+#: memory, and, as it leaves a CPU's caches, more time; a GPU needs large passes.
 _CHUNKS = {"cpu": 128, "cuda": 2048}
 
 
@@ -66,10 +66,10 @@ class Decoder:
     def _idle_cache(self, adapter: MergedAdapter) -> KVCache | None:
         """The cache of an earlier sequence under the same blend: binding hundreds of slots takes 2 ms."""
         with self._lock:
-            found = next((cache for cache in self._idle if cache.blend.digest == adapter.digest), None)
-            if found is not None:
-                self._idle = [cache for cache in self._idle if cache is not found]
-        return found
+            match = next((cache for cache in self._idle if cache.blend.digest == adapter.digest), None)
+            if match is not None:
+                self._idle = [cache for cache in self._idle if cache is not match]
+        return match
 
     def _new_cache(self, adapter: MergedAdapter) -> KVCache:
         cache = KVCache(self._session, self.spec, self.device, adapter)

@@ -106,15 +106,15 @@ def choose_device(request: DeviceRequest = "auto") -> Device:
         request: 'cpu'; 'cuda', which must work; 'auto', which takes CUDA when it works.
 
     Raises:
-        DeviceError: 'cuda' was asked for and cannot be used; or an unknown request.
+        DeviceError: 'cuda' was requested and cannot be used, or the request is unknown.
     """
     if request not in ("auto", "cpu", "cuda"):
         raise DeviceError(f"device '{request}' is unknown; use auto, cpu or cuda")
     if request == "cpu":
-        return host("cpu was asked for")
+        return host("cpu was requested")
     obstacle = _cuda_obstacle()
     if obstacle is None:
-        return Device("cuda", (_CUDA, _CPU), f"cuda works ({'asked for' if request == 'cuda' else 'found by auto'})")
+        return Device("cuda", (_CUDA, _CPU), f"cuda works ({'requested' if request == 'cuda' else 'chosen by auto'})")
     if request == "cuda":
         raise DeviceError(
             f"device cuda cannot be used: {obstacle}; "
@@ -124,7 +124,7 @@ def choose_device(request: DeviceRequest = "auto") -> Device:
 
 
 def host(reason: str) -> Device:
-    """The CPU, for what runs there whatever was asked for."""
+    """The CPU, for what runs there on every device."""
     return Device("cpu", (_CPU,), reason)
 
 
@@ -190,13 +190,13 @@ def usable_cores() -> int:
 
 def installed_packages() -> dict[str, str]:
     """Version of every ONNX Runtime distribution that is installed (two of them is a fault)."""
-    found = {}
+    versions = {}
     for package in _PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def available_providers() -> tuple[str, ...]:
@@ -215,7 +215,7 @@ def runtime_version() -> str:
 
 
 def telemetry_disabled() -> bool:
-    """Whether ONNX Runtime was told, before it was imported, not to report home."""
+    """Whether ONNX Runtime's telemetry was disabled before it was imported."""
     return os.environ.get("ORT_DISABLE_TELEMETRY") == "1"
 
 

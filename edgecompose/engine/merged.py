@@ -38,7 +38,7 @@ class MergedModule:
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
-    """What a merge did to the sum that was asked for.
+    """How a blend differs from the requested sum.
 
     `norm_factor` is what the norm guard multiplied the blend by (1 when it is off); `discarded_energy` is the share of
     the squared norm that svd cut off, in 0 .. 1.
@@ -71,12 +71,12 @@ class MergedAdapter:
         """A copy on the host: module -> A (L, R, n_in), B (L, R, n_out)."""
         if not self.modules:
             return {}
-        flat, found = self.buffer.numpy(), {}
+        flat, modules = self.buffer.numpy(), {}
         for name, module in self.modules.items():
             parts = (module.place("A"), module.place("B"))
             a, b = (flat[offset : offset + math.prod(shape)].reshape(shape).copy() for offset, shape in parts)
-            found[name] = (a, b)
-        return found
+            modules[name] = (a, b)
+        return modules
 
 
 def require_adapters(merged: MergedAdapter) -> None:

@@ -66,9 +66,9 @@ def check_graph(session: Session, name: str, inputs: Axes, outputs: Axes) -> Non
         BundleError: a name is missing or left over, or an axis has another size.
     """
     taken = {v.name: v.shape for v in (*session.get_inputs(), *session.get_overridable_initializers())}
-    given = {v.name: v.shape for v in session.get_outputs()}
-    wrong = sorted((set(taken) ^ set(inputs)) | (set(outputs) - set(given)))
-    for actual, expected in ((taken, inputs), (given, outputs)):
+    returned = {v.name: v.shape for v in session.get_outputs()}
+    wrong = sorted((set(taken) ^ set(inputs)) | (set(outputs) - set(returned)))
+    for actual, expected in ((taken, inputs), (returned, outputs)):
         wrong += [n for n, axes in expected.items() if n in actual and not _fits(actual[n], axes)]
     if wrong:
         shown = ", ".join(wrong[:4]) + (" ..." if len(wrong) > 4 else "")

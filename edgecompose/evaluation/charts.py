@@ -23,7 +23,7 @@ Matrix = Mapping[str, Mapping[str, float]]
 #: Text, quiet text and lines in the light theme, and what they become in the dark one.
 _INK, _QUIET, _LINE = "#1f2328", "#59636e", "#d1d9e0"
 _DARK = {_INK: "#e6edf3", _QUIET: "#9198a1", _LINE: "#3d444d"}
-#: The main variant, the base, the others: told apart by any eye, on white and on black, by their marks as well.
+#: Colours of the main variant, the base and the others: distinct for colour-blind readers, on white and on black.
 _MAIN, _BASE = "#1f83d6", "#8b949e"
 #: Full colour of a heat map: white can be read on most of it.
 _HEAT, _WHITE_FROM = "#0b5cad", 0.7
@@ -76,9 +76,9 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         frozen = getattr(sys, "frozen", False)
-        found = "this executable does not hold; with a Python of your own" if frozen else "is not installed;"
+        remedy = "this executable does not hold; with a Python of your own" if frozen else "is not installed;"
         raise EvaluationError(
-            f"a report wants matplotlib, which {found} run: pip install 'edgecompose[report]'"
+            f"a report needs matplotlib, which {remedy} run: pip install 'edgecompose[report]'"
         ) from error
 
 
@@ -152,7 +152,14 @@ def _chart(name: str, title: str, alt: str, draw: Callable[[], Figure]) -> Chart
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(svg, format="svg", metadata=nothing)
         figure.savefig(png, format="png", dpi=144, facecolor="white", metadata={"Software": None})
-    return Chart(name, title, alt, _themed(svg.getvalue(), title), png.getvalue(), round(figure.get_figwidth() * 96))
+    return Chart(
+        name=name,
+        title=title,
+        alt=alt,
+        svg=_themed(svg.getvalue(), title),
+        png=png.getvalue(),
+        width=round(figure.get_figwidth() * 96),
+    )
 
 
 def _themed(svg: str, title: str) -> str:
@@ -246,9 +253,9 @@ def _heat_map(matrix: Matrix, across: str) -> Figure:
     """Cells labelled in per cent; rows that have a column of their name first, in the order of the columns."""
     from matplotlib.patches import Rectangle
 
-    found = set().union(*matrix.values())
-    rows = sorted(matrix, key=lambda row: (row not in found, row))
-    columns = [*(row for row in rows if row in found), *sorted(found - set(rows))]
+    adapters = set().union(*matrix.values())
+    rows = sorted(matrix, key=lambda row: (row not in adapters, row))
+    columns = [*(row for row in rows if row in adapters), *sorted(adapters - set(rows))]
     left, above = _margin(rows), _margin(columns) * 0.8 + 0.3
     width, height = 0.33 * len(columns), 0.25 * len(rows)
     figure, (axes,) = _figure(left + width + above * 0.8, above + height + 0.1, (left, above, width, height))

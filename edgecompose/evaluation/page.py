@@ -32,7 +32,7 @@ def write_report(evaluation: Evaluation, summary: Summary, result: Mapping[str, 
 
     Args:
         summary: that of the evaluation.
-        result: what `scoreboard.evaluation_json` made of it.
+        result: the value of `table.evaluation_json`.
 
     Returns:
         the files, the page first.
@@ -62,7 +62,7 @@ def page(evaluation: Evaluation, result: Mapping[str, Any], charts: Sequence[Cha
         keep_trailing_newline=True,
     )
     environment.filters["base64"] = lambda text: base64.b64encode(text.encode("utf-8")).decode("ascii")
-    counts = {len(found["tasks"]) for found in result["variants"].values()}
+    counts = {len(metrics["tasks"]) for metrics in result["variants"].values()}
     return environment.get_template("report.html").render(
         main=evaluation.main,
         result=result,
@@ -88,19 +88,19 @@ def shortened(text: str, head: int = _HEAD, tail: int = _TAIL) -> str:
 
 def _rows(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     variants = result["variants"].values()
-    for task in sorted(set().union(*(found["tasks"] for found in variants))):
-        scores = [found["tasks"].get(task) for found in variants]
+    for task in sorted(set().union(*(metrics["tasks"] for metrics in variants))):
+        scores = [metrics["tasks"].get(task) for metrics in variants]
         had = [score for score in scores if score]
         yield {"task": task, "n": max(s["n"] for s in had), "scores": scores, "best": max(s["accuracy"] for s in had)}
 
 
-def _miss(judged: Result) -> dict[str, str]:
-    example = judged.example
-    weights = ", ".join(f"{name} {weight:.3f}" for name, weight in judged.weights.items())
+def _miss(result: Result) -> dict[str, str]:
+    example = result.example
+    weights = ", ".join(f"{name} {weight:.3f}" for name, weight in result.weights.items())
     return {
         "task": example.task,
         "expected": shortened(example.answer, _SHORT, 0),
-        "got": shortened(judged.answer, _SHORT, 0),
+        "got": shortened(result.answer, _SHORT, 0),
         "prompt": shortened(example.prompt),
         "weights": weights or "none",
         "choices": shortened("; ".join(example.choices or ())),
@@ -110,7 +110,7 @@ def _miss(judged: Result) -> dict[str, str]:
 def _described(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, value in settings.items():
         if isinstance(value, Mapping) and name == "variants":
-            yield from ((f"variant {n}", _words(found)) for n, found in value.items())
+            yield from ((f"variant {n}", _words(variant)) for n, variant in value.items())
         else:
             yield name.replace("_", " "), _words(value)
 

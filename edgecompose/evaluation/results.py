@@ -125,16 +125,16 @@ class Evaluation:
 
     def metrics(self, name: str) -> Metrics:
         """What one variant reached."""
-        judged = self.results[name]
-        right = _right(judged)
+        results = self.results[name]
+        right = _right(results)
         tasks = {t: Score(len(r), float(r.mean()), bootstrap_interval(r)) for t, r in right.items()}
         return Metrics(
             tasks,
             float(np.mean([score.accuracy for score in tasks.values()])) if tasks else None,
             mean_interval(list(right.values())) if tasks else None,
-            {stage: float(np.mean([j.timings_ms[stage] for j in judged])) if judged else 0.0 for stage in STAGES},
-            {task: _mean_weights(found) for task, found in _by_task(judged).items()},
-            routing(judged),
+            {stage: float(np.mean([j.timings_ms[stage] for j in results])) if results else 0.0 for stage in STAGES},
+            {task: _mean_weights(task_results) for task, task_results in _by_task(results).items()},
+            routing(results),
         )
 
     def against(self, name: str) -> Comparison | None:
@@ -150,19 +150,19 @@ class Evaluation:
 
     def misses(self, count: int) -> list[Result]:
         """The first examples that the main variant got wrong."""
-        return [judged for judged in self.results[self.main] if not judged.right][:count]
+        return [result for result in self.results[self.main] if not result.right][:count]
 
 
-def routing(judged: Iterable[Result]) -> Routing:
+def routing(results: Iterable[Result]) -> Routing:
     """Where retrieval led, and whether the top share can be trusted."""
     confusion: dict[str, Counter[str]] = {}
     pairs: list[tuple[float, bool]] = []
-    for one in judged:
-        if one.top_task is None or one.top_share is None:
+    for result in results:
+        if result.top_task is None or result.top_share is None:
             continue
-        confusion.setdefault(one.example.task, Counter())[one.top_task] += 1
-        if one.own_task:
-            pairs.append((one.top_share, one.top_task == one.example.task))
+        confusion.setdefault(result.example.task, Counter())[result.top_task] += 1
+        if result.own_task:
+            pairs.append((result.top_share, result.top_task == result.example.task))
     bins = [_bin(pairs, number) for number in range(BINS)]
     error = sum(b.n * abs(b.share - b.right) for b in bins) / len(pairs) if pairs else None
     return Routing({task: dict(counts.most_common()) for task, counts in confusion.items()}, tuple(bins), error)
@@ -174,19 +174,20 @@ def _bin(pairs: Sequence[tuple[float, bool]], number: int) -> Bin:
     return Bin(len(inside), float(share), float(right))
 
 
-def _by_task(judged: Iterable[Result]) -> dict[str, list[Result]]:
+def _by_task(results: Iterable[Result]) -> dict[str, list[Result]]:
     tasks: dict[str, list[Result]] = {}
-    for one in judged:
-        tasks.setdefault(one.example.task, []).append(one)
+    for result in results:
+        tasks.setdefault(result.example.task, []).append(result)
     return dict(sorted(tasks.items()))
 
 
-def _right(judged: Iterable[Result]) -> dict[str, Bools]:
-    return {task: np.array([one.right for one in found]) for task, found in _by_task(judged).items()}
+def _right(results: Iterable[Result]) -> dict[str, Bools]:
+    by_task = _by_task(results)
+    return {task: np.array([result.right for result in task_results]) for task, task_results in by_task.items()}
 
 
-def _mean_weights(judged: Sequence[Result]) -> dict[str, float]:
+def _mean_weights(results: Sequence[Result]) -> dict[str, float]:
     total: Counter[str] = Counter()
-    for one in judged:
-        total.update(one.weights)
-    return {name: weight / len(judged) for name, weight in total.most_common()}
+    for result in results:
+        total.update(result.weights)
+    return {name: weight / len(results) for name, weight in total.most_common()}

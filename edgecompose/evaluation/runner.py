@@ -23,7 +23,7 @@ from edgecompose.settings import MergeSettings, override
 from edgecompose.timing import STAGES, Timings
 
 Kind = Literal["base", "own", "top1", "uniform", "retrieved", "fixed"]
-#: Kinds that have a name to be called by; 'fixed' wants weights beside it.
+#: Kinds that a name alone selects; 'fixed' needs weights.
 KINDS: tuple[Kind, ...] = tuple(kind for kind in get_args(Kind) if kind != "fixed")
 #: Longest free-form answer (tokens) where a request names none.
 MAX_TOKENS = 24
@@ -35,7 +35,7 @@ class Variant:
     """A way to answer.
 
     `base` takes no adapter, `own` the one that is called like the example's task, or else those that serve it (no
-    examples of tasks that the bundle lacks), `top1` those of the likeliest task, `uniform` those of the nucleus' tasks
+    examples of tasks that the bundle lacks), `top1` those of the top task, `uniform` those of the nucleus' tasks
     in equal parts, `retrieved` what the composer chooses itself, `fixed` the request's weights. `exclude_own` leaves
     the example's task out of retrieval.
     """
@@ -50,11 +50,11 @@ class Variant:
         if self.kind not in kinds:
             raise EvaluationError(f"variant '{self.name}' is of kind '{self.kind}'; use one of {', '.join(kinds)}")
         if self.request.sampling is not None:
-            raise EvaluationError(f"variant '{self.name}' draws tokens at random; an evaluation wants greedy answers")
+            raise EvaluationError(f"variant '{self.name}' draws tokens at random; expected greedy decoding")
         if self.request.choices or (self.request.weights is None) == (self.kind == "fixed"):
             raise EvaluationError(
                 f"variant '{self.name}' of kind '{self.kind}' has choices, or weights where its kind decides; "
-                "choices are those of the examples, and only 'fixed' wants weights"
+                "choices are those of the examples, and only 'fixed' takes weights"
             )
 
 
@@ -68,16 +68,16 @@ def parse_variants(names: Sequence[str], request: Request, exclude_own: bool = F
         EvaluationError: an unknown name.
     """
     kinds: dict[str, Kind] = {kind: kind for kind in KINDS}
-    found = []
+    variants = []
     for name in names:
         if name in METHODS:
             merge = {**_changes(request.merge), "method": name}
-            found.append(Variant(name, "retrieved", dataclasses.replace(request, merge=merge), exclude_own))
+            variants.append(Variant(name, "retrieved", dataclasses.replace(request, merge=merge), exclude_own))
         elif name in kinds:
-            found.append(Variant(name, kinds[name], request, exclude_own))
+            variants.append(Variant(name, kinds[name], request, exclude_own))
         else:
             raise EvaluationError(f"no variant is called '{name}'; use some of {', '.join((*KINDS, *METHODS))}")
-    return found
+    return variants
 
 
 def _changes(merge: MergeSettings | Mapping[str, Any] | None) -> Mapping[str, Any]:
@@ -105,7 +105,7 @@ def evaluate(
 ) -> Evaluation:
     """Have every variant answer every example.
 
-    The same blend asked for the same answer is computed once, whichever variants and runs want it.
+    An answer of one blend to one request is computed once and shared by all variants and runs.
 
     Args:
         answer_cache: JSONL file of answers that are known; those that are computed are appended to it.
@@ -118,21 +118,21 @@ def evaluate(
     names = [variant.name for variant in variants]
     if not names or len(set(names)) < len(names):
         raise EvaluationError(f"variants are '{', '.join(names)}'; expected at least one, each once")
-    judged: dict[str, list[Result]] = {name: [] for name in names}
+    results: dict[str, list[Result]] = {name: [] for name in names}
     with open_answer_cache(answer_cache) as known:
         bench = _Bench(composer, known)
         for example in examples:
             routes = _Routes(composer, example)
             for variant in variants:
-                found = bench.judge(example, variant, routes)
-                if found is not None:
-                    judged[variant.name].append(found)
+                result = bench.answer(example, variant, routes)
+                if result is not None:
+                    results[variant.name].append(result)
                 advance(1)
     main = main_variant(names)
-    if not judged[main]:
+    if not results[main]:
         expected = "examples of the bundle's tasks" if examples else "at least one example"
         raise EvaluationError(f"no example remains for '{main}'; expected {expected}")
-    return Evaluation(main, {name: tuple(found) for name, found in judged.items()})
+    return Evaluation(main, {name: tuple(result) for name, result in results.items()})
 
 
 class _Routes:
@@ -140,16 +140,16 @@ class _Routes:
 
     def __init__(self, composer: Composer, example: EvalExample) -> None:
         self._composer, self._prompt = composer, example.prompt
-        self._found: dict[object, tuple[Retrieval, dict[str, float]]] = {}
+        self._retrievals: dict[object, tuple[Retrieval, dict[str, float]]] = {}
 
     def find(self, request: Request) -> tuple[Retrieval, dict[str, float]]:
         """Retrieval and milliseconds a stage."""
         key = (repr(request.retrieval), request.exclude)
-        if key not in self._found:
+        if key not in self._retrievals:
             timings = Timings()
             retrieval = self._composer.retrieve(self._prompt, request, timings=timings)
-            self._found[key] = retrieval, timings.elapsed_ms
-        return self._found[key]
+            self._retrievals[key] = retrieval, timings.elapsed_ms
+        return self._retrievals[key]
 
 
 class _Bench:
@@ -159,7 +159,7 @@ class _Bench:
         self._composer, self._answer_cache = composer, answer_cache
         self._manifest = composer.bundle.manifest
 
-    def judge(self, example: EvalExample, variant: Variant, routes: _Routes) -> Result | None:
+    def answer(self, example: EvalExample, variant: Variant, routes: _Routes) -> Result | None:
         """One variant on one example; None where it does not apply."""
         here = example.task in self._manifest.tasks
         if variant.kind == "own" and not here:
@@ -190,7 +190,7 @@ class _Bench:
     def _weights(
         self, variant: Variant, example: EvalExample, request: Request, retrieval: Retrieval
     ) -> dict[str, float]:
-        """The blend that a variant wants for a request: weights of adapters."""
+        """The weights of adapters that a variant blends for a request."""
         if variant.kind == "base":
             return {}
         if variant.kind == "fixed":
@@ -244,10 +244,10 @@ class _Bench:
 
 def _request(variant: Variant, example: EvalExample, here: bool) -> Request:
     """What a variant asks for one example, its weights apart."""
-    asked = variant.request
-    exclude = asked.exclude
+    base_request = variant.request
+    exclude = base_request.exclude
     if variant.exclude_own and here and example.task not in exclude:
         exclude = (*exclude, example.task)
     return dataclasses.replace(
-        asked, exclude=exclude, choices=example.choices or (), max_tokens=asked.max_tokens or MAX_TOKENS
+        base_request, exclude=exclude, choices=example.choices or (), max_tokens=base_request.max_tokens or MAX_TOKENS
     )

@@ -30,7 +30,7 @@ def evaluation_json(summary: Summary, settings: Mapping[str, Any]) -> Json:
         **{key: main[key] for key in ("tasks", "mean_accuracy", "mean_ci95", "timings_ms")},
         "settings": dict(settings),
         "variants": variants,
-        "against": {name: comparison_json(found) for name, found in summary.against.items()},
+        "against": {name: comparison_json(comparison) for name, comparison in summary.against.items()},
     }
 
 
@@ -68,7 +68,7 @@ def metrics_json(metrics: Metrics) -> Json:
         },
         "mean_accuracy": metrics.mean,
         "mean_ci95": None if metrics.ci95 is None else list(metrics.ci95),
-        "timings_ms": {stage: round(spent, 3) for stage, spent in metrics.timings_ms.items()},
+        "timings_ms": {stage: round(elapsed_ms, 3) for stage, elapsed_ms in metrics.timings_ms.items()},
         "weights": {task: dict(weights) for task, weights in metrics.weights.items()},
         "routing": routing_json(metrics.routing),
     }
@@ -83,12 +83,12 @@ def routing_json(routing: Routing) -> Json:
     }
 
 
-def comparison_json(found: Comparison) -> Json:
+def comparison_json(comparison: Comparison) -> Json:
     """The main variant's mean over shared tasks less another's, and its accuracy on each of them less the other's."""
     return {
-        "tasks": len(found.by_task),
-        **_paired_json(found.paired),
-        "by_task": {task: _paired_json(paired) for task, paired in found.by_task.items()},
+        "tasks": len(comparison.by_task),
+        **_paired_json(comparison.paired),
+        "by_task": {task: _paired_json(paired) for task, paired in comparison.by_task.items()},
     }
 
 
@@ -99,7 +99,7 @@ def _paired_json(paired: PairedDifference) -> Json:
 def describe_evaluation(result: Mapping[str, Any]) -> list[str]:
     """The JSON value as a table of per cent, tasks by variants, the mean last."""
     variants = result["variants"]
-    tasks = sorted(set().union(*(found["tasks"] for found in variants.values())))
+    tasks = sorted(set().union(*(metrics["tasks"] for metrics in variants.values())))
     widest = max(map(len, (*tasks, "95 % interval")))
     widths = {name: max(len(name), 11) for name in variants}
 
@@ -108,23 +108,24 @@ def describe_evaluation(result: Mapping[str, Any]) -> list[str]:
 
     lines = [row("task", "n", {name: name for name in variants})]
     for task in tasks:
-        scores = {name: found["tasks"].get(task) for name, found in variants.items()}
+        scores = {name: metrics["tasks"].get(task) for name, metrics in variants.items()}
         count = max(score["n"] for score in scores.values() if score)
         lines.append(row(task, count, {n: percent(s["accuracy"] if s else None) for n, s in scores.items()}))
-    lines.append(row("mean", "", {name: percent(found["mean_accuracy"]) for name, found in variants.items()}))
-    lines.append(row("95 % interval", "", {name: interval(found["mean_ci95"]) for name, found in variants.items()}))
-    counts = {name: str(len(found["tasks"])) for name, found in variants.items()}
+    lines.append(row("mean", "", {name: percent(metrics["mean_accuracy"]) for name, metrics in variants.items()}))
+    lines.append(row("95 % interval", "", {name: interval(metrics["mean_ci95"]) for name, metrics in variants.items()}))
+    counts = {name: str(len(metrics["tasks"])) for name, metrics in variants.items()}
     if len(set(counts.values())) > 1:
         lines.append(row("tasks", "", counts))
-    return [*lines, *(describe_comparison(result["main"], name, found) for name, found in result["against"].items())]
+    main, against = result["main"], result["against"]
+    return [*lines, *(describe_comparison(main, name, comparison) for name, comparison in against.items())]
 
 
-def describe_comparison(main: str, other: str, found: Mapping[str, Any]) -> str:
+def describe_comparison(main: str, other: str, comparison: Mapping[str, Any]) -> str:
     """The difference of means in points as a sentence."""
-    low, high = found["ci95"]
+    low, high = comparison["ci95"]
     return (
-        f"{main} less {other}: {signed(found['difference'])} points ({signed(low)} to {signed(high)}) "
-        f"over {found['tasks']} tasks"
+        f"{main} less {other}: {signed(comparison['difference'])} points ({signed(low)} to {signed(high)}) "
+        f"over {comparison['tasks']} tasks"
     )
 
 
@@ -133,9 +134,9 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{share * 100:.1f}"
 
 
-def interval(found: Interval | None) -> str:
+def interval(bounds: Interval | None) -> str:
     """An interval of shares as per cent."""
-    return "-" if found is None else f"{percent(found[0])}-{percent(found[1])}"
+    return "-" if bounds is None else f"{percent(bounds[0])}-{percent(bounds[1])}"
 
 
 def signed(share: float) -> str:

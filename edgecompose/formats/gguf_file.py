@@ -125,7 +125,7 @@ class _Header:
         unpack, strings = struct.Struct("<Q").unpack_from, []
         for _ in range(count):
             if position + 8 > end:
-                raise self.fail(f"{what} goes on, {self.end}")
+                raise self.fail(f"{what} continues, {self.end}")
             (size,) = unpack(data, position)
             position += 8
             if size > end - position:

@@ -104,13 +104,13 @@ def row_updates(merged: MergedAdapter, base: BaseSpec) -> dict[tuple[int, str], 
         for part in PACKED[packed]:
             places[part].append((packed, start))
             start += shapes[part][0]
-    found: dict[tuple[int, str], list[RowUpdate]] = {}
+    updates: dict[tuple[int, str], list[RowUpdate]] = {}
     for module, (a, b) in merged.factors().items():
         for layer in range(len(a)):
             if a[layer].any() and b[layer].any():
                 for name, start in places[module]:
-                    found.setdefault((layer, name), []).append(RowUpdate(start, a[layer], b[layer]))
-    return found
+                    updates.setdefault((layer, name), []).append(RowUpdate(start, a[layer], b[layer]))
+    return updates
 
 
 def _goes_along(name: str, shards: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from edgecompose.engine.memory import release_freed_memory
 from edgecompose.engine.merged import MergedAdapter
 from edgecompose.errors import GenerationError
 from edgecompose.generation.decode import Chunk, decode
-from edgecompose.generation.messages import Message, Overflow, shortened
+from edgecompose.generation.messages import Message, Overflow, without_oldest_turns
 from edgecompose.generation.prompt_cache import PromptCache
 from edgecompose.generation.sampler import Sampler, greedy
 from edgecompose.generation.scoring import score_choices
@@ -56,7 +57,7 @@ class LanguageModel(LazyParts):
         self._prompts = PromptCache()
 
     def close(self) -> None:
-        """Drop the sessions and what was computed; they are loaded again if asked for."""
+        """Drop the sessions and caches; they are loaded again when needed."""
         with self._loading:
             self._fused.clear()
             self._prompts.clear()
@@ -104,14 +105,8 @@ class LanguageModel(LazyParts):
                 "a conversation of several messages cannot be sent raw; leave --raw out, or send one prompt"
             )
         ids = whole = self._ids(messages, raw)
-        excess = len(ids) + room - self._spec.context
-        while excess > 0 and overflow == "truncate":
-            shorter = shortened(messages) or self._cut(messages, excess)
-            if shorter is None:
-                break
-            messages = shorter
-            ids = self._ids(messages, raw)
-            excess = len(ids) + room - self._spec.context
+        if overflow == "truncate":
+            ids = self._truncated(messages, ids, self._spec.context - room, raw=raw)
         check_capacity(len(ids) + room, self._spec)
         if not ids:
             raise GenerationError("the prompt is empty; give some text")
@@ -168,6 +163,22 @@ class LanguageModel(LazyParts):
         if raw:
             return self.tokenizer.encode_prompt(messages[-1].content)
         return self.tokenizer.encode(self.tokenizer.chat([{"role": m.role, "content": m.content} for m in messages]))
+
+    def _truncated(self, messages: Sequence[Message], ids: list[int], most: int, *, raw: bool) -> list[int]:
+        """The ids of a conversation with as few turns left out that `most` are left; more than that where none fits."""
+        if len(ids) <= most:
+            return ids
+        shorter = without_oldest_turns(messages)
+        if shorter:
+            count = bisect.bisect_left(shorter, True, key=lambda talk: len(self._ids(talk, raw)) <= most)
+            messages = shorter[min(count, len(shorter) - 1)]
+            ids = self._ids(messages, raw)
+        while len(ids) > most:
+            cut = self._cut(messages, len(ids) - most)
+            if cut is None:
+                break
+            messages, ids = cut, self._ids(cut, raw)
+        return ids
 
     def _cut(self, messages: Sequence[Message], excess: int) -> tuple[Message, ...] | None:
         """The last message without its first tokens, as many as are too many; None where that is all of it."""

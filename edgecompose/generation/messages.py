@@ -55,18 +55,21 @@ def conversation(prompt: Prompt) -> tuple[Message, ...]:
 
 def query_text(messages: Sequence[Message], which: RouteBy) -> str:
     """The message of the user's that retrieval reads."""
-    said = [message.content for message in messages if message.role == "user"]
-    return said[-1] if which == "last" else said[0]
+    questions = [message.content for message in messages if message.role == "user"]
+    return questions[-1] if which == "last" else questions[0]
 
 
-def shortened(messages: Sequence[Message]) -> tuple[Message, ...] | None:
-    """The conversation without the oldest turn and what answered it; None where only the last turn is left."""
+def without_oldest_turns(messages: Sequence[Message]) -> list[tuple[Message, ...]]:
+    """The conversation without its oldest turn, without its two oldest turns, and so on until the last turn is left.
+
+    A turn is a message of the user and what follows until the next. The system message stays.
+    """
     opening = 1 if messages[0].role == "system" else 0
-    later = next((i for i in range(opening + 1, len(messages)) if messages[i].role == "user"), None)
-    return None if later is None else (*messages[:opening], *messages[later:])
+    starts = [i for i in range(opening + 1, len(messages)) if messages[i].role == "user"]
+    return [(*messages[:opening], *messages[start:]) for start in starts]
 
 
-def _message(found: Mapping[str, str]) -> Message:
-    if not isinstance(found, Mapping) or set(found) != {"role", "content"}:
-        raise GenerationError(f"a message is {found!r:.80}; expected an object with role and content")
-    return Message(found["role"], found["content"])  # type: ignore[arg-type]  # checked by Message
+def _message(fields: Mapping[str, str]) -> Message:
+    if not isinstance(fields, Mapping) or set(fields) != {"role", "content"}:
+        raise GenerationError(f"a message is {fields!r:.80}; expected an object with role and content")
+    return Message(fields["role"], fields["content"])  # type: ignore[arg-type]  # checked by Message

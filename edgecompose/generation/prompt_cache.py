@@ -37,7 +37,7 @@ class PromptCache:
         return longest
 
     def put(self, state: DecoderState) -> None:
-        """Keep a sequence that nobody writes any more."""
+        """Store a sequence that is complete."""
         with self._lock:
             self._states = [state, *self._states][: self._limit]
 

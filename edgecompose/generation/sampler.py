@@ -42,8 +42,8 @@ class Sampler:
         if self._sampling.temperature == 0:
             token = greedy(logits)
         else:
-            kept, shares = candidates(logits, self._sampling)
-            token = int(self._rng.choice(kept, p=shares))
+            tokens, shares = candidates(logits, self._sampling)
+            token = int(self._rng.choice(tokens, p=shares))
         if self._seen is not None:
             self._seen.add(token)
         return token
@@ -78,11 +78,11 @@ def candidates(logits: Float, sampling: Sampling) -> tuple[Ids, Double]:
     total = weights.sum() if count == len(weights) else None
     if count > len(order) and (total is None or weights[order].sum() < sampling.top_p * total):
         order = _largest(weights, count)
-    kept = weights[order]
-    reached = np.cumsum(kept)
+    likely = weights[order]
+    reached = np.cumsum(likely)
     cut = int(np.searchsorted(reached, sampling.top_p * (reached[-1] if total is None else total))) + 1
-    kept = kept[:cut][kept[:cut] >= sampling.min_p * kept[0]]
-    return order[: len(kept)], kept / kept.sum()
+    likely = likely[:cut][likely[:cut] >= sampling.min_p * likely[0]]
+    return order[: len(likely)], likely / likely.sum()
 
 
 def _largest(weights: Double, count: int) -> Ids:

@@ -58,7 +58,7 @@ class Tokenizer:
         return ids[len(first) :] if first and ids[len(first) : 2 * len(first)] == first else ids
 
     def encode_continuation(self, text: str) -> list[int]:
-        """Token ids of text that goes on after other text, such as an answer; nothing is added before it.
+        """Token ids of text that continues other text, such as an answer; no special token is added.
 
         A tokenizer of SentencePiece puts a space before every text by itself; a space that `text` begins with is then
         this one.
@@ -81,8 +81,8 @@ class Tokenizer:
 
     @functools.cached_property
     def _prefixes_a_space(self) -> bool:
-        pieces = self._tokenizer.encode("a", add_special_tokens=False).tokens
-        return bool(pieces) and str(pieces[0]).startswith("\u2581")
+        tokens = self._tokenizer.encode("a", add_special_tokens=False).tokens
+        return bool(tokens) and str(tokens[0]).startswith("\u2581")
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         try:
@@ -121,9 +121,9 @@ class Tokenizer:
 class TokenStream:
     """Turns a growing list of token ids into text that never ends inside a character.
 
-    A byte-level token can hold half of a UTF-8 character; such a piece is held back until
-    the next token completes it. Only the last few ids are decoded again: a token's text may
-    depend on the one before it, as a leading space does, and on no earlier one.
+    A byte-level token can hold half of a UTF-8 character, which is held back until the next token completes it. Only
+    the last few ids are decoded again: a token's text depends on the token before it, as a leading space does, and on
+    no earlier one.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:

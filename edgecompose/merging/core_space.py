@@ -86,11 +86,11 @@ def truncate(gram_a: Double, gram_b: Double, rank: int | None, energy: float | N
         count = min(count, int(enough.max()))
     if count == squares.shape[1]:  # nothing is cut: the rows as they are, bit for bit
         return Recombination(None, None, total, total)
-    kept = squares[:, :count]
+    largest = squares[:, :count]
     floor = np.where(total == 0, 1, total * 1e-14)[:, None]
-    balance = np.maximum(kept, floor)[:, :, None] ** 0.25  # square root of the singular value
+    balance = np.maximum(largest, floor)[:, :, None] ** 0.25  # square root of the singular value
     left = np.swapaxes(root @ vectors[:, :, :count], 1, 2)
-    return Recombination(left / balance, left @ gram_a / balance**3, total, kept.sum(axis=1))
+    return Recombination(left / balance, left @ gram_a / balance**3, total, largest.sum(axis=1))
 
 
 def core_space(gram_a: Double, gram_b: Double, ranks: tuple[int, ...]) -> CoreSpace:
@@ -107,12 +107,12 @@ def core_space(gram_a: Double, gram_b: Double, ranks: tuple[int, ...]) -> CoreSp
     return CoreSpace(to_a, to_b, cores)
 
 
-def prune(cores: Double, kept: int) -> Double:
-    """Each matrix of (..., R, R) with its `kept` largest magnitudes (and what equals the least of them), the rest 0."""
+def prune(cores: Double, count: int) -> Double:
+    """Matrices (..., R, R) with their `count` largest magnitudes, and those equal to the least of them; the rest 0."""
     magnitudes = np.abs(cores).reshape(*cores.shape[:-2], -1)
-    if kept >= magnitudes.shape[-1]:
+    if count >= magnitudes.shape[-1]:
         return cores
-    least = np.partition(magnitudes, -kept, axis=-1)[..., -kept, None]
+    least = np.partition(magnitudes, -count, axis=-1)[..., -count, None]
     return np.where((magnitudes >= least).reshape(cores.shape), cores, 0.0)
 
 

@@ -1,11 +1,11 @@
 """Rows of quantised factors, as the merge graphs read them; knows nothing of methods.
 
-The rows of a module's factor in several adapters are wanted either stacked layer by layer (each layer's rows of the
+The rows of a module's factor in several adapters are needed either stacked layer by layer (each layer's rows of the
 first adapter, then of the second, ...) or adapter by adapter. Two sources give them:
 
 * `HostRows` gathers codes on the host, one byte a code, or float16 for graphs that begin with `half_`, in memory that
   each thread uses again.
-* `ResidentRows` keeps the packed codes of every adapter that was asked for on the device, in one array for each width,
+* `ResidentRows` keeps the packed codes of every adapter of recent blends on the device, in one array for each width,
   so that a merge sends up nothing but row numbers and weights. Graphs for it begin with `resident4_` or `resident8_`.
 """
 
@@ -76,7 +76,7 @@ def ranks_of(parts: Sequence[Part]) -> tuple[int, ...]:
 def layer_chunks(
     parts: Parts, device: Device, *, even_weights: bool = False, copies: int = 1
 ) -> Iterator[tuple[str, Side, slice]]:
-    """Runs of layers to be merged at once, of one weight per adapter where wanted.
+    """Runs of layers to be merged in one pass, of one weight per adapter where that is required.
 
     Args:
         copies: how many arrays of all values the graph holds at a time.
@@ -141,11 +141,11 @@ class HostRows:
 
     def _scratch(self, name: str, size: int, dtype: type[np.generic]) -> npt.NDArray[Any]:
         """Memory of this thread: fresh pages would cost as much as what is written to them."""
-        kept: npt.NDArray[Any] | None = getattr(self._local, name, None)
-        if kept is None or kept.size < size:
-            kept = np.empty(size, dtype)
-            setattr(self._local, name, kept)
-        return kept[:size]
+        scratch: npt.NDArray[Any] | None = getattr(self._local, name, None)
+        if scratch is None or scratch.size < size:
+            scratch = np.empty(size, dtype)
+            setattr(self._local, name, scratch)
+        return scratch[:size]
 
 
 @dataclass(slots=True, eq=False)
@@ -168,7 +168,7 @@ class _Pool:
 
 
 class ResidentRows:
-    """Quantised rows on the device; beyond `limit_bytes` they are forgotten and sent up again when wanted.
+    """Quantised rows on the device; beyond `limit_bytes` they are dropped and copied again when needed.
 
     Args:
         copy: how the device copies an array to an address of its own.
@@ -209,22 +209,24 @@ class ResidentRows:
         feeds["gains"] = _gains(sides, layers, stacked=stacked, own=False)
         return Rows(f"resident{bits}_", feeds, (rows, width))
 
-    def _ensure(self, wanted: Sequence[tuple[str, QuantizedFactor]], bits: Bits) -> _Pool:
+    def _ensure(self, factors: Sequence[tuple[str, QuantizedFactor]], bits: Bits) -> _Pool:
         """The pool of a width with all of these factors in it."""
-        width = wanted[0][1].width
+        width = factors[0][1].width
         pool = self._pools.get((width, bits))
-        missing = {key: f for key, f in wanted if pool is None or key not in pool.first}
+        missing = {key: f for key, f in factors if pool is None or key not in pool.first}
         if not missing and pool is not None:
             return pool
         rows = sum(f.codes.shape[0] * f.rank for f in missing.values())
         if pool is None or pool.used + rows > pool.capacity:
-            pool = self._grow(pool, rows, width, bits, {key: f for key, f in wanted if key not in missing})
-            missing = {key: f for key, f in wanted if key not in pool.first}
+            pool = self._grow(pool, rows, width, bits, {key: f for key, f in factors if key not in missing})
+            missing = {key: f for key, f in factors if key not in pool.first}
         for key, factor in missing.items():
             self._place(pool, key, factor, bits)
         return pool
 
-    def _grow(self, old: _Pool | None, rows: int, width: int, bits: Bits, kept: Mapping[str, QuantizedFactor]) -> _Pool:
+    def _grow(
+        self, old: _Pool | None, rows: int, width: int, bits: Bits, in_use: Mapping[str, QuantizedFactor]
+    ) -> _Pool:
         """A larger pool with the old one's rows in it, or an empty one where that would exceed the limit."""
         used = 0 if old is None else old.used
         capacity = max(_FEWEST_ROWS, 2 * used, used + rows)
@@ -232,7 +234,7 @@ class ResidentRows:
         if others + capacity * _row_bytes(width, bits) > self._limit:
             self._pools.clear()
             old, used = None, 0
-            capacity = max(_FEWEST_ROWS, rows + sum(f.codes.shape[0] * f.rank for f in kept.values()))
+            capacity = max(_FEWEST_ROWS, rows + sum(f.codes.shape[0] * f.rank for f in in_use.values()))
         codes = self._device.empty((capacity, width * bits // 8), np.uint8)
         scales = self._device.empty((capacity, width // RESIDENT_BLOCK))
         if old is not None:

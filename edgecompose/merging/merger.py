@@ -176,8 +176,8 @@ class Merger:
         parts = {m: [_exact_part(a, m, 1.0) for a, _ in pairs] for m, pairs in members.items()}
         recombined = self._recombiner.recombine(members, parts, settings)
         total = sum(float(one.energy.sum()) for one in recombined.values())
-        kept = sum(float(one.kept_energy.sum()) for one in recombined.values())
-        report = replace(report, discarded_energy=max(0.0, 1 - kept / total) if total else 0.0)
+        energy = sum(float(one.kept_energy.sum()) for one in recombined.values())
+        report = replace(report, discarded_energy=max(0.0, 1 - energy / total) if total else 0.0)
         if method_of(settings).plan == "truncate":
             parts = {m: [_exact_part(a, m, w) for a, w in pairs] for m, pairs in members.items()}
         ranks = {m: sum(ranks_of(parts[m])) if one.b is None else one.b.shape[1] for m, one in recombined.items()}
@@ -223,7 +223,9 @@ class Merger:
         for name, members in parts.items():
             layers, n_in, n_out = len(members[0].weight_a), members[0].a.width, members[0].b.width
             start_b = end + aligned(layers * ranks[name] * n_in)
-            modules[name] = MergedModule(layers, ranks[name], n_in, n_out, end, start_b)
+            modules[name] = MergedModule(
+                layers=layers, rank=ranks[name], n_in=n_in, n_out=n_out, offset_a=end, offset_b=start_b
+            )
             end = start_b + aligned(layers * ranks[name] * n_out)
         buffer = self._pool.take(end)
         merged = MergedAdapter(modules, digest, buffer, report)

@@ -69,8 +69,9 @@ class Recombiner:
     ) -> dict[str, core_space.Recombination]:
         """Of the core methods; what does not depend on weights is kept for the next blend of the same adapters."""
         method = method_of(settings)
-        assert method.sparsify is not None and method.combine is not None
-        name = f"{method.sparsify.name}|{settings.density}|{settings.dare_seed}"
+        assert method.combine is not None
+        sparsify = method.sparsify
+        name = "all" if sparsify is None else f"{sparsify.name}|{settings.density}|{settings.dare_seed}"
         keys = {module: f"{_set_of(members)}|{name}" for module, members in parts.items()}
         spaces = {module: self._spaces.get(key) for module, key in keys.items()}
         grams = self.gram_matrices({module: parts[module] for module, space in spaces.items() if space is None})
@@ -78,8 +79,10 @@ class Recombiner:
         for module, space in spaces.items():
             if space is None:
                 whole = core_space.core_space(*grams[module], ranks_of(parts[module]))
-                seeds = [f"{adapter.digest}/{module}/{settings.dare_seed}" for adapter, _ in members[module]]
-                space = replace(whole, cores=method.sparsify.cores(whole.cores, settings.density, seeds))
+                if sparsify is not None:
+                    seeds = [f"{adapter.digest}/{module}/{settings.dare_seed}" for adapter, _ in members[module]]
+                    whole = replace(whole, cores=sparsify.cores(whole.cores, settings.density, seeds))
+                space = whole
                 self._spaces.put(keys[module], space)
             core = method.combine(space.cores, np.array([w for _, w in members[module]], np.float64))
             energy = np.ones(len(core))

@@ -26,10 +26,10 @@ class GraphRunner:
         workers = usable_cores() if device.kind == "cpu" else 1
         self._threads = ThreadPoolExecutor(workers, "merge") if workers > 1 else None
 
-    def copy(self, given: OrtValue, address: int) -> None:
+    def copy(self, value: OrtValue, address: int) -> None:
         """Copy a (N, n) array of bytes or values to an address of the device."""
-        codes = "uint8" in given.data_type()
-        view = View(given, given.data_ptr(), tuple(given.shape()), np.uint8 if codes else np.float32)
+        codes = "uint8" in value.data_type()
+        view = View(value, value.data_ptr(), tuple(value.shape()), np.uint8 if codes else np.float32)
         self.run("copy_codes" if codes else "copy_values", {"given": view}, address, view.shape, view.dtype)
 
     def run(

@@ -36,13 +36,13 @@ def kept_entries(density: float, entries: int) -> int:
     """How many entries of a tensor a density keeps: floor(density * entries), as PEFT counts.
 
     Raises:
-        MergeError: none would be kept.
+        MergeError: no entry would be kept.
     """
-    kept = int(density * entries)
-    if kept == 0:
+    count = int(density * entries)
+    if count == 0:
         least = math.ceil(1e6 / entries) / 1e6
         raise MergeError(f"density {density} keeps none of {entries} entries; raise it to at least {least}")
-    return kept
+    return count
 
 
 def thresholds(factor: QuantizedFactor) -> Float:
@@ -54,9 +54,9 @@ def thresholds(factor: QuantizedFactor) -> Float:
     ordered = np.sort(magnitudes, axis=-1)
     least = np.zeros((len(DENSITIES), len(magnitudes)), np.float32)
     for row, density in zip(least, DENSITIES, strict=True):
-        kept = int(density * magnitudes.shape[1])
-        if kept:
-            row[:] = ordered[:, -kept]
+        count = int(density * magnitudes.shape[1])
+        if count:
+            row[:] = ordered[:, -count]
     return least
 
 
@@ -71,18 +71,18 @@ def keep_largest(factor: QuantizedFactor, density: float, known: Float | None = 
         MergeError: the density keeps nothing.
     """
     entries = factor.rank * factor.width
-    kept = kept_entries(density, entries)
-    if kept == entries:
+    count = kept_entries(density, entries)
+    if count == entries:
         return factor
     if known is not None and density in DENSITIES:
         least = known[DENSITIES.index(density)]
     else:
-        least = np.partition(_magnitudes(factor), -kept, axis=-1)[:, -kept]
+        least = np.partition(_magnitudes(factor), -count, axis=-1)[:, -count]
     codes = unpack(factor)
     keep, equal = _reaching(factor, codes, least)
     keep = keep.reshape(len(least), -1)
     for layer, mask in enumerate(keep):
-        surplus = int(np.count_nonzero(mask)) - kept
+        surplus = int(np.count_nonzero(mask)) - count
         if surplus > 0:  # equal magnitudes at the threshold: the first stay
             mask[equal(layer)[-surplus:]] = False
     return _masked(factor, codes, keep)
@@ -130,11 +130,11 @@ def random_mask(shape: tuple[int, ...], density: float, seed: str) -> Mask:
 
 
 def _masked(factor: QuantizedFactor, codes: Codes, keep: Mask) -> QuantizedFactor:
-    """The factor with codes of 0 where nothing is kept; `codes` is written to. A product is faster than a choice."""
-    zero, kept = factor.zero_point, keep.reshape(codes.shape)
+    """The factor with codes of 0 where the mask is False; overwrites `codes`. A product is faster than np.where."""
+    zero, mask = factor.zero_point, keep.reshape(codes.shape)
     integers = codes.view(np.uint16) if factor.bits == 16 else codes  # the bits of 0.0 are 0
     integers -= integers.dtype.type(zero)
-    integers *= kept
+    integers *= mask
     integers += integers.dtype.type(zero)
     return replace(factor, codes=pack(codes, factor.bits))
 

@@ -11,6 +11,7 @@ from edgecompose.bundle.specs import EmbedderSpec
 from edgecompose.engine.device import Device, host, open_session
 from edgecompose.engine.tokenizer_file import open_tokenizer
 from edgecompose.errors import BundleError, RetrievalError
+from edgecompose.retrieval.pooling import pool, pooling_of
 
 Float = npt.NDArray[np.float32]
 
@@ -21,7 +22,7 @@ class Embedder:
     """
 
     def __init__(self, graph: Path, tokenizer: Path, spec: EmbedderSpec, device: Device) -> None:
-        self._spec = spec
+        self._spec, self._pooling = spec, pooling_of(spec.pooling)
         self._session = open_session(graph, embedder_device(spec, device), name="embedder")
         self._inputs = {i.name for i in self._session.get_inputs()}
         self._tokenizer = open_tokenizer(tokenizer)
@@ -42,7 +43,7 @@ class Embedder:
         feeds = {"input_ids": row, "attention_mask": np.ones_like(row), "token_type_ids": np.zeros_like(row)}
         try:
             (hidden, *_) = self._session.run(None, {k: v for k, v in feeds.items() if k in self._inputs})
-            parts = pool(np.asarray(hidden[0], np.float32), self._spec.pooling, self._spec.ends)
+            parts = pool(np.asarray(hidden[0], np.float32), self._pooling, self._spec.ends)
         except Exception as error:  # a graph that is no encoder, or one of a shorter window
             raise BundleError(f"the embedder's graph does not do what the manifest says: {error}") from error
         vector = np.concatenate([normalize(part) if self._spec.normalize else part for part in parts])
@@ -91,15 +92,6 @@ def head_and_tail(ids: list[int], limit: int) -> list[int]:
         return ids
     head = limit // 2
     return ids[:head] + ids[len(ids) - (limit - head) :]
-
-
-def pool(hidden: Float, pooling: str, ends: int = 0) -> list[Float]:
-    """Vectors (d,) from token vectors (t, d): their mean, or the first one for 'cls'; with `ends` > 0 also the means of
-    the first and of the last `ends` tokens, where a prompt usually says what is to be done.
-    """
-    whole = hidden[0] if pooling == "cls" else hidden.mean(axis=0)
-    parts = [whole, hidden[:ends].mean(axis=0), hidden[-ends:].mean(axis=0)] if ends else [whole]
-    return [np.asarray(part, np.float32) for part in parts]
 
 
 def normalize(vector: Float) -> Float:

@@ -91,11 +91,11 @@ class ExampleIndex:
         compare_all = len(self._index) <= EXACT_BELOW
         with self._lock:
             matches = self._index.search(unit.astype(np.float32), searched, exact=compare_all, threads=1)
-        found = (
+        neighbours = (
             Neighbour(self._task_of(int(key)), int(key), float(np.clip(1 - distance, -1, 1)))
             for key, distance in zip(matches.keys, matches.distances, strict=True)
         )
-        return [n for n in found if n.task not in exclude][:count]
+        return [n for n in neighbours if n.task not in exclude][:count]
 
     def _task_of(self, key: int) -> str:
         name = self._names[max(0, bisect_right(self._starts, key) - 1)] if self._names else ""
@@ -130,7 +130,7 @@ def open_index(path: Path, spec: IndexSpec, *, editable: bool = False) -> Index:
 
     Args:
         editable: read it into memory, for vectors to be added and fetched by key. Otherwise the file is mapped, read
-            as a search walks it, and only searched: finding vectors by key wants a table of all keys.
+            as a search walks it, and only searched: finding vectors by key needs a table of all keys.
 
     Raises:
         RetrievalError: unreadable, or of another size, dimension or type than `spec` says.

@@ -83,14 +83,14 @@ def nucleus(distribution: Mapping[str, float], p: float) -> dict[str, float]:
         raise RetrievalError("an empty distribution has no nucleus")
     if not 0 < p <= 1:
         raise RetrievalError(f"nucleus is {p}; expected a number in (0, 1]")
-    kept: dict[str, float] = {}
+    likely: dict[str, float] = {}
     reached = 0.0
     for task, share in sorted(distribution.items(), key=_order):
         if p < 1 and reached >= p - _SLACK:
             break
-        kept[task] = share
+        likely[task] = share
         reached += share
-    return _normalized(kept)
+    return _normalized(likely)
 
 
 def adapter_weights(

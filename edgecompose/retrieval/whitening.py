@@ -63,9 +63,9 @@ def fit_whitening(vectors: Float, tasks: Sequence[int], *, shrinkage: float, dim
             "expected (n, d) vectors and n labels, some of them equal"
         )
     width = vectors.shape[1]
-    kept = width if dimension is None else dimension
-    if not (0 < shrinkage <= 1 and 1 <= kept <= width):
-        raise RetrievalError(f"shrinkage {shrinkage} or dimension {kept} is out of range (0, 1] or 1 .. {width}")
+    directions = width if dimension is None else dimension
+    if not (0 < shrinkage <= 1 and 1 <= directions <= width):
+        raise RetrievalError(f"shrinkage {shrinkage} or dimension {directions} is out of range (0, 1] or 1 .. {width}")
     exact = vectors.astype(np.float64)
     mean = exact.mean(axis=0)
     within = exact.copy()
@@ -75,9 +75,9 @@ def fit_whitening(vectors: Float, tasks: Sequence[int], *, shrinkage: float, dim
     level = np.trace(covariance) / width
     values, turns = np.linalg.eigh((1 - shrinkage) * covariance + shrinkage * (level or 1.0) * np.eye(width))
     matrix = turns * np.maximum(values, np.finfo(np.float64).tiny) ** -0.5 @ turns.T
-    if kept < width:
+    if directions < width:
         turned = (exact - mean) @ matrix
-        matrix = matrix @ np.linalg.eigh(turned.T @ turned)[1][:, ::-1][:, :kept]
+        matrix = matrix @ np.linalg.eigh(turned.T @ turned)[1][:, ::-1][:, :directions]
     return Whitening(mean.astype(np.float32), matrix.astype(np.float32))
 
 
@@ -93,8 +93,8 @@ def load_whitening(path: Path, rows: int, columns: int) -> Whitening:
         RetrievalError: the file cannot be read, or is of another shape.
     """
     try:
-        found = load_file(path)
-        whitening = Whitening(found["mean"].astype(np.float32), found["matrix"].astype(np.float32))
+        tensors = load_file(path)
+        whitening = Whitening(tensors["mean"].astype(np.float32), tensors["matrix"].astype(np.float32))
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise RetrievalError(f"whitening '{path.name}' cannot be read: {error}; export the bundle again") from error
     if whitening.matrix.shape != (rows, columns):

@@ -90,7 +90,7 @@ class _Service:
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        """Open everything before the first request, let go of the threads after the last."""
+        """Load the models before the first request, and end the threads after the last."""
         async with self._aio:
             await self._aio.call(self._composer.warm_up)
             self._ready()
@@ -246,7 +246,7 @@ async def _refuse(http: HttpRequest, error: Exception) -> Response:
 
 
 async def _gone(http: HttpRequest, error: Exception) -> Response:
-    return Response(status_code=499)  # nobody reads it
+    return Response(status_code=499)  # the client has disconnected
 
 
 async def _nothing(http: HttpRequest, error: Exception) -> Response:

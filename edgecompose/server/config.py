@@ -21,8 +21,8 @@ class ServerSettings:
     """What a server lets in.
 
     `hosts` are names, without a port, that it may be called by; `origins` of pages beside its own that may call it;
-    `key` is the bearer key, if any. At most `workers` answers are written at once, `queue` more wait, the rest are told
-    to come again. `body_bytes` and `max_tokens` bound a request and an answer.
+    `key` is the bearer key, if any. At most `workers` answers are generated concurrently, `queue` more wait, and the
+    rest get status 429. `body_bytes` and `max_tokens` bound a request and an answer.
     """
 
     hosts: tuple[str, ...] = LOOPBACK

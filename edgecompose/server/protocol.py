@@ -190,14 +190,14 @@ def parse_inputs(body: object) -> tuple[tuple[str, ...], bool]:
 
 
 def _messages(fields: Mapping[str, Any]) -> tuple[Message, ...]:
-    found = fields.get("messages")
-    if not isinstance(found, list) or not found:
+    messages = fields.get("messages")
+    if not isinstance(messages, list) or not messages:
         raise ApiError("'messages' is missing or empty; expected a list of messages", param="messages")
-    return conversation([_message(one) for one in found])
+    return conversation([_message(one) for one in messages])
 
 
-def _message(found: object) -> Message:
-    fields = _object(found, "a message")
+def _message(value: object) -> Message:
+    fields = _object(value, "a message")
     role, content = fields.get("role"), fields.get("content")
     if fields.get("tool_calls") or role in ("tool", "function"):
         raise ApiError("a message calls a tool, which is not supported; leave it out", param="messages")
@@ -211,10 +211,10 @@ def _message(found: object) -> Message:
 
 
 def _texts(fields: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    found = fields.get(name)
-    texts = [found] if isinstance(found, str) else found
+    value = fields.get(name)
+    texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not (texts or name == "stop") or not all(isinstance(text, str) for text in texts):
-        raise ApiError(f"'{name}' is {found!r:.80}; expected text or a list of texts", param=name)
+        raise ApiError(f"'{name}' is {value!r:.80}; expected text or a list of texts", param=name)
     return tuple(texts)
 
 
@@ -233,8 +233,8 @@ def _with_own(request: Request, own: Mapping[str, Any], defaults: Defaults) -> R
             raise ApiError(f"'{old}' in 'edgecompose' is called '{new}' now; use that name", param=f"edgecompose.{old}")
     retrieval, merge = (_some(own, names_of(kind)) for kind in (RetrievalSettings, MergeSettings))
     rest = {name: value for name, value in own.items() if name not in retrieval and name not in merge}
-    found = dataclasses.asdict(value_from_json(_Own, rest, "request.edgecompose", ApiError))
-    changes = {name: value for name, value in found.items() if value is not None}
+    own_fields = dataclasses.asdict(value_from_json(_Own, rest, "request.edgecompose", ApiError))
+    changes = {name: value for name, value in own_fields.items() if value is not None}
     if retrieval:
         changes["retrieval"] = replace_from_json(defaults.retrieval, retrieval, "request.edgecompose", ApiError)
     if merge:
@@ -271,7 +271,7 @@ def _without_null(value: Any) -> Any:
     return value
 
 
-def _object(found: object, what: str) -> Mapping[str, Any]:
-    if not isinstance(found, dict):
-        raise ApiError(f"{what} is {found!r:.80}; expected a JSON object")
-    return found
+def _object(value: object, what: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise ApiError(f"{what} is {value!r:.80}; expected a JSON object")
+    return value

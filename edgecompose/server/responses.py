@@ -33,7 +33,7 @@ def response(call: ApiCall, answers: Sequence[Answer], name: str) -> Json:
         "created": int(time.time()),
         "model": call.model,
         "choices": [
-            {"index": index, **_said(call.kind, answer.text), "logprobs": None, "finish_reason": answer.finish}
+            {"index": index, **_content(call.kind, answer.text), "logprobs": None, "finish_reason": answer.finish}
             for index, answer in enumerate(answers)
         ],
         "usage": _usage(answers),
@@ -47,13 +47,13 @@ def chunk(call: ApiCall, name: str, text: str, *, index: int = 0, first: bool = 
 
 
 def last_chunk(call: ApiCall, name: str, answer: Answer, *, index: int = 0) -> Json:
-    """The end of a streamed answer, with what there is to tell of it."""
+    """The last chunk of a streamed answer, with its explanation."""
     ending = {"index": index, **_delta(call.kind, "", False, ending=True), "finish_reason": answer.finish}
     return {**_chunk(call, name, ending), "edgecompose": explanation(answer)}
 
 
 def usage_chunk(call: ApiCall, name: str, answers: Sequence[Answer]) -> Json:
-    """The number of tokens, after a stream whose caller wants it."""
+    """The number of tokens, as the last chunk of a stream with `include_usage`."""
     return {**_chunk(call, name, None), "usage": _usage(answers)}
 
 
@@ -73,7 +73,7 @@ def error_json(error: EdgeComposeError) -> Json:
     return {"error": {"message": str(error), "type": "invalid_request_error", "param": param, "code": code}}
 
 
-def _said(kind: Kind, text: str) -> Json:
+def _content(kind: Kind, text: str) -> Json:
     return {"message": {"role": "assistant", "content": text}} if kind == "chat" else {"text": text}
 
 

@@ -1,4 +1,4 @@
-"""Runs a server; expected imports it, an extra, only when it."""
+"""Runs the HTTP server; its packages, an extra, are imported when it starts."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def run_server(
     """Serve until a signal ends it.
 
     Args:
-        host: an address that is not this machine's alone wants a key.
+        host: an address; one that other machines can reach needs a key.
         port: 0 takes one that is free.
         ready: called with the address once it can be used.
 
     Raises:
-        EdgeComposeError: the extra is not installed, no key where one is wanted, or the address cannot be had.
+        EdgeComposeError: the extra is not installed, a key is missing, or the address cannot be used.
     """
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
@@ -65,7 +65,7 @@ def _listen(host: str, port: int) -> socket.socket:
         if os.name != "nt":
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
-        listening.listen()  # whoever is told the address may call at once
+        listening.listen()  # before `ready`, so that callers can connect at once
     except OSError as error:
         listening.close()
         raise EdgeComposeError(f"cannot listen at {host} port {port}: {error}; give another --port") from error

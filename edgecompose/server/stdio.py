@@ -32,7 +32,7 @@ class StdioServer:
     Args:
         lines: messages, UTF-8.
         write: is given each message of ours, a whole line; called by one thread at a time.
-        max_tokens: the longest answer that may be asked for.
+        max_tokens: upper bound of `max_tokens` of a call.
     """
 
     def __init__(

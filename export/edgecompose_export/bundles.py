@@ -88,7 +88,7 @@ def build_bundle(
 
 
 def _defaults(recipe: Recipe, path: Path, base: BaseSpec, advance: Advance) -> Defaults:
-    """The recipe's defaults; a base without a chat template takes raw prompts, and `advance` is told so.
+    """The recipe's defaults; a base without a chat template takes raw prompts, which `advance` reports.
 
     Raises:
         ExportError: the recipe says prompt_form = "chat", and the base has no chat template.

@@ -21,6 +21,7 @@ from edgecompose.bundle.specs import EmbedderSpec
 from edgecompose.engine.device import choose_device
 from edgecompose.errors import ExportError
 from edgecompose.retrieval.embedder import Embedder
+from edgecompose.retrieval.pooling import POOLINGS
 from edgecompose_export.calibration.prompts import calibration_prompts
 from edgecompose_export.graphs.onnx_files import save_graph
 
@@ -46,7 +47,8 @@ def export_embedder(
         ends: tokens at each end of a prompt that are also pooled separately; 0 for none.
 
     Raises:
-        ExportError: not such a folder, a pooling other than mean or cls, or `output` already holds an embedder.
+        ExportError: not such a folder, a pooling that is not in `edgecompose.retrieval.pooling`, or `output` holds an
+            embedder.
     """
     if (output / SPEC_FILE).exists():
         raise ExportError(f"'{output}' already holds an exported embedder; remove it or give another folder")
@@ -118,17 +120,18 @@ def open_embedder(folder: Path) -> tuple[Embedder, EmbedderSpec]:
     return Embedder(folder / spec.graph, folder / spec.tokenizer, spec=spec, device=device), spec
 
 
-def _pooling(source: Path, modules: list[dict[str, Any]]) -> Literal["mean", "cls"]:
+def _pooling(source: Path, modules: list[dict[str, Any]]) -> str:
     folder = next((m.get("path", "") for m in modules if str(m.get("type", "")).endswith("Pooling")), None)
     if folder is None:
         return "mean"
     config = _read_json(source / folder / "config.json")
     flags = sorted(k for k, v in config.items() if k.startswith("pooling_mode_") and v is True)
-    if flags == ["pooling_mode_mean_tokens"]:
-        return "mean"
-    if flags == ["pooling_mode_cls_token"]:
-        return "cls"
-    raise ExportError(f"embedder '{source}' pools by {', '.join(flags) or 'nothing'}, expected mean or cls")
+    name = next((row.name for row in POOLINGS.values() if flags == [row.flag]), None)
+    if name is None:
+        raise ExportError(
+            f"embedder '{source}' pools by {', '.join(flags) or 'nothing'}, expected {' or '.join(POOLINGS)}"
+        )
+    return name
 
 
 def _read_json(path: Path, *, optional: bool = False) -> Any:

@@ -66,7 +66,7 @@ def write_examples(
         tasks: examples by task name.
         whiten: search by a metric that is learned from these examples (`edgecompose.retrieval.whitening`), which
             needs two tasks.
-        keep_text: write the prompts too, for people who want to see what was retrieved.
+        keep_text: write the prompts too, so that people can see what was retrieved.
         advance: called with the number of prompts embedded, as they are.
 
     Raises:

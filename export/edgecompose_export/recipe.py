@@ -68,12 +68,12 @@ def read_recipe(path: Path) -> Recipe:
         ExportError: unreadable, not TOML, or a field missing, unknown or wrong.
     """
     try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
+        fields = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ExportError(f"recipe '{path}' cannot be read: {error}") from error
-    _refuse_renamed(found, path)
+    _refuse_renamed(fields, path)
     try:
-        recipe = value_from_json(Recipe, found, f"recipe '{path}'", ExportError)
+        recipe = value_from_json(Recipe, fields, f"recipe '{path}'", ExportError)
         method_of(recipe.defaults.merge)
         for name in recipe.tasks:
             check_name(name)

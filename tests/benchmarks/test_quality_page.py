@@ -17,9 +17,9 @@ def test_every_figure_of_a_result_is_on_the_page() -> None:
     text = page(paths)
     for path in paths:
         for result in json.loads(path.read_text(encoding="utf-8"))["settings"].values():
-            for name, found in result["variants"].items():
+            for name, actual in result["variants"].items():
                 assert f"{name} |" in text or f"**{name}** |" in text
-                assert f"| {100 * found['mean_accuracy']:.1f} |" in text
+                assert f"| {100 * actual['mean_accuracy']:.1f} |" in text
             for task in result["variants"][result["main"]]["tasks"]:
                 assert f"| {task} |" in text
 
@@ -37,8 +37,8 @@ def test_reworded_examples_keep_their_answers() -> None:
     examples = [EvalExample("snli", prompt, "no", ("yes", "maybe", "no"))] * 2
     first, second = reworded(examples)
     assert first.prompt != second.prompt
-    for found in (first, second):
-        assert found.prompt != prompt and "A dog runs." in found.prompt and "A cat sits." in found.prompt
-        assert (found.answer, found.choices) == ("no", ("yes", "maybe", "no"))
+    for result in (first, second):
+        assert result.prompt != prompt and "A dog runs." in result.prompt and "A cat sits." in result.prompt
+        assert (result.answer, result.choices) == ("no", ("yes", "maybe", "no"))
     with pytest.raises(ValueError, match="not a prompt of snli"):
         list(reworded([EvalExample("snli", "else", "no")]))

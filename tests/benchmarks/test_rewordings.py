@@ -93,15 +93,15 @@ def prompt_of(task: str, fields: dict[str, str]) -> str:
 
 def sequences(template: str, length: int) -> set[tuple[str, ...]]:
     """Sequences of words of a template's own text, not across fields."""
-    found = set()
+    result = set()
     fields = dict.fromkeys(fields_in(template), FIELD)
     for ask in (CAUSE, EFFECT):
         special = {"options": f"- {FIELD}\n- {FIELD}", "ask": ask}
         text = render(template, {name: special.get(name, value) for name, value in fields.items()})
         for part in text.lower().split(FIELD):
             words = re.findall(r"[a-z0-9']+", part)
-            found |= {tuple(words[i : i + length]) for i in range(len(words) - length + 1)}
-    return found
+            result |= {tuple(words[i : i + length]) for i in range(len(words) - length + 1)}
+    return result
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -199,7 +199,7 @@ def test_no_phrase_gives_wordings_of_many_datasets_away() -> None:
     for name in NAMES:
         phrases = [sequences(wordings[name], 4) for wordings in WORDINGS.values()]
         for phrase in set().union(*phrases):
-            assert sum(phrase in found for found in phrases) <= 3, (name, phrase)
+            assert sum(phrase in result for result in phrases) <= 3, (name, phrase)
 
 
 def test_content_is_free_of_instructions() -> None:
@@ -249,10 +249,10 @@ def test_the_data_has_these_tasks_only() -> None:
 @needs_data
 def test_templates_are_those_that_the_data_describes() -> None:
     sections = (DATA / "README.md").read_text(encoding="utf-8").split("\n## ")
-    found = {}
+    result = {}
     for section in sections:
         if template := re.search(r"- template:\n\n```\n(.+?)\n```", section, re.DOTALL):
-            found[section.split("\n")[0]] = template[1]
-    assert sorted(found) == TASKS
-    for task, text in found.items():
+            result[section.split("\n")[0]] = template[1]
+    assert sorted(result) == TASKS
+    for task, text in result.items():
         assert text == TEMPLATES[dataset_of(task)]

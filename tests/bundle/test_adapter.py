@@ -37,11 +37,11 @@ def test_a_file_gives_back_what_was_written(tmp_path: Path, bits: Bits) -> None:
     assert read.digest == hashlib.sha256(path.read_bytes()).hexdigest()
     assert sorted(read.modules) == sorted(written.modules)
     for name, module in written.modules.items():
-        found = read.modules[name]
-        assert np.array_equal(dequantize(found.a), dequantize(module.a))
-        assert np.array_equal(dequantize(found.b), dequantize(module.b))
-        assert found.scaling.tolist() == [2.0, 0.0, 0.5]
-        assert found.ranks.tolist() == [4, 4, 4]
+        result = read.modules[name]
+        assert np.array_equal(dequantize(result.a), dequantize(module.a))
+        assert np.array_equal(dequantize(result.b), dequantize(module.b))
+        assert result.scaling.tolist() == [2.0, 0.0, 0.5]
+        assert result.ranks.tolist() == [4, 4, 4]
 
 
 def test_metadata_can_be_read_alone(tmp_path: Path) -> None:
@@ -53,8 +53,8 @@ def test_the_same_input_gives_the_same_bytes() -> None:
     modules = make_adapter("one").modules
     turned = {name: modules[name] for name in reversed(list(modules))}
     files = {
-        adapter_to_bytes(given, bits=8, base=BASE, source=source)
-        for given in (modules, turned)
+        adapter_to_bytes(value, bits=8, base=BASE, source=source)
+        for value in (modules, turned)
         for source in ({"a": 1, "b": 2}, {"b": 2, "a": 1})
         for _ in range(4)
     }
@@ -68,9 +68,9 @@ def test_a_mismatch_lists_every_module_that_does_not_fit(tmp_path: Path) -> None
     with pytest.raises(SlotMismatch) as caught:
         load_adapter(path, "one", other, BASE)
     message = str(caught.value)
-    assert "'q_proj' is 3 layers of 24x48 here, 3 layers of 24x40 there" in message
-    assert "'down_proj' is 2 layers of 56x24 here, 3 layers of 56x24 there" in message
-    assert "'k_proj' has no slot here" in message
+    assert "'q_proj' is 3 layers of 24x48 in this base, 3 layers of 24x40 in the adapter" in message
+    assert "'down_proj' is 2 layers of 56x24 in this base, 3 layers of 56x24 in the adapter" in message
+    assert "'k_proj' has no slot in this base" in message
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:

@@ -31,9 +31,9 @@ def _flip(path: Path) -> None:
 
 
 def _swap(one: Path, other: Path) -> None:
-    kept = one.read_bytes()
+    remaining = one.read_bytes()
     one.write_bytes(other.read_bytes())
-    other.write_bytes(kept)
+    other.write_bytes(remaining)
 
 
 def _link_out(path: Path) -> None:
@@ -165,9 +165,9 @@ def test_a_file_that_is_no_longer_readable_as_text_is_a_bundle_error(root: Path)
 
 @pytest.mark.parametrize("name", ["x" * 300, "x/" * 3000 + "y", "\ud800x"])
 def test_a_name_that_no_file_can_have_is_a_bundle_error(root: Path, name: str) -> None:
-    found = json.loads((root / MANIFEST_FILE).read_text(encoding="utf-8"))
-    found["files"][name] = {"sha256": "0" * 64, "bytes": 1}
-    (root / MANIFEST_FILE).write_text(json.dumps(found), encoding="utf-8")
+    result = json.loads((root / MANIFEST_FILE).read_text(encoding="utf-8"))
+    result["files"][name] = {"sha256": "0" * 64, "bytes": 1}
+    (root / MANIFEST_FILE).write_text(json.dumps(result), encoding="utf-8")
     with pytest.raises(BundleError):
         Bundle(root)
 

@@ -71,9 +71,9 @@ def test_4_bits_trade_clipped_peaks_for_finer_steps() -> None:
     peaks = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)
     naive = np.clip(np.rint(blocks / (peaks / -8)), -8, 7) * (peaks / -8)
     error = np.square(blocks - naive).sum(-1)
-    found = np.square(blocks - _blocks(dequantize(quantize(factor, 4)))).sum(-1)
-    assert (found <= error * 1.01).all()
-    assert found.sum() < 0.95 * error.sum()
+    result = np.square(blocks - _blocks(dequantize(quantize(factor, 4)))).sum(-1)
+    assert (result <= error * 1.01).all()
+    assert result.sum() < 0.95 * error.sum()
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,30 +18,23 @@ pytest.importorskip("onnx", reason="a package of edgecompose-export")
 import onnx
 from onnx import numpy_helper
 
-from edgecompose import Composer, EdgeComposeError, Request, open_bundle
-from edgecompose.bundle.files import sha256_of, verify
-from edgecompose.bundle.manifest import MANIFEST_FILE
+from edgecompose.bundle.files import sha256_of
 from edgecompose.bundle.specs import BaseSpec, FusingSpec
 from edgecompose.engine.decoder import Decoder, FusedDecoder
 from edgecompose.engine.decoder_state import DecoderState
 from edgecompose.engine.device import choose_device
-from edgecompose.engine.fusing import FusedWeights, Fuser, fused_bytes, require_fusing
+from edgecompose.engine.fusing import Fuser, fused_bytes, require_fusing
 from edgecompose.engine.merged import MergedAdapter
-from edgecompose.errors import BundleError, FileDamaged, GenerationError, ManifestInvalid
+from edgecompose.errors import BundleError, GenerationError, ManifestInvalid
 from edgecompose.formats.architectures import PACKED
 from edgecompose.merging.merger import Merger
 from edgecompose.settings import MergeSettings
-from edgecompose.tasks import add_task, remove_task
 from edgecompose_export.graphs.fuse import DECODER_GRAPH, FUSE_GRAPH
-from tests import tiny
-from tests.export.test_base import IDS, NO_ADAPTER, difference, load_exported
-from tests.fixtures_tiny import TASKS, Exported, TinyZoo
+from tests.engine.fused import BASES, TOLERANCE
+from tests.export.decoders import IDS, NO_ADAPTER, difference, load_exported
+from tests.fixtures_tiny import Exported, TinyZoo
 
 Float = npt.NDArray[np.float32]
-PROMPT = TASKS["animals"][0]
-#: Largest difference of a logit between attach and fuse: both are float32, the sums are taken in another order.
-TOLERANCE = 1e-4
-BASES = (("llama", "fp32"), ("qwen2", "fp32"), ("phi3", "fp32"), ("llama", "fp16"))
 #: LoRA settings of a blend: mixed ranks, modules that are missing, a layer that is missing.
 BLEND: tuple[dict[str, Any], ...] = (
     {"r": 4},
@@ -117,9 +107,6 @@ def blend(zoo: TinyZoo, merger: Merger, tmp_path: Path) -> Callable[..., MergedA
     return make
 
 
-# The graphs
-
-
 @pytest.mark.parametrize("weights", [(0.8,), (0.7, -0.5, 1.2)], ids=["one", "three"])
 def test_fuse_gives_the_logits_of_attach(
     base: Exported, blend: Callable[..., MergedAdapter], weights: tuple[float, ...]
@@ -140,8 +127,8 @@ def test_a_fuse_leaves_no_trace(base: Exported, blend: Callable[..., MergedAdapt
     during = [steps(opened.attach(adapter)) for adapter in (NO_ADAPTER, merged)]
     del decoding
     after = [steps(opened.attach(adapter)) for adapter in (NO_ADAPTER, merged)]
-    for found in (during, after):
-        assert all(np.array_equal(one, other) for one, other in zip(before, found, strict=True))
+    for result in (during, after):
+        assert all(np.array_equal(one, other) for one, other in zip(before, result, strict=True))
     assert sha256_of(base.folder / "decoder.onnx.data") == data
 
 
@@ -200,26 +187,23 @@ def test_a_graph_that_is_not_the_described_one_is_refused(llama: Exported, chang
             FusedDecoder(llama.folder / DECODER_GRAPH, spec, device)
 
 
-# Values of their own
-
-
 def test_fuses_in_turn_and_in_threads_give_what_each_gives_alone(
     llama: Exported, blend: Callable[..., MergedAdapter]
 ) -> None:
     opened = open_base(llama)
     blends = [blend(llama, weights) for weights in ((1.0,), (-1.0,), (0.7, -0.5, 1.2))]
-    wanted = [steps(opened.fuse(merged)) for merged in blends]
-    assert difference(wanted[0], wanted[1]) > 0.1
+    expected = [steps(opened.fuse(merged)) for merged in blends]
+    assert difference(expected[0], expected[1]) > 0.1
     decodings = [opened.fuse(merged) for merged in blends]
     rows: list[list[Float]] = [[] for _ in blends]
     for token in IDS:
-        for decoding, found in zip(decodings, rows, strict=True):
-            found.append(decoding.forward([token]).copy())
-    for found, one in zip(rows, wanted, strict=True):
-        assert difference(np.concatenate(found), one) <= TOLERANCE
+        for decoding, actual in zip(decodings, rows, strict=True):
+            actual.append(decoding.forward([token]).copy())
+    for actual, one in zip(rows, expected, strict=True):
+        assert difference(np.concatenate(actual), one) <= TOLERANCE
     with ThreadPoolExecutor(4) as threads:
         results = threads.map(lambda merged: steps(opened.fuse(merged)), blends * 4)
-        for result, one in zip(results, wanted * 4, strict=True):
+        for result, one in zip(results, expected * 4, strict=True):
             assert np.array_equal(result, one)
 
 
@@ -255,121 +239,3 @@ def test_a_base_that_cannot_be_fused_is_refused_by_name(llama: Exported, precisi
 def test_weights_without_panels_are_refused(weights: dict[str, tuple[int, ...]]) -> None:
     with pytest.raises(ManifestInvalid, match="fusing names no weight"):
         FusingSpec(FUSE_GRAPH, DECODER_GRAPH, weights)
-
-
-# In a bundle
-
-
-@pytest.fixture
-def composer(bundle: Path) -> Iterator[Composer]:
-    with open_bundle(bundle, device="cpu") as opened:
-        yield opened
-
-
-def both(root: Path, weights: dict[str, float]) -> list[dict[str, float]]:
-    """Scores of choices under attach and under fuse."""
-    found = []
-    with open_bundle(root, device="cpu") as opened:
-        for attachment in ("attach", "fuse"):
-            request = Request(weights=weights, choices=("yes", "no", "maybe so"), attachment=attachment)
-            answer = opened.run(PROMPT, request)
-            assert answer.attachment == attachment
-            assert answer.choices is not None
-            found.append(dict(answer.choices))
-    return found
-
-
-def test_a_bundle_keeps_fusing_as_tasks_come_and_go(
-    zoo: TinyZoo, bundle_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    attached, fused = both(bundle_copy, {"animals": 0.6, "numbers": -0.4, "colours": 1.0})
-    assert fused == pytest.approx(attached, abs=TOLERANCE)
-    travel = zoo.lora("travel", r=2, target_modules=["o_proj"])
-    add_task(bundle_copy, "travel", travel, tiny.write_task(tmp_path / "travel.jsonl", ("a ticket to the sea",)))
-    assert verify(bundle_copy) == []
-    attached, fused = both(bundle_copy, {"animals": 0.6, "travel": 2.0})
-    assert fused == pytest.approx(attached, abs=TOLERANCE)
-    remove_task(bundle_copy, "animals")
-    assert verify(bundle_copy) == []
-    attached, fused = both(bundle_copy, {"travel": 2.0})
-    assert fused == pytest.approx(attached, abs=TOLERANCE)
-
-
-def test_a_whole_answer_is_the_same_under_fuse(composer: Composer) -> None:
-    attached, fused = (composer.run(PROMPT, Request(attachment=a)) for a in ("attach", "fuse"))
-    assert (fused.text, fused.composition, fused.generated_tokens) == (
-        attached.text,
-        attached.composition,
-        attached.generated_tokens,
-    )
-    assert (attached.attachment, fused.attachment) == ("attach", "fuse")
-    assert attached.timings_ms["fuse"] == 0 < fused.timings_ms["fuse"]
-    alone = composer.run(PROMPT, Request(weights={}, attachment="fuse"))
-    assert (alone.attachment, alone.timings_ms["fuse"]) == ("attach", 0)
-    with pytest.raises(EdgeComposeError, match="attachment is 'melt'; expected attach or fuse"):
-        Request(attachment="melt")  # type: ignore[arg-type]
-
-
-def test_the_last_fused_base_is_kept_and_its_memory_used_again(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[int] = []
-    fuse = Fuser.fuse
-
-    def watch(fuser: Fuser, adapter: MergedAdapter) -> FusedWeights:
-        fused = fuse(fuser, adapter)
-        made.append(fused.buffer.data_ptr())
-        return fused
-
-    monkeypatch.setattr(Fuser, "fuse", watch)
-    with open_bundle(bundle, device="cpu") as composer:
-        for name in ("animals", "animals", "numbers", "numbers", "animals"):
-            composer.run(PROMPT, Request(weights={name: 1.0}, attachment="fuse", max_tokens=1))
-        assert len(made) == 3
-        assert len(set(made)) == 1
-        keeps_none = Composer(composer.bundle, composer.device, fused_cache_bytes=0)
-        for _ in range(2):
-            keeps_none.run(PROMPT, Request(weights={"animals": 1.0}, attachment="fuse", max_tokens=1))
-        assert len(made) == 5
-        composer.close()
-        assert composer.run(PROMPT, Request(weights={"animals": 1.0}, attachment="fuse")).attachment == "fuse"
-
-
-def change_base(root: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    path = root / MANIFEST_FILE
-    found = json.loads(path.read_text(encoding="utf-8"))
-    change(found["base"])
-    path.write_text(json.dumps(found), encoding="utf-8")
-
-
-def test_a_bundle_of_a_quantised_base_attaches_and_refuses_to_fuse(bundle_copy: Path) -> None:
-    change_base(bundle_copy, lambda base: base.update(precision="int4", fusing=None))
-    with open_bundle(bundle_copy, device="cpu") as opened:
-        assert opened.run(PROMPT).attachment == "attach"
-        with pytest.raises(EdgeComposeError, match="this bundle's base is int4"):
-            opened.run(PROMPT, Request(attachment="fuse"))
-
-
-def test_a_bundle_from_before_fusing_opens(bundle_copy: Path) -> None:
-    change_base(bundle_copy, lambda base: base.pop("fusing"))
-    with open_bundle(bundle_copy, device="cpu") as opened:
-        assert opened.run(PROMPT).text
-        with pytest.raises(EdgeComposeError, match="exported without them"):
-            opened.run(PROMPT, Request(attachment="fuse"))
-
-
-@pytest.mark.parametrize("name", [f"base/{FUSE_GRAPH}", f"base/{DECODER_GRAPH}", "base/decoder.onnx.data"])
-def test_a_damaged_or_missing_graph_is_refused_by_name(bundle: Path, tmp_path: Path, name: str) -> None:
-    root = shutil.copytree(bundle, tmp_path / "copy")
-    path = root / name
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    with (
-        open_bundle(root, device="cpu") as opened,
-        pytest.raises(FileDamaged, match=rf"file '{name}' has sha256 .*copy or export the bundle again"),
-    ):
-        opened.run(PROMPT, Request(attachment="fuse"))
-    assert any(name in problem for problem in verify(root))
-    path.unlink()
-    with pytest.raises(FileDamaged, match=f"file '{name}' is missing"):
-        open_bundle(root, device="cpu")

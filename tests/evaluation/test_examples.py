@@ -145,7 +145,7 @@ def test_any_bytes_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory,
         assert "any.jsonl:" in str(error)
 
 
-def test_a_file_without_a_name_wants_a_task(tmp_path: Path) -> None:
+def test_a_file_without_a_name_needs_a_task(tmp_path: Path) -> None:
     path = write(tmp_path / ".jsonl", ONE)
     with pytest.raises(EvaluationError, match="task is ''"):
         read_eval_examples(path)

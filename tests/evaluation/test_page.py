@@ -26,7 +26,7 @@ CHARTS = ("accuracy", "weights", "confusion", "reliability")
 _VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
-def judged(task: str, number: int, right: bool, kind: str, prompt: str = "p") -> Result:
+def answered(task: str, number: int, right: bool, kind: str, prompt: str = "p") -> Result:
     example = EvalExample(task, f"{prompt} {number}", "yes", ("yes", "no"))
     weights = {"base": {}, "own": {task: 1.0}}.get(kind, {task: 0.75, "other": 0.25})
     routed = kind not in ("base", "own")
@@ -46,7 +46,7 @@ def judged(task: str, number: int, right: bool, kind: str, prompt: str = "p") ->
 def example_evaluation(names: tuple[str, ...] = ("base", "own", "retrieved"), prompt: str = "p") -> Evaluation:
     def rows(name: str) -> tuple[Result, ...]:
         tasks = ("film", "quiz") if name == "own" else ("film", "quiz", HOSTILE)
-        return tuple(judged(t, i, (i + len(name)) % 3 > 0, name, prompt) for t in tasks for i in range(6))
+        return tuple(answered(t, i, (i + len(name)) % 3 > 0, name, prompt) for t in tasks for i in range(6))
 
     return Evaluation(names[-1], {name: rows(name) for name in names})
 
@@ -156,10 +156,10 @@ def test_figures_are_in_the_page(folder: Path) -> None:
     text = Page((folder / "index.html").read_text(encoding="utf-8")).text
     result = result_of(example_evaluation())
     assert f"retrieved: {result['mean_accuracy'] * 100:.1f} % right" in text
-    for found in result["variants"].values():
-        assert f"{found['mean_accuracy'] * 100:.1f}" in text
-        assert "-".join(f"{bound * 100:.1f}" for bound in found["mean_ci95"]) in text
-    assert text.count("wanted “yes”, got “no”") == 6
+    for actual in result["variants"].values():
+        assert f"{actual['mean_accuracy'] * 100:.1f}" in text
+        assert "-".join(f"{bound * 100:.1f}" for bound in actual["mean_ci95"]) in text
+    assert text.count("expected “yes”, got “no”") == 6
     assert "film 0.750, other 0.250" in text
     assert "Not every variant has every task" in text
 
@@ -173,13 +173,13 @@ def test_only_what_there_is_is_drawn() -> None:
 
 
 def test_a_page_without_misses_says_so(tmp_path: Path) -> None:
-    evaluation = Evaluation("base", {"base": (judged("film", 0, True, "base"),)})
+    evaluation = Evaluation("base", {"base": (answered("film", 0, True, "base"),)})
     write_report(evaluation, evaluation.summary(), result_of(evaluation), tmp_path)
     assert "None." in Page((tmp_path / "index.html").read_text(encoding="utf-8")).text
 
 
 def test_negative_and_large_weights_are_drawn() -> None:
-    one = judged("film", 0, True, "retrieved")
+    one = answered("film", 0, True, "retrieved")
     weights = [{"film": 1.7, "quiz": -0.4}, {}]
     rows = tuple(Result(one.example, True, "yes", weight, "film", 1.0, 0.9, True, one.timings_ms) for weight in weights)
     charts = {chart.name: chart for chart in draw_charts(Evaluation("retrieved", {"retrieved": rows}).summary())}
@@ -187,9 +187,9 @@ def test_negative_and_large_weights_are_drawn() -> None:
     assert ">85<" in charts["weights"].svg
 
 
-def test_colours_tell_contenders_apart() -> None:
-    found = colours(example_evaluation(tuple(map(str, range(8))) + ("base", "retrieved")).summary())
-    assert len(set(found.values())) == 10
+def test_variants_have_distinct_colours() -> None:
+    result = colours(example_evaluation(tuple(map(str, range(8))) + ("base", "retrieved")).summary())
+    assert len(set(result.values())) == 10
 
 
 def test_a_missing_matplotlib_is_an_error_that_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +204,7 @@ def test_long_texts_lose_their_middle() -> None:
     assert shortened("a" * 1000, 3, 0) == "aaa [...]"
 
 
-def test_the_table_has_tasks_by_contenders_and_the_mean_last() -> None:
+def test_the_table_has_tasks_by_variants_and_the_mean_last() -> None:
     lines = describe_evaluation(result_of(example_evaluation()))
     assert lines[0].split() == ["task", "n", "base", "own", "retrieved"]
     quiz = next(line for line in lines if line.startswith("quiz "))

@@ -52,16 +52,16 @@ def runs(composer: Composer, monkeypatch: pytest.MonkeyPatch) -> list[Answer]:
 
 def without_times(evaluation: Evaluation) -> dict[str, list[Result]]:
     return {
-        name: [dataclasses.replace(one, timings_ms={}) for one in judged] for name, judged in evaluation.results.items()
+        name: [dataclasses.replace(one, timings_ms={}) for one in result] for name, result in evaluation.results.items()
     }
 
 
-def test_contenders_do_what_is_done_by_hand(composer: Composer) -> None:
-    found = evaluate(composer, EXAMPLES, parse_variants([*KINDS, "core_ties"], REQUEST))
-    assert found.main == "retrieved"
+def test_variants_do_what_is_done_by_hand(composer: Composer) -> None:
+    result = evaluate(composer, EXAMPLES, parse_variants([*KINDS, "core_ties"], REQUEST))
+    assert result.main == "retrieved"
     for example in EXAMPLES:
         retrieval = composer.retrieve(example.prompt, REQUEST)
-        wanted: dict[str, dict[str, float]] = {
+        expected: dict[str, dict[str, float]] = {
             "base": {},
             "own": {example.task: 1.0},
             "top1": {next(iter(retrieval.distribution)): 1.0},
@@ -69,38 +69,40 @@ def test_contenders_do_what_is_done_by_hand(composer: Composer) -> None:
             "retrieved": dict(retrieval.weights),
         }
         for kind in KINDS:
-            judged = [one for one in found.results[kind] if one.example == example]
+            outcome_of = [one for one in result.results[kind] if one.example == example]
             if kind == "own" and example.task == "birds":
-                assert judged == []
+                assert outcome_of == []
                 continue
-            request = dataclasses.replace(REQUEST, weights=wanted[kind], choices=example.choices or ())
+            request = dataclasses.replace(REQUEST, weights=expected[kind], choices=example.choices or ())
             answer = composer.run(example.prompt, request)
-            assert dict(judged[0].weights) == pytest.approx(wanted[kind])
-            assert judged[0].answer == (answer.text if example.choices else answer.text.strip().split("\n")[0].strip())
-            assert judged[0].right == example.is_right(judged[0].answer)
+            assert dict(outcome_of[0].weights) == pytest.approx(expected[kind])
+            assert outcome_of[0].answer == (
+                answer.text if example.choices else answer.text.strip().split("\n")[0].strip()
+            )
+            assert outcome_of[0].right == example.is_right(outcome_of[0].answer)
             routed = kind in ("top1", "uniform", "retrieved")
-            assert judged[0].top_task == (next(iter(retrieval.distribution)) if routed else None)
-            assert judged[0].top_share == (max(retrieval.distribution.values()) if routed else None)
-            assert judged[0].similarity == (retrieval.neighbours[0].similarity if routed else None)
+            assert outcome_of[0].top_task == (next(iter(retrieval.distribution)) if routed else None)
+            assert outcome_of[0].top_share == (max(retrieval.distribution.values()) if routed else None)
+            assert outcome_of[0].similarity == (retrieval.neighbours[0].similarity if routed else None)
 
 
-def test_a_contender_is_the_composers_default_unless_told_otherwise(composer: Composer) -> None:
+def test_a_variant_has_the_settings_of_the_bundle_by_default(composer: Composer) -> None:
     example = EXAMPLES[0]
-    (judged,) = evaluate(composer, [example], [Variant("x", "retrieved")]).results["x"]
+    (result,) = evaluate(composer, [example], [Variant("x", "retrieved")]).results["x"]
     answer = composer.run(example.prompt, Request(choices=example.choices or ()))
-    assert (dict(judged.weights), judged.answer) == (dict(answer.retrieval.weights), answer.text)
+    assert (dict(result.weights), result.answer) == (dict(answer.retrieval.weights), answer.text)
 
 
-def test_the_key_of_an_outcome_is_the_blend_that_the_composer_makes(composer: Composer, tmp_path: Path) -> None:
+def test_the_key_of_a_cached_answer_is_the_blend_of_the_composer(composer: Composer, tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     variants = parse_variants(["base", "own", "retrieved", "core_ties"], REQUEST)
     for example in EXAMPLES[:4]:
-        found = evaluate(composer, [example], variants, answer_cache=path)
-        kept = {json.loads(line)["key"]["composition"] for line in path.read_text().splitlines()}
+        result = evaluate(composer, [example], variants, answer_cache=path)
+        remaining = {json.loads(line)["key"]["composition"] for line in path.read_text().splitlines()}
         for variant in variants:
-            (judged,) = found.results[variant.name]
-            request = dataclasses.replace(variant.request, weights=judged.weights)
-            assert composer.compose(example.prompt, request).merged.digest in kept
+            (outcome_of,) = result.results[variant.name]
+            request = dataclasses.replace(variant.request, weights=outcome_of.weights)
+            assert composer.compose(example.prompt, request).merged.digest in remaining
 
 
 def test_the_same_blend_is_computed_once(composer: Composer, runs: list[Answer]) -> None:
@@ -143,16 +145,16 @@ def test_a_killed_evaluation_goes_on(composer: Composer, runs: list[Answer], tmp
     assert again.metrics("base").timings_ms == pytest.approx(timings, abs=1e-3)  # read from the file, not measured
 
 
-def test_outcomes_of_another_base_are_not_taken(
+def test_cached_answers_of_another_base_are_not_used(
     composer: Composer, bundle_copy: Path, runs: list[Answer], tmp_path: Path
 ) -> None:
     path = tmp_path / "answers.jsonl"
     variants = parse_variants(["base"], REQUEST)
     evaluate(composer, EXAMPLES, variants, answer_cache=path)
     manifest = bundle_copy / "manifest.json"
-    found = json.loads(manifest.read_text(encoding="utf-8"))
-    found["base"]["precision"] = "other"
-    manifest.write_text(json.dumps(found), encoding="utf-8")
+    result = json.loads(manifest.read_text(encoding="utf-8"))
+    result["base"]["precision"] = "other"
+    manifest.write_text(json.dumps(result), encoding="utf-8")
     with open_bundle(bundle_copy, device="cpu") as other:
         evaluate(other, EXAMPLES, variants, answer_cache=path)
     assert path.read_bytes().count(b"\n") == 2 * len(EXAMPLES)
@@ -162,7 +164,7 @@ def test_outcomes_of_another_base_are_not_taken(
 
 
 @pytest.mark.parametrize("content", [b"notes\n", b"notes", b"{}\n", b'{"key": {"base": 1}}\n', b"\xff\n", b"[" * 99999])
-def test_a_file_that_holds_no_outcomes_is_left_alone(composer: Composer, tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_holds_no_answers_is_left_alone(composer: Composer, tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "mine.txt"
     path.write_bytes(content)
     with pytest.raises(EvaluationError, match=r"mine.txt:1 is no answer of an evaluation"):
@@ -171,23 +173,23 @@ def test_a_file_that_holds_no_outcomes_is_left_alone(composer: Composer, tmp_pat
 
 
 def test_the_own_task_is_left_out(composer: Composer) -> None:
-    found = evaluate(composer, EXAMPLES, parse_variants(["top1", "own", "retrieved"], REQUEST, exclude_own=True))
+    result = evaluate(composer, EXAMPLES, parse_variants(["top1", "own", "retrieved"], REQUEST, exclude_own=True))
     for name in ("top1", "retrieved"):
-        for judged in found.results[name]:
-            assert judged.example.task not in judged.weights
-            assert judged.top_task not in (None, judged.example.task)
-            assert not judged.own_task
-    assert all(dict(judged.weights) == {judged.example.task: 1.0} for judged in found.results["own"])
-    assert found.metrics("retrieved").routing.error is None
+        for outcome_of in result.results[name]:
+            assert outcome_of.example.task not in outcome_of.weights
+            assert outcome_of.top_task not in (None, outcome_of.example.task)
+            assert not outcome_of.own_task
+    assert all(dict(outcome_of.weights) == {outcome_of.example.task: 1.0} for outcome_of in result.results["own"])
+    assert result.metrics("retrieved").routing.error is None
 
 
 def test_standings_sum_up(bundle: Path) -> None:
     ticks: list[int] = []
     variants = parse_variants(["own", "base", "retrieved"], REQUEST)
     with open_bundle(bundle, device="cpu") as fresh:  # which has not yet embedded these prompts
-        found = evaluate(fresh, EXAMPLES, variants, advance=ticks.append)
+        result = evaluate(fresh, EXAMPLES, variants, advance=ticks.append)
     assert ticks == [1] * (3 * len(EXAMPLES))
-    metrics = found.metrics("retrieved")
+    metrics = result.metrics("retrieved")
     assert {task: score.n for task, score in metrics.tasks.items()} == {
         "animals": 3,
         "birds": 1,
@@ -195,40 +197,40 @@ def test_standings_sum_up(bundle: Path) -> None:
         "numbers": 2,
     }
     assert metrics.mean == pytest.approx(sum(score.accuracy for score in metrics.tasks.values()) / 4)
-    animals = [judged.right for judged in found.results["retrieved"] if judged.example.task == "animals"]
+    animals = [outcome_of.right for outcome_of in result.results["retrieved"] if outcome_of.example.task == "animals"]
     assert metrics.tasks["animals"].accuracy == sum(animals) / 3
     assert metrics.tasks["animals"].ci95 == bootstrap_interval(np.array(animals))
     assert tuple(metrics.timings_ms) == STAGES
     assert metrics.timings_ms["embed"] > 0
     assert metrics.timings_ms["total"] >= metrics.timings_ms["embed"] + metrics.timings_ms["prefill"]
-    assert found.metrics("base").timings_ms["embed"] == 0
-    assert found.metrics("base").weights["birds"] == {}
+    assert result.metrics("base").timings_ms["embed"] == 0
+    assert result.metrics("base").weights["birds"] == {}
     assert sum(metrics.weights["animals"].values()) == pytest.approx(1)
     assert sum(sum(row.values()) for row in metrics.routing.confusion.values()) == len(EXAMPLES)
     assert sum(b.n for b in metrics.routing.reliability) == len(EXAMPLES) - 1  # no bundle has birds
-    assert set(found.metrics("own").tasks) == set(TASKS)
-    against = found.against("own")
+    assert set(result.metrics("own").tasks) == set(TASKS)
+    against = result.against("own")
     assert against is not None
     assert len(against.by_task) == 3
-    summary = found.summary()
+    summary = result.summary()
     assert summary.main == "retrieved"
-    assert summary.metrics == {name: found.metrics(name) for name in ("own", "base", "retrieved")}
-    assert summary.against == {name: found.against(name) for name in ("own", "base")}
-    assert found.misses(99) == [judged for judged in found.results["retrieved"] if not judged.right]
-    assert len(found.misses(1)) <= 1
+    assert summary.metrics == {name: result.metrics(name) for name in ("own", "base", "retrieved")}
+    assert summary.against == {name: result.against(name) for name in ("own", "base")}
+    assert result.misses(99) == [outcome_of for outcome_of in result.results["retrieved"] if not outcome_of.right]
+    assert len(result.misses(1)) <= 1
 
 
 def test_reliability_is_counted_in_bins() -> None:
-    def judged(share: float, right: bool) -> Result:
+    def outcome_of(share: float, right: bool) -> Result:
         example = EvalExample("t", "p", "a")
         return Result(example, True, "a", {}, "t" if right else "u", share, 0.5, True, {})
 
-    found = routing([judged(1.0, True), judged(0.95, False), judged(0.91, True), judged(0.3, False)])
-    assert [b.n for b in found.reliability] == [0, 0, 0, 1, 0, 0, 0, 0, 0, 3]
-    assert found.reliability[9].share == pytest.approx(0.9533, abs=1e-4)
-    assert found.reliability[9].right == pytest.approx(2 / 3)
-    assert found.error == pytest.approx((3 * abs(0.95333 - 2 / 3) + 0.3) / 4, abs=1e-4)
-    assert found.confusion == {"t": {"t": 2, "u": 2}}
+    result = routing([outcome_of(1.0, True), outcome_of(0.95, False), outcome_of(0.91, True), outcome_of(0.3, False)])
+    assert [b.n for b in result.reliability] == [0, 0, 0, 1, 0, 0, 0, 0, 0, 3]
+    assert result.reliability[9].share == pytest.approx(0.9533, abs=1e-4)
+    assert result.reliability[9].right == pytest.approx(2 / 3)
+    assert result.error == pytest.approx((3 * abs(0.95333 - 2 / 3) + 0.3) / 4, abs=1e-4)
+    assert result.confusion == {"t": {"t": 2, "u": 2}}
     assert routing([]).error is None
 
 
@@ -239,9 +241,9 @@ def test_empty_routes_are_the_base_alone(composer: Composer, monkeypatch: pytest
         return dataclasses.replace(retrieve(prompt, request, **options), nucleus={}, distribution={}, weights={})
 
     monkeypatch.setattr(composer, "retrieve", nothing)
-    found = evaluate(composer, EXAMPLES[:1], [Variant(kind, kind, REQUEST) for kind in ("top1", "uniform")])
-    for (judged,) in found.results.values():
-        assert (judged.weights, judged.top_task) == ({}, None)
+    result = evaluate(composer, EXAMPLES[:1], [Variant(kind, kind, REQUEST) for kind in ("top1", "uniform")])
+    for (outcome_of,) in result.results.values():
+        assert (outcome_of.weights, outcome_of.top_task) == ({}, None)
 
 
 def test_adapters_of_a_task(composer: Composer) -> None:
@@ -251,9 +253,9 @@ def test_adapters_of_a_task(composer: Composer) -> None:
 
 
 def test_names_are_kinds_or_methods() -> None:
-    found = parse_variants([*KINDS, *METHODS], Request(merge=MergeSettings("svd", energy=0.9, density=0.3)))
-    assert [(c.name, c.kind) for c in found[:5]] == [(kind, kind) for kind in KINDS]
-    for variant in found[5:]:
+    result = parse_variants([*KINDS, *METHODS], Request(merge=MergeSettings("svd", energy=0.9, density=0.3)))
+    assert [(c.name, c.kind) for c in result[:5]] == [(kind, kind) for kind in KINDS]
+    for variant in result[5:]:
         assert variant.kind == "retrieved"
         assert override(MergeSettings(), variant.request.merge, MergeError) == MergeSettings(
             variant.name, energy=0.9, density=0.3
@@ -291,10 +293,12 @@ def test_a_blends_name_needs_no_merge(composer: Composer) -> None:
 
 def test_a_fixed_blend_is_the_same_for_every_example(composer: Composer) -> None:
     weights = {"numbers": 0.75, "colours": 0.5}
-    found = evaluate(composer, EXAMPLES[:2], [Variant("by hand", "fixed", Request(weights=weights))])
-    for judged in found.results["by hand"]:
-        answer = composer.run(judged.example.prompt, Request(weights=weights, choices=judged.example.choices or ()))
-        assert (dict(judged.weights), judged.top_task) == (weights, None)
-        assert judged.example.choices is None or judged.answer == answer.text
-    with pytest.raises(EvaluationError, match="only 'fixed' wants weights"):
+    result = evaluate(composer, EXAMPLES[:2], [Variant("by hand", "fixed", Request(weights=weights))])
+    for outcome_of in result.results["by hand"]:
+        answer = composer.run(
+            outcome_of.example.prompt, Request(weights=weights, choices=outcome_of.example.choices or ())
+        )
+        assert (dict(outcome_of.weights), outcome_of.top_task) == (weights, None)
+        assert outcome_of.example.choices is None or outcome_of.answer == answer.text
+    with pytest.raises(EvaluationError, match="only 'fixed' takes weights"):
         Variant("x", "fixed")

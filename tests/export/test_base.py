@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 pytest.importorskip("torch", reason="a package of edgecompose-export")
@@ -21,30 +19,22 @@ import peft
 import torch
 import transformers
 
-from edgecompose.adapters import convert_adapter
-from edgecompose.bundle.adapter import Adapter, load_adapter
-from edgecompose.bundle.files import sha256_of
+from edgecompose.bundle.adapter import Adapter
 from edgecompose.bundle.quantization import dequantize
 from edgecompose.engine.decoder import Decoder
 from edgecompose.engine.device import choose_device
 from edgecompose.engine.merged import MergedAdapter
-from edgecompose.errors import ExportError, GenerationError, PromptTooLong
+from edgecompose.errors import GenerationError, PromptTooLong
 from edgecompose.formats.architectures import PACKED
-from edgecompose.generation.tokenizer import Tokenizer
 from edgecompose.merging.merger import Merger
 from edgecompose.settings import MergeSettings
-from edgecompose_export.base.export import export_base
-from edgecompose_export.base.source import locate_base, weights_digest
 from edgecompose_export.base.spec import read_base_spec
 from edgecompose_export.calibration.prompts import calibration_prompts
-from edgecompose_export.graphs.decoder import write_decoder
 from tests import tiny
+from tests.export.decoders import IDS, NO_ADAPTER, Float, difference, load_exported, logits_of, open_decoder
 from tests.fixtures_tiny import Exported, TinyZoo
 
-Float = npt.NDArray[np.float32]
 TOLERANCE = 1e-3
-NO_ADAPTER = MergedAdapter({}, "none")
-IDS = np.random.default_rng(5).integers(0, tiny.VOCABULARY, 40).tolist()
 
 
 @pytest.fixture(params=list(tiny.ARCHITECTURES))
@@ -57,15 +47,6 @@ def base(zoo: TinyZoo, architecture: str) -> Exported:
     return zoo.base(architecture)
 
 
-def open_decoder(base: Exported) -> Decoder:
-    return Decoder(base.folder / base.spec.graph, base.spec, choose_device("cpu"))
-
-
-def logits_of(decoder: Decoder, ids: Sequence[int] = IDS, merged: MergedAdapter = NO_ADAPTER) -> Float:
-    """Logits of all positions, from one prefill."""
-    return decoder.start(merged, len(ids)).forward(ids, rows=len(ids)).copy()
-
-
 def torch_logits(model: Any, ids: Sequence[int] = IDS) -> Float:
     with torch.no_grad():
         return np.asarray(model.eval()(torch.tensor([ids])).logits[0].float().numpy())
@@ -76,11 +57,6 @@ def load_model(folder: Path) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(
         folder, local_files_only=True, attn_implementation="eager", dtype=torch.float32
     )
-
-
-def load_exported(lora: Path, base: Exported, output: Path) -> Adapter:
-    convert_adapter(lora, base.spec, output, 8)
-    return load_adapter(output, lora.name, base.spec.slots, base.spec.identity)
 
 
 def put_factors(model: Any, name: str, adapter: Adapter) -> None:
@@ -96,15 +72,10 @@ def put_factors(model: Any, name: str, adapter: Adapter) -> None:
         module.lora_B[name].weight.data = torch.tensor(np.ascontiguousarray(b.T))
 
 
-def difference(one: Float, other: Float) -> float:
-    assert one.shape == other.shape
-    return float(np.abs(one - other).max())
-
-
 def test_the_base_alone_gives_the_logits_of_transformers(zoo: TinyZoo, architecture: str, base: Exported) -> None:
-    wanted = torch_logits(load_model(zoo.model(architecture)))
-    assert np.ptp(wanted) > 1
-    assert difference(logits_of(open_decoder(base)), wanted) <= TOLERANCE
+    expected = torch_logits(load_model(zoo.model(architecture)))
+    assert np.ptp(expected) > 1
+    assert difference(logits_of(open_decoder(base)), expected) <= TOLERANCE
 
 
 def test_every_linear_module_has_a_slot(base: Exported, architecture: str) -> None:
@@ -122,9 +93,9 @@ def test_an_adapter_gives_the_logits_of_peft(
     adapter = load_exported(lora, base, tmp_path / "one.safetensors")
     model = peft.PeftModel.from_pretrained(load_model(zoo.model(architecture)), lora, adapter_name="one")
     put_factors(model, "one", adapter)
-    found = logits_of(open_decoder(base), IDS, merger.merge([adapter], [1.0], MergeSettings()))
-    assert difference(found, torch_logits(model)) <= TOLERANCE
-    assert difference(found, logits_of(open_decoder(base))) > 0.01 * np.ptp(found)
+    result = logits_of(open_decoder(base), IDS, merger.merge([adapter], [1.0], MergeSettings()))
+    assert difference(result, torch_logits(model)) <= TOLERANCE
+    assert difference(result, logits_of(open_decoder(base))) > 0.01 * np.ptp(result)
 
 
 def test_two_adapters_give_the_logits_of_peft_cat(
@@ -138,8 +109,8 @@ def test_two_adapters_give_the_logits_of_peft_cat(
         put_factors(model, adapter.name, adapter)
     model.add_weighted_adapter(["one", "two"], [0.7, -0.4], "both", combination_type="cat")
     model.set_adapter("both")
-    found = logits_of(open_decoder(base), IDS, merger.merge(adapters, [0.7, -0.4], MergeSettings("product")))
-    assert difference(found, torch_logits(model)) <= TOLERANCE
+    result = logits_of(open_decoder(base), IDS, merger.merge(adapters, [0.7, -0.4], MergeSettings("product")))
+    assert difference(result, torch_logits(model)) <= TOLERANCE
 
 
 def test_a_packed_projection_gets_its_slots(zoo: TinyZoo, tmp_path: Path) -> None:
@@ -178,11 +149,11 @@ def test_a_rewound_sequence_forgets(base: Exported, adapted: MergedAdapter) -> N
     assert difference(rows, logits_of(decoder, IDS, adapted)[25:]) <= 1e-4
 
 
-@pytest.mark.parametrize("kept", [1, 2, 40])
-def test_only_the_kept_positions_have_logits(base: Exported, kept: int) -> None:
+@pytest.mark.parametrize("remaining", [1, 2, 40])
+def test_only_the_kept_positions_have_logits(base: Exported, remaining: int) -> None:
     decoder = open_decoder(base)
-    found = decoder.start(NO_ADAPTER, len(IDS)).forward(IDS, rows=kept)
-    assert difference(found, logits_of(decoder)[-kept:]) <= 1e-5
+    result = decoder.start(NO_ADAPTER, len(IDS)).forward(IDS, rows=remaining)
+    assert difference(result, logits_of(decoder)[-remaining:]) <= 1e-5
 
 
 def test_two_sequences_do_not_disturb_each_other(zoo: TinyZoo, merger: Merger, tmp_path: Path) -> None:
@@ -224,162 +195,8 @@ def test_a_quantised_base_takes_adapters(zoo: TinyZoo, precision: str, merger: M
     adapter = load_exported(zoo.lora("one"), near, tmp_path / "one.safetensors")
     merged = merger.merge([adapter], [1.0], MergeSettings())
     effect = logits_of(open_decoder(exact), IDS, merged) - logits_of(open_decoder(exact))
-    found = logits_of(open_decoder(near), IDS, merged) - logits_of(open_decoder(near))
-    assert np.corrcoef(effect.ravel(), found.ravel())[0, 1] > 0.85
-
-
-def test_too_great_a_distance_is_refused(zoo: TinyZoo, tmp_path: Path) -> None:
-    distance = zoo.base("llama", "int4").spec.distance
-    assert distance is not None
-    assert distance.kl > 0.01
-    with pytest.raises(ExportError, match=rf"int4 is {distance.kl:.3f} nats from .*--accept-distance"):
-        export_base(zoo.model("llama"), tmp_path / "base", "int4")
-    with pytest.raises(ExportError, match=r"holds no base\.json"):
-        read_base_spec(tmp_path / "base")
-
-
-def test_a_decoder_that_is_not_its_blocks_is_refused(
-    zoo: TinyZoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def with_another_scale(*args: Any, **named: Any) -> Any:
-        graph = write_decoder(*args, **named)
-        attention = [node for node in graph.nodes if node.op_type == "GroupQueryAttention"]
-        next(a for a in attention[-1].attribute if a.name == "scale").f *= 4
-        return graph
-
-    monkeypatch.setattr("edgecompose_export.base.write.write_decoder", with_another_scale)
-    with pytest.raises(ExportError, match="nats from its own blocks"):
-        export_base(zoo.model("llama"), tmp_path / "base", "fp32")
-    assert not list(tmp_path.iterdir())
-
-
-def test_what_is_there_is_not_overwritten(zoo: TinyZoo) -> None:
-    folder = zoo.base("llama").folder
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(ExportError, match="exists and is not empty"):
-        export_base(zoo.model("llama"), folder, "fp32")
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-
-
-def test_an_architecture_without_a_row_is_refused(tmp_path: Path) -> None:
-    folder = tiny.write_gpt2(tmp_path / "gpt2-tiny")
-    with pytest.raises(
-        ExportError, match=r"'gpt2-tiny' has the architecture 'gpt2', expected one of llama, .*; give such a base"
-    ):
-        export_base(folder, tmp_path / "base", "fp32")
-
-
-def test_what_is_no_base_is_refused(tmp_path: Path) -> None:
-    text = tmp_path / "model.bin"
-    text.write_bytes(b"weights")
-    with pytest.raises(ExportError, match=r"model\.bin' is neither a folder nor a \.gguf file"):
-        locate_base(text)
-    for folder in (tmp_path / "absent", tmp_path):
-        with pytest.raises(ExportError, match=r"has no config\.json but 0 GGUF models"):
-            locate_base(folder)
-    for name in ("one.gguf", "two.gguf"):
-        (tmp_path / name).write_bytes(b"GGUF")
-    with pytest.raises(ExportError, match=r"2 GGUF models"):
-        locate_base(tmp_path)
-    assert locate_base(tmp_path / "one.gguf") == tmp_path / "one.gguf"
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        pytest.param(b"", id="empty"),
-        pytest.param(b"not a GGUF file" * 100, id="other"),
-        pytest.param(b"GGUF", id="cut"),
-        pytest.param(b"GGUF\x03\0\0\0" + b"\xff" * 64, id="nonsense"),
-        pytest.param(b"GGUF\0\0\0\x03" + b"\0" * 64, id="big-endian"),
-    ],
-)
-def test_a_damaged_gguf_file_is_refused(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "model.gguf"
-    path.write_bytes(content)
-    with pytest.raises(ExportError, match=r"model\.gguf'.*(copy it again|no GGUF file|convert it)"):
-        export_base(path, tmp_path / "base", "fp32")
-
-
-def _remove_weights(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-
-
-def _truncate_weights(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1000])
-
-
-def _remove_tokenizer(folder: Path) -> None:
-    for path in folder.glob("*token*"):
-        path.unlink()
-
-
-def _unknown_model(folder: Path) -> None:
-    tiny.write_json(folder / "config.json", {"model_type": "mystery", "architectures": ["MysteryForCausalLM"]})
-
-
-@pytest.mark.parametrize(
-    "harm",
-    [
-        _remove_weights,
-        _unknown_model,
-        pytest.param(_truncate_weights),
-        pytest.param(_remove_tokenizer),
-    ],
-)
-def test_a_damaged_folder_is_refused(zoo: TinyZoo, tmp_path: Path, harm: Any) -> None:
-    folder = shutil.copytree(zoo.model("llama"), tmp_path / "llama")
-    harm(folder)
-    with pytest.raises(ExportError, match="llama"):
-        export_base(folder, tmp_path / "base", "fp32")
-
-
-def test_a_base_is_named_by_its_weights(zoo: TinyZoo, tmp_path: Path) -> None:
-    source = zoo.model("llama")
-    identity = weights_digest(source)
-    assert zoo.base("llama").spec.identity == zoo.base("llama", "int4").spec.identity == identity
-    copy = shutil.copytree(source, tmp_path / "elsewhere")
-    for name in ("README.md", "training_args.bin", "consolidated.safetensors"):
-        (copy / name).write_text("?", encoding="utf-8")
-    assert weights_digest(copy) == identity
-    weights = copy / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
-    assert weights_digest(copy) != identity
-    weights.unlink()
-    with pytest.raises(ExportError, match="holds no weights"):
-        weights_digest(copy)
-
-
-def test_a_gguf_file_is_exported_as_the_folder_that_it_was_made_of(zoo: TinyZoo, tmp_path: Path) -> None:
-    folder = zoo.model("llama")
-    path = tiny.write_gguf(tmp_path / "tiny.gguf", folder)
-    spec = export_base(path, tmp_path / "base", "fp32")
-    original = zoo.base("llama").spec
-    assert (
-        dataclasses.replace(
-            spec, source="llama", identity=original.identity, end_tokens=original.end_tokens, distance=original.distance
-        )
-        == original
-    )
-    assert (spec.source, spec.identity) == ("tiny.gguf", sha256_of(path))
-    ours, theirs = (open_decoder(base) for base in (Exported(tmp_path / "base", spec), zoo.base("llama")))
-    assert np.array_equal(logits_of(ours), logits_of(theirs))
-    tokenizers = [Tokenizer(place / "tokenizer.json") for place in (tmp_path / "base", folder)]
-    text = "the cat, l'été\n<|im_start|>user"
-    assert tokenizers[0].encode(text) == tokenizers[1].encode(text)
-
-
-def test_the_exported_tokenizer_is_that_of_transformers(zoo: TinyZoo) -> None:
-    base = zoo.base("llama")
-    template = (base.folder / "chat_template.jinja").read_text(encoding="utf-8")
-    ours = Tokenizer(base.folder / base.spec.tokenizer, chat_template=template)
-    theirs = transformers.AutoTokenizer.from_pretrained(zoo.model("llama"), local_files_only=True)
-    messages = [{"role": "user", "content": "the cat, l'été, 猫 🐈"}]
-    wanted = theirs.apply_chat_template(messages, tokenize=True, add_generation_prompt=True)
-    assert ours.encode(ours.chat(messages)) == list(wanted)
-    assert ours.vocabulary_size == len(theirs) == base.spec.vocabulary
-    assert base.spec.end_tokens == (theirs.pad_token_id, theirs.eos_token_id)  # <|endoftext|> ends a text, too
+    result = logits_of(open_decoder(near), IDS, merged) - logits_of(open_decoder(near))
+    assert np.corrcoef(effect.ravel(), result.ravel())[0, 1] > 0.85
 
 
 def test_a_sequence_takes_the_cache_of_one_before_it_under_the_same_blend(zoo: TinyZoo) -> None:
@@ -420,18 +237,18 @@ def test_a_cache_that_grows_holds_what_one_made_large_holds(zoo: TinyZoo) -> Non
         narrow.extend(exported.spec.context + 1)
 
 
-@pytest.mark.parametrize("kept", [1, 3, 4, 5, 9, 18])
-def test_a_long_prompt_is_read_in_chunks(zoo: TinyZoo, kept: int) -> None:
+@pytest.mark.parametrize("remaining", [1, 3, 4, 5, 9, 18])
+def test_a_long_prompt_is_read_in_chunks(zoo: TinyZoo, remaining: int) -> None:
     exported = zoo.base("llama", "fp32")
     decoder = Decoder(exported.folder / exported.spec.graph, exported.spec, choose_device("cpu"))
     ids = [5 + 7 * i % 90 for i in range(18)]
     whole = decoder.start(MergedAdapter({}, "whole"), 30)
-    wanted = whole.forward(ids, rows=kept).copy()
+    expected = whole.forward(ids, rows=remaining).copy()
     later = whole.forward([9, 10]).copy()
-    pieces = decoder.start(MergedAdapter({}, "pieces"), 30)
-    pieces._chunk = 4
-    found = pieces.forward(ids, rows=kept)
-    assert found.shape == wanted.shape == (kept, exported.spec.vocabulary)
-    np.testing.assert_allclose(found, wanted, atol=2e-5)
-    assert pieces.tokens == whole.tokens[:18]
-    np.testing.assert_allclose(pieces.forward([9, 10]), later, atol=2e-5)
+    chunks = decoder.start(MergedAdapter({}, "pieces"), 30)
+    chunks._chunk = 4
+    result = chunks.forward(ids, rows=remaining)
+    assert result.shape == expected.shape == (remaining, exported.spec.vocabulary)
+    np.testing.assert_allclose(result, expected, atol=2e-5)
+    assert chunks.tokens == whole.tokens[:18]
+    np.testing.assert_allclose(chunks.forward([9, 10]), later, atol=2e-5)

@@ -175,7 +175,7 @@ def test_a_damaged_description_is_refused_by_name(zoo: TinyZoo, tmp_path: Path, 
 # Replacing
 
 
-def test_only_bundles_are_replaced_and_only_when_told(zoo: TinyZoo, bundle_copy: Path, tmp_path: Path) -> None:
+def test_only_bundles_are_replaced_and_only_with_force(zoo: TinyZoo, bundle_copy: Path, tmp_path: Path) -> None:
     recipe = write_recipe(zoo, tmp_path, tasks={"animals": task_lines(zoo)})
     before = contents(bundle_copy)
     with pytest.raises(ExportError, match="exists; give --force"):
@@ -253,8 +253,8 @@ def test_a_task_is_adapters_whom_the_recipe_names(zoo: TinyZoo, tmp_path: Path) 
     manifest = build_bundle(write_recipe(zoo, tmp_path, tasks=tasks), tmp_path / "out")
     assert manifest.tasks["animals"].adapters == {"numbers": 0.75, "animals": 0.25}
     with open_bundle(tmp_path / "out", device="cpu") as opened:
-        found = opened.retrieve(TASKS["animals"][0], NEAREST)
-        assert found.weights == {"numbers": 0.75, "animals": 0.25}
+        result = opened.retrieve(TASKS["animals"][0], NEAREST)
+        assert result.weights == {"numbers": 0.75, "animals": 0.25}
         alone = opened.run(TASKS["colours"][0], dataclasses.replace(NEAREST, max_tokens=4))
         assert alone.retrieval.nucleus == {"colours": 1.0} and alone.retrieval.weights == {}
         assert alone.text == opened.run(TASKS["colours"][0], Request(weights={}, max_tokens=4)).text
@@ -284,8 +284,8 @@ def test_the_validation_gate_excludes_what_hurts(zoo: TinyZoo, tmp_path: Path) -
     assert verdicts == {"animals": "helps", "numbers": "hurts", "colours": None}
     with open_bundle(tmp_path / "out", device="cpu") as opened:
         assert opened.retrieve(TASKS["animals"][0], NEAREST).weights == {"animals": 1.0}
-        barred = opened.retrieve(TASKS["numbers"][0], NEAREST)
-        assert (dict(barred.nucleus), dict(barred.weights)) == ({"numbers": 1.0}, {})
+        excluded = opened.retrieve(TASKS["numbers"][0], NEAREST)
+        assert (dict(excluded.nucleus), dict(excluded.weights)) == ({"numbers": 1.0}, {})
         assert opened.compose("", Request(weights={"numbers": 1.0})).merged.modules  # by hand it can be had
 
 
@@ -313,7 +313,7 @@ def test_where_no_task_stands_out_the_base_answers_in_its_chat_template(zoo: Tin
         assert opened.run(prompt, Request(weights={}, max_tokens=2)).prompt_tokens == plain
 
 
-def test_the_index_has_a_metric_of_its_own_unless_told_otherwise(zoo: TinyZoo, tmp_path: Path) -> None:
+def test_the_index_has_a_learned_metric_by_default(zoo: TinyZoo, tmp_path: Path) -> None:
     embedder, spec = open_embedder(zoo.embedder()[0])
     named = {name: read_examples(zoo.task(name)) for name in TASKS}
     learned = write_examples(named, embedder, spec, tmp_path / "learned")

@@ -78,9 +78,9 @@ def test_checkpoint(zoo: TinyZoo, tmp_path: Path) -> None:
     done = call("checkpoint", file, "-o", tmp_path / "float")
     assert done.exit_code == 0, done.output
     assert f"{tmp_path / 'float'}: float32, 0 MB, of base {sha256_of(file)[:12]}" in done.stdout
-    found = result_of("checkpoint", zoo.model("llama"), "-o", tmp_path / "short", "--dtype", "bfloat16")
-    assert found["dtype"] == "bfloat16" and len(found["base"]) == 64
-    assert found["bytes"] == sum(path.stat().st_size for path in (tmp_path / "short").iterdir())
+    result = result_of("checkpoint", zoo.model("llama"), "-o", tmp_path / "short", "--dtype", "bfloat16")
+    assert result["dtype"] == "bfloat16" and len(result["base"]) == 64
+    assert result["bytes"] == sum(path.stat().st_size for path in (tmp_path / "short").iterdir())
     assert "exists; remove it" in fault_of("checkpoint", file, "-o", tmp_path / "float")
     assert "has no config.json" in fault_of("checkpoint", tmp_path / "absent", "-o", tmp_path / "x")
 
@@ -91,8 +91,8 @@ def test_embedder(zoo: TinyZoo, tmp_path: Path) -> None:
         done = call("embedder", zoo.encoder(), "-o", tmp_path / "encoder", "--precision", "f32")
         assert done.exit_code == 0, done.output
         assert "f32, 96 dimensions, mean pooling, cosine" in done.stdout
-        found = result_of("embedder", zoo.encoder(), "-o", tmp_path / "int8")
-    assert found["precision"] == "int8"
+        result = result_of("embedder", zoo.encoder(), "-o", tmp_path / "int8")
+    assert result["precision"] == "int8"
     assert "already holds an exported embedder" in fault_of("embedder", zoo.encoder(), "-o", tmp_path / "int8")
     assert "config.json' is missing" in fault_of("embedder", tmp_path, "-o", tmp_path / "x")
 
@@ -103,8 +103,8 @@ def test_adapter(zoo: TinyZoo, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "rank 4, 4 bits" in done.stdout
     assert "relative error q_proj 0." in done.stdout
-    found = result_of("adapter", lora, "--base", base, "-o", tmp_path / "eight.safetensors", "--bits", "8")
-    assert (found["bits"], found["rank"], found["file"]) == (8, 4, "eight.safetensors")
+    result = result_of("adapter", lora, "--base", base, "-o", tmp_path / "eight.safetensors", "--bits", "8")
+    assert (result["bits"], result["rank"], result["file"]) == (8, 4, "eight.safetensors")
     assert "exists; remove it" in fault_of("adapter", lora, "--base", base, "-o", output)
     assert "holds no base.json" in fault_of("adapter", lora, "--base", tmp_path, "-o", tmp_path / "x")
     assert "is a folder of no known format" in fault_of("adapter", tmp_path, "--base", base, "-o", tmp_path / "x")
@@ -119,8 +119,8 @@ def test_examples(zoo: TinyZoo, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "8 vectors (numbers 4, animals 4)" in done.stdout
     assert not (tmp_path / "plain/examples.jsonl").exists()
-    found = result_of("examples", *pairs, "--embedder", embedder, "-o", tmp_path / "texts", "--keep-text")
-    assert found["tasks"]["animals"] == {"first_key": 4, "examples": 4}
+    result = result_of("examples", *pairs, "--embedder", embedder, "-o", tmp_path / "texts", "--keep-text")
+    assert result["tasks"]["animals"] == {"first_key": 4, "examples": 4}
     lines = (tmp_path / "texts/examples.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["prompt"] for line in lines] == [*TASKS["numbers"], *TASKS["animals"]]
     assert "already holds examples" in fault_of("examples", *pairs, "--embedder", embedder, "-o", tmp_path / "texts")
@@ -139,8 +139,8 @@ def test_train(zoo: TinyZoo, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "1 steps on 4 examples, final loss" in done.stdout
     assert (output / "adapter_model.safetensors").is_file()
-    found = result_of("train", zoo.model("llama"), task, "-o", tmp_path / "more", *few, "--limit", 3)
-    assert (found["examples"], found["rank"]) == (3, 2)
+    result = result_of("train", zoo.model("llama"), task, "-o", tmp_path / "more", *few, "--limit", 3)
+    assert (result["examples"], result["rank"]) == (3, 2)
     assert "no example is at most 8 tokens" in fault_of(
         "train", zoo.model("llama"), task, "-o", tmp_path / "x", "--max-length", 8
     )
@@ -174,8 +174,8 @@ def test_tasks_come_and_go(zoo: TinyZoo, bundle_copy: Path, tmp_path: Path) -> N
     with open_bundle(bundle_copy, device="cpu") as composer:
         assert composer.retrieve("where is the station?").neighbours[0].task == "travel"
     assert "already has a task 'travel'" in fault_of(*new)
-    found = result_of("bundle", "remove-task", bundle_copy, "travel")
-    assert set(found["tasks"]) == set(TASKS)
+    result = result_of("bundle", "remove-task", bundle_copy, "travel")
+    assert set(result["tasks"]) == set(TASKS)
     assert verify(bundle_copy) == []
     assert result_of(*new, "--bits", "8")["adapters"]["travel"]["bits"] == 8
     assert "has no task 'birds'" in fault_of("bundle", "remove-task", bundle_copy, "birds")
@@ -204,9 +204,9 @@ def test_the_help_shows_a_call_that_can_be_parsed(path: tuple[str, ...]) -> None
         assert arguments[0] == path[0]
         command: click.Command = main
         while isinstance(command, click.Group):
-            _, found, arguments = command.resolve_command(click.Context(command), arguments)
-            assert found is not None
-            command = found
+            _, result, arguments = command.resolve_command(click.Context(command), arguments)
+            assert result is not None
+            command = result
         with command.make_context(command.name, list(arguments)):
             pass
 

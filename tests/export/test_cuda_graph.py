@@ -39,8 +39,8 @@ from edgecompose_export.base import write as base_write
 from edgecompose_export.base.export import export_base
 from edgecompose_export.graphs.cuda import narrow_attention
 from tests import tiny
-from tests.engine.test_fusing import change_base
-from tests.export.test_base import IDS, NO_ADAPTER, difference, load_exported
+from tests.engine.fused import change_base
+from tests.export.decoders import IDS, NO_ADAPTER, difference, load_exported
 from tests.fixtures_tiny import TASKS, Exported, TinyZoo
 
 Float = npt.NDArray[np.float32]
@@ -74,8 +74,8 @@ def steps(decoding: DecoderState) -> list[Float]:
     return [*rows, decoding.forward(IDS[30:], rows=len(IDS) - 30).copy()]
 
 
-def check_near(found: Sequence[Float], wanted: Sequence[Float]) -> None:
-    for ours, theirs in zip(found, wanted, strict=True):
+def check_near(result: Sequence[Float], expected: Sequence[Float]) -> None:
+    for ours, theirs in zip(result, expected, strict=True):
         assert difference(ours, theirs) <= TOLERANCE * np.abs(theirs).max()
 
 
@@ -89,9 +89,9 @@ def test_attention_in_float16_stays_near_float32(
     """ONNX Runtime has the float16 kernel on the CPU too."""
     merged = blend_for(base, zoo, merger, tmp_path) if adapted else NO_ADAPTER
     exact, half = (Decoder(base.folder / decoder_graph(base.spec, d), base.spec, CPU) for d in (CPU, CUDA))
-    wanted, found = (steps(decoder.start(merged, len(IDS))) for decoder in (exact, half))
-    check_near(found, wanted)
-    assert any(difference(ours, theirs) > 0 for ours, theirs in zip(found, wanted, strict=True))
+    expected, result = (steps(decoder.start(merged, len(IDS))) for decoder in (exact, half))
+    check_near(result, expected)
+    assert any(difference(ours, theirs) > 0 for ours, theirs in zip(result, expected, strict=True))
 
 
 def test_a_fused_base_with_attention_in_float16(base: Exported, zoo: TinyZoo, merger: Merger, tmp_path: Path) -> None:
@@ -105,9 +105,9 @@ def without_rounded_activations(graph: Path, folder: Path) -> Path:
     """A graph whose packed weights compute in float32, as on CUDA: int8 activations answer any change with a jump."""
     model = onnx.load(graph)
     for node in model.graph.node:
-        kept = [a for a in node.attribute if a.name != "accuracy_level"]
+        remaining = [a for a in node.attribute if a.name != "accuracy_level"]
         del node.attribute[:]
-        node.attribute.extend(kept)
+        node.attribute.extend(remaining)
     onnx.save(model, folder / graph.name)
     return folder / graph.name
 
@@ -140,17 +140,17 @@ def test_only_attention_changes_and_no_weight_is_stored_twice(base: Exported) ->
             assert kind.elem_type == (TensorProto.FLOAT16 if new.name in caches else old.type.tensor_type.elem_type)
             assert kind.shape == old.type.tensor_type.shape
         added = [n for n in half.node if n.op_type == "Cast" and any("/half" in x for x in (*n.input, *n.output))]
-        kept = [n.op_type for n in half.node if n not in added]
-        assert kept == [n.op_type for n in exact.node]
+        remaining = [n.op_type for n in half.node if n not in added]
+        assert remaining == [n.op_type for n in exact.node]
         assert len(added) == base.spec.layers * 4  # queries, keys, values and what attention gives
 
 
 def test_every_float_input_of_attention_is_narrowed_once() -> None:
     """Bias and sinks too, which our architectures do not have."""
-    given = ["qkv", "", "", "pk", "pv", "seqlens_k", "total", "cos", "sin", "", "bias", "sink"]
+    value = ["qkv", "", "", "pk", "pv", "seqlens_k", "total", "cos", "sin", "", "bias", "sink"]
     nodes = [
         helper.make_node("Neg", ["x"], ["qkv"], "first"),
-        *(helper.make_node("GroupQueryAttention", given, [f"y{i}", f"k{i}", f"v{i}"], f"attn{i}") for i in range(2)),
+        *(helper.make_node("GroupQueryAttention", value, [f"y{i}", f"k{i}", f"v{i}"], f"attn{i}") for i in range(2)),
         helper.make_node("Add", ["y0", "y1"], ["sum"], "last"),
     ]
     names, floats = ("x", "pk", "pv"), (TensorProto.FLOAT,)
@@ -266,12 +266,21 @@ def test_cuda_is_opened_without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edgecompose.engine.device.onnxruntime.InferenceSession", Session)
     monkeypatch.setattr(devices, "has_cuda_provider", lambda: True)
     devices.open_session(b"", choose_device("cuda"), name="any")
-    wanted = [("CUDAExecutionProvider", {"use_tf32": "0"}), ("CPUExecutionProvider", {})]
-    assert opened == [wanted, wanted]
+    expected = [("CUDAExecutionProvider", {"use_tf32": "0"}), ("CPUExecutionProvider", {})]
+    assert opened == [expected, expected]
 
 
 def test_an_int8_embedder_runs_on_the_cpu() -> None:
-    spec = EmbedderSpec("e.onnx", "t.json", "0" * 64, "int8", 8, 16, "mean", True)
+    spec = EmbedderSpec(
+        graph="e.onnx",
+        tokenizer="t.json",
+        identity="0" * 64,
+        precision="int8",
+        dimension=8,
+        max_length=16,
+        pooling="mean",
+        normalize=True,
+    )
     place = embedder_device(spec, CUDA)
     assert (place.kind, place.reason) == ("cpu", "cuda has no kernels for an int8 embedder")
     assert embedder_device(spec, CPU) is CPU
@@ -312,7 +321,7 @@ def test_the_composer_takes_the_graph_of_its_device(
     """Graphs of CUDA run on the CPU here; the files of the others are not even looked at."""
     request = Request(weights={"animals": 1.0}, choices=("yes", "no"), attachment=attachment)
     with open_bundle(bundle_copy, device="cpu") as composer:
-        wanted = composer.run(PROMPT, request).choices
+        expected = composer.run(PROMPT, request).choices
     picked = list[str]()
 
     def pick(spec: BaseSpec, device: Device, *, fused: bool = False) -> str:
@@ -321,9 +330,9 @@ def test_the_composer_takes_the_graph_of_its_device(
 
     monkeypatch.setattr("edgecompose.generation.language_model.decoder_graph", pick)
     with open_bundle(bundle_copy, device="cpu") as composer:
-        found = composer.run(PROMPT, request).choices
-    assert found is not None
-    assert found == pytest.approx(wanted, abs=1e-2)
+        result = composer.run(PROMPT, request).choices
+    assert result is not None
+    assert result == pytest.approx(expected, abs=1e-2)
     assert picked == [f"base/decoder{'_fused' if attachment == 'fuse' else ''}_cuda.onnx"]
 
 

@@ -37,9 +37,8 @@ def wanted_vector(source: Path, text: str, *, pooling: str, window: int, ends: i
     model = transformers.BertModel.from_pretrained(source, add_pooling_layer=False, local_files_only=True).eval()
     with torch.no_grad():
         hidden = model(torch.tensor([ids])).last_hidden_state[0]
-    parts = [hidden[0] if pooling == "cls" else hidden.mean(0)] + (
-        [hidden[:ends].mean(0), hidden[-ends:].mean(0)] if ends else []
-    )
+    whole = {"cls": hidden[0], "mean": hidden.mean(0), "max": hidden.amax(0)}[pooling]
+    parts = [whole] + ([hidden[:ends].mean(0), hidden[-ends:].mean(0)] if ends else [])
     if unit:
         parts = [torch.nn.functional.normalize(part, dim=0) / len(parts) ** 0.5 for part in parts]
     return np.asarray(torch.cat(parts).numpy())
@@ -50,14 +49,14 @@ def open_exported(zoo: TinyZoo, precision: str, **settings: Any) -> Embedder:
     return embedder
 
 
-@pytest.mark.parametrize(("pooling", "ends"), [("mean", 4), ("mean", 0), ("cls", 4)])
+@pytest.mark.parametrize(("pooling", "ends"), [("mean", 4), ("mean", 0), ("cls", 4), ("max", 0)])
 @pytest.mark.parametrize("text", [*SHORT, LONG], ids=["words", "mark", "unicode", "lines", "long"])
 def test_a_float_encoder_gives_the_vectors_of_transformers(zoo: TinyZoo, pooling: str, ends: int, text: str) -> None:
-    found = open_exported(zoo, "f32", pooling=pooling, ends=ends).embed(text)
-    wanted = wanted_vector(zoo.encoder(pooling=pooling), text, pooling=pooling, window=32, ends=ends)
-    assert np.abs(found - wanted).max() <= 1e-4
-    assert found.dtype == np.float32
-    assert np.linalg.norm(found) == pytest.approx(1, abs=1e-5)
+    result = open_exported(zoo, "f32", pooling=pooling, ends=ends).embed(text)
+    expected = wanted_vector(zoo.encoder(pooling=pooling), text, pooling=pooling, window=32, ends=ends)
+    assert np.abs(result - expected).max() <= 1e-4
+    assert result.dtype == np.float32
+    assert np.linalg.norm(result) == pytest.approx(1, abs=1e-5)
 
 
 def test_what_the_folder_says_is_recorded(zoo: TinyZoo) -> None:
@@ -115,11 +114,11 @@ def test_without_a_normalize_module_vectors_are_free(zoo: TinyZoo, tmp_path: Pat
     assert describe_encoder(folder, "f32").max_length == 64
 
 
-@pytest.mark.parametrize("pooling", ["max_tokens", "mean_sqrt_len_tokens", "nothing"])
+@pytest.mark.parametrize("pooling", ["lasttoken", "mean_sqrt_len_tokens", "nothing"])
 def test_an_unknown_pooling_is_refused(zoo: TinyZoo, tmp_path: Path, pooling: str) -> None:
     folder = tiny.write_encoder(tmp_path / "other", pooling=pooling)
     named = "nothing" if pooling == "nothing" else f"pooling_mode_{pooling}"
-    with pytest.raises(ExportError, match=f"pools by {named}, expected mean or cls"):
+    with pytest.raises(ExportError, match=f"pools by {named}, expected mean or cls or max"):
         export_embedder(folder, tmp_path / "out", "f32")
     assert not (tmp_path / "out").exists()
 

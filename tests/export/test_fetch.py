@@ -29,20 +29,20 @@ ENCODER = {"config.json": b"{}", "deep/weights": b"\0\1"}
 _ONE = hashlib.sha256(b"".join(CHUNKS)).hexdigest()
 _LISTING = "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in sorted(ENCODER.items()))
 JOINED = KnownModel(
-    "tiny",
-    tuple(WheelPart(f"tiny-part{n}", "1.0", f"tiny_part{n}/data/part{n}.bin") for n in (1, 2, 3)),
-    "tiny/tiny.gguf",
-    _ONE,
-    sum(map(len, CHUNKS)),
-    "MIT",
+    name="tiny",
+    source=tuple(WheelPart(f"tiny-part{n}", "1.0", f"tiny_part{n}/data/part{n}.bin") for n in (1, 2, 3)),
+    target="tiny/tiny.gguf",
+    sha256=_ONE,
+    bytes=sum(map(len, CHUNKS)),
+    licence="MIT",
 )
 FOLDER = KnownModel(
-    "encoder",
-    (WheelPart("tiny-encoder", "2.0", "tiny_encoder/model/"),),
-    "Encoder",
-    hashlib.sha256(_LISTING.encode()).hexdigest(),
-    4,
-    "MIT",
+    name="encoder",
+    source=(WheelPart("tiny-encoder", "2.0", "tiny_encoder/model/"),),
+    target="Encoder",
+    sha256=hashlib.sha256(_LISTING.encode()).hexdigest(),
+    bytes=4,
+    licence="MIT",
     keep_wheels=True,
 )
 TERMS = dataclasses.replace(JOINED, name="bound", terms="Be good.")

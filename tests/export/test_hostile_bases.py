@@ -16,9 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType
-from hypothesis import given as with_drawn
-from hypothesis import settings
-from hypothesis import strategies as st
 
 pytest.importorskip("torch", reason="a package of edgecompose-export")
 pytest.importorskip("transformers", reason="a package of edgecompose-export")
@@ -30,47 +27,16 @@ from edgecompose.formats.checkpoint import read_shard
 from edgecompose.formats.gguf_file import read_gguf
 from edgecompose_export.base.export import export_base
 from edgecompose_export.base.source import open_base
-from edgecompose_export.decoder.config_from_json import config_from_json
 from edgecompose_export.graphs.writer import DataFile
 from tests import tiny
+from tests.export.hostile import MOST_MEMORY, MOST_TIME, refusal
 from tests.fixtures_tiny import TinyZoo
 from tests.gguf_models import MODELS, quantized, write_gguf
-
-#: Where to begin again, in the words of the messages.
-REMEDIES = (
-    "copy",
-    "give",
-    "convert",
-    "can be exported",
-    "download",
-    "git lfs",
-    "put ",
-    "damaged",
-    "quantise",
-    "add ",
-    "make ",
-)
-#: Bytes and seconds for which a header may be read.
-MOST_MEMORY, MOST_TIME = 200_000_000, 5.0
 
 
 def peak_memory() -> int:
     """Most bytes that the process has had in memory."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def refusal(path: Path, output: Path | None = None) -> str:
-    """The message of a base that is refused, which is one line with its name and a remedy."""
-    with pytest.raises(ExportError) as caught:
-        if output is None:
-            open_base(path)
-        else:
-            export_base(path, output)
-    text = str(caught.value)
-    assert "\n" not in text
-    assert path.name in text
-    assert any(remedy in text for remedy in REMEDIES), text
-    return text
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +79,6 @@ def key_spans(content: bytes) -> list[tuple[int, int]]:
             spans.append((position, widths[kind]))
         position = skipped(kind, position)
     return spans
-
-
-# GGUF files
 
 
 def test_a_file_that_is_cut_anywhere_is_refused(file: Path, tmp_path: Path) -> None:
@@ -202,8 +165,6 @@ def test_keys_without_end_are_refused(tmp_path: Path) -> None:
     assert not is_handled(path)
 
 
-# What downloads leave instead of a file
-
 INSTEAD: Mapping[str, bytes] = {
     "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n",
     "page": b"<!DOCTYPE html>\n<html><head><title>Sign in</title></head><body></body></html>\n",
@@ -229,8 +190,6 @@ def test_what_is_no_file_of_a_folder_is_refused(kind: str, name: str, folder: Pa
     assert name in refusal(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
-
-# Values that are no numbers
 
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "head_dim": 64}
 
@@ -260,9 +219,6 @@ def test_a_weight_that_is_no_number_is_refused(tensor: str, value: float, folder
         stream.write(np.array([value], "<f4").tobytes())
     assert tensor in refusal(folder, tmp_path / "out")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["llama"]
-
-
-# Folders
 
 
 def test_weights_that_are_cut_anywhere_are_refused(folder: Path) -> None:
@@ -316,122 +272,6 @@ def test_types_that_are_no_floats_are_refused(dtype: str, width: int, folder: Pa
     assert f"lm_head.weight ({dtype})" in refusal(folder)
 
 
-# Configurations
-
-FOREIGN: Mapping[str, tuple[dict[str, Any], str]] = {
-    "GPTQ": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
-    "AWQ": ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "awq"),
-    "bitsandbytes": ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "bitsandbytes"),
-    "FP8": ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, "fp8"),
-    "vision": ({"model_type": "llava", "text_config": {"model_type": "llama"}, "vision_config": {}}, "text_config"),
-    "MoE": ({"model_type": "mixtral", "num_local_experts": 8}, "num_local_experts"),
-    "MoE of Qwen": ({"model_type": "qwen3_moe", "num_experts": 128}, "num_experts"),
-    "MoE of DeepSeek": ({"model_type": "deepseek_v3", "n_routed_experts": 256}, "n_routed_experts"),
-    "Mamba": ({"model_type": "mamba2"}, "mamba2"),
-    "hybrid": ({"model_type": "granitemoehybrid", "layer_types": ["mamba", "attention"]}, "layer_types"),
-    "encoder-decoder": ({"model_type": "t5", "is_encoder_decoder": True}, "t5"),
-    "classifier": ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
-}
-
-
-@pytest.mark.parametrize("kind", FOREIGN)
-def test_foreign_configurations_are_refused_by_name(kind: str, folder: Path) -> None:
-    fields, part = FOREIGN[kind]
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config.pop("architectures", None)
-    tiny.write_json(folder / "config.json", config | fields)
-    assert part in refusal(folder)
-
-
-@pytest.mark.parametrize("whole", [True, False])
-def test_an_adapter_is_no_base(whole: bool, folder: Path) -> None:
-    tiny.write_json(folder / "adapter_config.json", {"peft_type": "LORA"})
-    if not whole:
-        (folder / "config.json").unlink()
-    assert "adapter_config.json" in refusal(folder)
-
-
-@pytest.mark.parametrize("text", ["[]", "3", "null", "[" * 50000, '{"a": \x00}', "\ufeff{}"])
-def test_a_configuration_that_is_no_object_is_refused(text: str, folder: Path) -> None:
-    (folder / "config.json").write_text(text, encoding="utf-8")
-    assert "config.json" in refusal(folder)
-
-
-def configurations() -> dict[str, dict[str, Any]]:
-    import transformers
-
-    return {
-        name: getattr(transformers, kind)(**(tiny._SHAPE | changes)).to_dict()
-        for name, (kind, _, changes) in tiny.ARCHITECTURES.items()
-    }
-
-
-CONFIGURATIONS = configurations()
-#: Fields that older or other configurations have.
-OTHERS = (
-    "sliding_window",
-    "layer_types",
-    "head_dim",
-    "quantization_config",
-    "text_config",
-    "rope_parameters",
-    "rope_theta",
-    "rope_scaling",
-    "partial_rotary_factor",
-    "no_rope_layers",
-    "no_rope_layer_interval",
-    "max_window_layers",
-    "use_sliding_window",
-    "original_max_position_embeddings",
-    "hidden_activation",
-    "num_local_experts",
-)
-NUMBERS = st.sampled_from((0, -1, 1, 2, 2**31, 2**63, 10**400, 0.5, -0.0, 1e308, 1e-308, float("nan"), float("inf")))
-LEAVES = st.none() | st.booleans() | NUMBERS | st.integers() | st.floats() | st.text(max_size=4)
-SCALINGS = st.fixed_dictionaries(
-    {"rope_type": st.sampled_from(("linear", "dynamic", "yarn", "llama3", "longrope", "su")) | LEAVES},
-    optional=dict.fromkeys(
-        (
-            "factor",
-            "original_max_position_embeddings",
-            "low_freq_factor",
-            "high_freq_factor",
-            "beta_fast",
-            "beta_slow",
-            "mscale",
-            "mscale_all_dim",
-            "attention_factor",
-            "short_factor",
-            "long_factor",
-            "rope_theta",
-        ),
-        LEAVES,
-    ),
-)
-VALUES = (
-    LEAVES
-    | SCALINGS
-    | st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner))
-)
-
-
-@pytest.mark.parametrize("name", CONFIGURATIONS)
-@with_drawn(data=st.data())
-@settings(max_examples=30, deadline=None)
-def test_any_value_of_a_field_is_read_or_refused(name: str, data: st.DataObject) -> None:
-    config = CONFIGURATIONS[name]
-    key = data.draw(st.sampled_from([*config, *OTHERS]))
-    started = time.monotonic()
-    try:
-        config_from_json({**config, key: data.draw(VALUES)}, "base")
-    except ExportError as error:
-        assert "\n" not in str(error)
-    assert time.monotonic() - started < MOST_TIME
-
-
-# Places to write to
-
-
 def full_disk(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     """Let the third write of weights fail."""
     write, calls = DataFile.write, iter(range(1 << 20))
@@ -444,7 +284,9 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     monkeypatch.setattr(DataFile, "write", failing)
 
 
-def test_a_full_disk_is_told_and_leaves_nothing(zoo: TinyZoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_and_leaves_nothing(
+    zoo: TinyZoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "out"
     with monkeypatch.context() as patch:
         full_disk(patch, OSError(errno.ENOSPC, "No space left on device"))

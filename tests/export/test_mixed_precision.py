@@ -47,8 +47,8 @@ def test_a_budget_is_kept_and_a_larger_one_takes_more(
     mixed = choice(units)
     low, high = (four(mixed.within(budget)) for budget in sorted(budgets))
     assert low <= high
-    spent = sum(unit.kl for unit in mixed.units if unit.tensors[0] in high)
-    assert spent <= max(budgets) + 1e-9
+    elapsed = sum(unit.kl for unit in mixed.units if unit.tensors[0] in high)
+    assert elapsed <= max(budgets) + 1e-9
     assert len(four(mixed.within(mixed.cost * (1 + 1e-9) + 1e-9))) == len(units)
 
 

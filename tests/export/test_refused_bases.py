@@ -6,19 +6,10 @@ GGUF files are taken apart and put together again with one thing wrong.
 from __future__ import annotations
 
 import dataclasses
-import errno
-import json
-import os
-import pickle
 import re
-import resource
 import shutil
 import struct
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +21,12 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 pytest.importorskip("torch", reason="a package of edgecompose-export")
 pytest.importorskip("transformers", reason="a package of edgecompose-export")
 
-import torch
 
-from edgecompose.errors import BundleError
 from edgecompose.formats.gguf_file import read_gguf
 from edgecompose.generation.tokenizer import Tokenizer
 from edgecompose_export.base.spec import read_base_spec
 from edgecompose_export.cli import main
-from tests import tiny
+from tests.export.refusals import listed, one_line
 from tests.gguf_models import MODELS, write_gguf
 
 _KINDS = {bool: (7, "<?"), int: (4, "<I"), float: (6, "<f")}
@@ -137,11 +126,6 @@ def model(folder: Path, tmp_path: Path) -> Path:
     return shutil.copytree(folder, tmp_path / "model")
 
 
-def listed(folder: Path) -> list[str]:
-    """Everything below a folder."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
-
-
 @pytest.fixture
 def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], str]:
     """Runs the command on a base; returns what it says, having seen that it refuses it by the headers alone."""
@@ -159,21 +143,6 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path],
 
     return run
 
-
-def one_line(result: Any, source: Path) -> str:
-    """What the command said, which is one line that names the base, behind those of the steps that are done."""
-    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.exception
-    assert result.stdout == ""
-    *steps, line = result.stderr.splitlines()
-    assert all(re.fullmatch(r"  .*: \d+\.\d s", step) for step in steps)
-    assert line.startswith("edgecompose-export: ")
-    assert source.name in line
-    assert line.isprintable()
-    assert len(line) < 900
-    return str(line)
-
-
-# GGUF headers
 
 Change = Callable[[Parts], object]
 
@@ -351,309 +320,3 @@ def test_fewer_tokens_than_rows_are_fine(parts: Parts, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     assert read_base_spec(tmp_path / "out").vocabulary == 300
     assert Tokenizer(tmp_path / "out" / "tokenizer.json").vocabulary_size == 299
-
-
-# Places of files
-
-
-def test_shards_that_do_not_belong_together(folder: Path, tmp_path: Path, refused: Callable[[Path], str]) -> None:
-    write_gguf(tmp_path / "split.gguf", folder, shard_tensors=5)
-    first, second, *_ = sorted(tmp_path.glob("*.gguf"))
-    content = second.read_bytes()
-    second.unlink()
-    for path in (first, tmp_path):
-        assert f"{second.name} is missing; put all shards into one folder" in refused(path)
-    second.write_bytes(content[: len(content) // 2])
-    assert second.name in refused(first)
-    second.write_bytes(first.read_bytes())
-    assert f"{second.name}' does not say that it is shard 2" in refused(first)
-    other = tmp_path / "other"
-    other.mkdir()
-    write_gguf(other / "split.gguf", MODELS["qwen2"].write(other / "model"), shard_tensors=5)
-    shutil.copy(sorted(other.glob("*-00002-of-*.gguf"))[0], second)
-    assert "split-0000" in refused(first)
-
-
-def test_what_has_the_name_of_a_file_and_is_none(tmp_path: Path, refused: Callable[[Path], str]) -> None:
-    directory, loop, gone = tmp_path / "folder.gguf", tmp_path / "loop.gguf", tmp_path / "gone.gguf"
-    directory.mkdir()
-    loop.symlink_to(loop)
-    gone.symlink_to(tmp_path / "nowhere")
-    for path in (directory, loop, gone, tmp_path / "absent.gguf", tmp_path):
-        refused(path)
-    pipe = tmp_path / "pipe.gguf"
-    os.mkfifo(pipe)
-    refused(pipe)
-
-
-def test_a_loop_of_links_in_a_folder(model: Path, refused: Callable[[Path], str]) -> None:
-    for name in ("tokenizer.json", "model.safetensors", "config.json"):
-        (model / name).unlink()
-        (model / name).symlink_to(model / name)
-        assert name.split(".")[0] in refused(model)
-
-
-@contextmanager
-def as_nobody() -> Iterator[Path]:
-    """A folder that everybody may enter, for a user to whom permissions apply."""
-    root = Path(tempfile.mkdtemp())
-    root.chmod(0o755)
-    user = os.geteuid()
-    if user == 0:
-        os.chown(root, 65534, -1)
-        os.seteuid(65534)
-    try:
-        yield root
-    finally:
-        os.seteuid(user)
-        shutil.rmtree(root)
-
-
-def test_a_file_that_may_not_be_read(whole: Path, folder: Path) -> None:
-    content, files = whole.read_bytes(), {path.name: path.read_bytes() for path in folder.iterdir()}
-    with as_nobody() as root:
-        (root / "whole.gguf").write_bytes(content)
-        (root / "whole.gguf").chmod(0)
-        (root / "model").mkdir()
-        for name, raw in files.items():
-            (root / "model" / name).write_bytes(raw)
-        result = CliRunner().invoke(main, ["base", str(root / "whole.gguf"), "-o", str(root / "out")])
-        assert "Permission denied" in one_line(result, root / "whole.gguf")
-        for name in ("model.safetensors", "tokenizer.json", "config.json"):
-            (root / "model" / name).chmod(0)
-            result = CliRunner().invoke(main, ["base", str(root / "model"), "-o", str(root / "out")])
-            assert name in one_line(result, root / "model")
-            (root / "model" / name).chmod(0o644)
-        (root / "model").chmod(0)
-        result = CliRunner().invoke(main, ["base", str(root / "model"), "-o", str(root / "out")])
-        assert "Permission denied" in one_line(result, root / "model")
-        (root / "model").chmod(0o755)
-        assert not (root / "out").exists()
-
-
-def test_a_folder_that_may_not_be_written(whole: Path) -> None:
-    content = whole.read_bytes()
-    with as_nobody() as root:
-        (root / "whole.gguf").write_bytes(content)
-        root.chmod(0o555)
-        result = CliRunner().invoke(main, ["base", str(root / "whole.gguf"), "-o", str(root / "out")])
-        root.chmod(0o755)
-        assert "out' cannot be written: Permission denied" in one_line(result, root / "out")
-        assert listed(root) == ["whole.gguf"]
-
-
-@pytest.mark.parametrize("limit", [0, 1000, 20_000, 60_000])
-@pytest.mark.parametrize("precision", ["fp32", "auto"])
-def test_files_that_may_not_grow(limit: int, precision: str, whole: Path, tmp_path: Path) -> None:
-    """Each writer meets the end of the disk, as a limit of the process."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    arguments = ["base", str(whole), "-o", str(tmp_path / "out"), "--precision", precision, "--accept-distance"]
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        result = CliRunner().invoke(main, arguments)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "cannot be written: File too large; make room" in one_line(result, tmp_path / "out")
-    assert listed(tmp_path) == []
-    assert CliRunner().invoke(main, arguments).exit_code == 0
-
-
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (OSError(errno.EIO, "Input/output error", "BASE"), "whole.gguf' cannot be read: Input/output error; check it"),
-        (MemoryError(), "whole.gguf' needs more memory than is free; close other programs"),
-        (BundleError("the graph is refused"), "whole.gguf': the graph is refused"),
-    ],
-    ids=["disk", "memory", "graph"],
-)
-def test_what_fails_in_the_long_work(
-    error: Exception, message: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def failing(*args: Any, **named: Any) -> Any:
-        if isinstance(error, OSError):
-            error.filename = str(whole)
-        raise error
-
-    monkeypatch.setattr("edgecompose_export.base.export.float_states", failing)
-    result = CliRunner().invoke(main, ["base", str(whole), "-o", str(tmp_path / "out")])
-    assert message in one_line(result, whole)
-    assert listed(tmp_path) == []
-
-
-def test_an_interrupt_of_the_command(whole: Path, tmp_path: Path) -> None:
-    """By the signal, in a process of its own, as the weights are written."""
-    program = (
-        "import os, signal; from edgecompose_export import cli; from edgecompose_export.graphs import writer as g\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it\n"
-        "g.DataFile.write = lambda *a: os.kill(os.getpid(), signal.SIGINT)\n"
-        f"cli.main(['base', {str(whole)!r}, '-o', {str(tmp_path / 'out')!r}])"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == "Aborted!"
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
-    assert listed(tmp_path) == []
-
-
-# Hugging Face folders
-
-
-def edited(path: Path, **fields: Any) -> None:
-    tiny.write_json(path, json.loads(path.read_text(encoding="utf-8")) | fields)
-
-
-@pytest.mark.parametrize("length", [0, 1, 2**40, 2**64 - 1])
-def test_safetensors_with_another_length_of_header(length: int, model: Path, refused: Callable[[Path], str]) -> None:
-    path = model / "model.safetensors"
-    path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
-    assert "model.safetensors' cannot be read" in refused(model)
-
-
-@pytest.mark.parametrize("header", [b"[]", b"{", b"\xff\xfe", b'{"lm_head.weight": 3}', b'{"a": {"dtype": "F32"}}'])
-def test_safetensors_with_a_damaged_header(header: bytes, model: Path, refused: Callable[[Path], str]) -> None:
-    (model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
-    assert "model.safetensors' cannot be read" in refused(model)
-
-
-class Code:
-    """What runs a command when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.system, (f"touch {self.path}",)
-
-
-def test_pickled_code_does_not_run(model: Path, tmp_path: Path, refused: Callable[[Path], str]) -> None:
-    (model / "model.safetensors").unlink()
-    path = model / "pytorch_model.bin"
-    torch.save({"lm_head.weight": Code(tmp_path / "ran")}, path)
-    assert "pytorch_model.bin' cannot be read" in refused(model)
-    path.write_bytes(pickle.dumps(Code(tmp_path / "ran")))
-    assert "convert them to safetensors" in refused(model)
-    for content in ([1, 2], {"a": 3}, {3: torch.zeros(2)}, torch.zeros(2)):
-        torch.save(content, path)
-        assert "pytorch_model.bin" in refused(model)
-    assert not (tmp_path / "ran").exists()
-
-
-def test_weights_of_packages_that_quantise(model: Path, refused: Callable[[Path], str]) -> None:
-    for method in ("gptq", "awq", "bitsandbytes", "fp8", "compressed-tensors"):
-        edited(model / "config.json", quantization_config={"quant_method": method})
-        assert f"is quantised ({method}); give the float base, or a GGUF file of it" in refused(model)
-    edited(model / "config.json", quantization_config=None, quantization={"group_size": 64, "bits": 4})
-    assert "is quantised (mlx); give the float base" in refused(model)
-
-
-def test_a_tokenizer_of_another_model(model: Path, refused: Callable[[Path], str]) -> None:
-    state = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
-    state["model"]["vocab"] |= {"more": 300, "most": 301}
-    tiny.write_json(model / "tokenizer.json", state)
-    assert "2 words with ids from 300 on, such as 'more'" in refused(model)
-
-
-def test_no_tokenizer(model: Path, refused: Callable[[Path], str]) -> None:
-    (model / "tokenizer.json").unlink()
-    assert "has no tokenizer.json" in refused(model)
-    (model / "tokenizer.model").write_bytes(b"\x00" * 100)
-    assert "tokenizer.model" in refused(model)
-
-
-DAMAGE: Mapping[str, dict[str, Any]] = {
-    "an unknown token that is none": {"model": {"unk_token": "<nothing>"}},
-    "a vocabulary with holes": {"model": {"vocab": {"a": 0, "b": 7}, "merges": []}},
-    "no words": {"model": {"vocab": {}, "merges": []}},
-    "words of the wrong kind": {"model": {"vocab": {"a": "b"}, "merges": []}},
-    "merges of no words": {"model": {"merges": [["zz", "yy"]]}},
-    "a first token that is none": {
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": "x", "type_id": 0}}],
-            "pair": [],
-            "special_tokens": {},
-        }
-    },
-    "a first token beyond all": {
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": "x", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
-            "special_tokens": {"x": {"id": "x", "ids": [10**9], "tokens": ["x"]}},
-        }
-    },
-    "a normalizer that is damaged": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
-    "a pattern that is damaged": {
-        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(("}, "behavior": "Isolated", "invert": False}
-    },
-    "added tokens of the wrong kind": {"added_tokens": [3]},
-    "an added token beyond all": {"added_tokens": [{"id": 10**9, "content": "x", "special": True}]},
-    "no model": {"model": None},
-}
-
-
-@pytest.mark.parametrize("case", DAMAGE)
-def test_a_damaged_tokenizer(case: str, model: Path, tmp_path: Path) -> None:
-    """It is refused, or read by what is left of it; whatever is written can be used."""
-    state = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
-    for key, value in DAMAGE[case].items():
-        state[key] = state[key] | value if isinstance(value, dict) and key == "model" else value
-    tiny.write_json(model / "tokenizer.json", state)
-    result = CliRunner().invoke(main, ["base", str(model), "-o", str(tmp_path / "out"), "--precision", "fp32"])
-    if result.exit_code == 0:
-        tokenizer = Tokenizer(tmp_path / "out" / "tokenizer.json")
-        assert all(token < 300 for token in tokenizer.encode_prompt("the cat sat, <|im_end|> é"))
-        return
-    one_line(result, model)
-    assert listed(tmp_path) == sorted(["model", *(f"model/{name}" for name in listed(model))])
-
-
-def test_no_chat_template_is_fine(model: Path, tmp_path: Path) -> None:
-    (model / "chat_template.jinja").unlink()
-    result = CliRunner().invoke(main, ["base", str(model), "-o", str(tmp_path / "out"), "--precision", "fp32"])
-    assert result.exit_code == 0, result.stderr
-    assert read_base_spec(tmp_path / "out").chat_template is None
-    assert not (tmp_path / "out" / "chat_template.jinja").exists()
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"partial_rotary_factor": 3},
-        {"partial_rotary_factor": "4"},
-        {"rope_theta": "x"},
-        {"head_dim": 2**31},
-        {"vocab_size": 2**40},
-        {"num_attention_heads": 10**300},
-        {"hidden_size": -64},
-        {"hidden_size": "64"},
-        {"num_hidden_layers": True},
-        {"rms_norm_eps": float("nan")},
-        {"num_hidden_layers": 2**31},
-        {"max_position_embeddings": 0},
-        {"model_type": ["llama"]},
-        {"architectures": [3]},
-        {"hidden_act": ["silu"]},
-    ],
-    ids=str,
-)
-def test_a_configuration_with_one_thing_wrong(
-    fields: dict[str, Any], model: Path, refused: Callable[[Path], str]
-) -> None:
-    edited(model / "config.json", **fields)
-    refused(model)
-
-
-def test_weights_whose_products_overflow(model: Path, tmp_path: Path) -> None:
-    """Finite numbers, of which a forward pass makes others."""
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(model / "model.safetensors")
-    tensors["model.layers.0.mlp.down_proj.weight"] += 3e38
-    save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    for precision in ("fp32", "auto", "int8"):
-        arguments = ["base", str(model), "-o", str(tmp_path / "out"), "--precision", precision, "--accept-distance"]
-        assert "not finite" in one_line(CliRunner().invoke(main, arguments), model)
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]

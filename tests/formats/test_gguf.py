@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-pytest.importorskip("torch", reason="exports want the packages of edgecompose-export")
+pytest.importorskip("torch", reason="exports need the packages of edgecompose-export")
 
 from edgecompose import Composer, Request, open_bundle
 from edgecompose.engine.merged import MergedAdapter
@@ -51,8 +51,8 @@ def test_a_file_holds_the_blend(opened: Composer, merged: MergedAdapter, tmp_pat
 
     base = opened.bundle.manifest.base
     fields, tensors = read(write_gguf_lora(merged, tmp_path / "made" / "blend.gguf", base))
-    wanted = {"general.type": "adapter", "general.architecture": "llama", "adapter.type": "lora"}
-    assert {name: fields[name] for name in wanted} == wanted and fields["adapter.lora.alpha"] == 1.0
+    expected = {"general.type": "adapter", "general.architecture": "llama", "adapter.type": "lora"}
+    assert {name: fields[name] for name in expected} == expected and fields["adapter.lora.alpha"] == 1.0
     factors = merged.factors()
     assert len(tensors) == 2 * sum(len(a) for a, _ in factors.values())
     back = LlamaTensorProcessor({})._reverse_permute_weights

@@ -61,11 +61,11 @@ def test_a_blend_that_was_written_is_read_back(bundle: Path, tmp_path: Path) -> 
         base = composer.bundle.manifest.base
         merged = composer.compose("x", Request(weights={"animals": 0.5, "numbers": -0.75})).merged
         write_gguf_lora(merged, tmp_path / "blend.gguf", base)
-        wanted = {name: a.swapaxes(1, 2) @ b for name, (a, b) in merged.factors().items()}
-    found = updates(exported(tmp_path / "blend.gguf", tmp_path / "x.safetensors", base, 16))
-    assert set(found) == set(wanted)
-    for name, update in wanted.items():
-        assert np.abs(found[name] - update).max() <= 2e-3 * np.abs(update).max(), name
+        expected = {name: a.swapaxes(1, 2) @ b for name, (a, b) in merged.factors().items()}
+    result = updates(exported(tmp_path / "blend.gguf", tmp_path / "x.safetensors", base, 16))
+    assert set(result) == set(expected)
+    for name, update in expected.items():
+        assert np.abs(result[name] - update).max() <= 2e-3 * np.abs(update).max(), name
 
 
 def test_a_blend_for_a_packed_model_is_read_back(zoo: TinyZoo, merger: Merger, tmp_path: Path) -> None:
@@ -86,19 +86,21 @@ def test_a_blend_for_a_packed_model_is_read_back(zoo: TinyZoo, merger: Merger, t
     }
     written = {t.name for t in read.tensors if t.name.startswith("blk.0.")}
     assert written == {f"{name}.weight.lora_{side}" for name in known for side in "ab"}
-    found = updates(exported(tmp_path / "blend.gguf", tmp_path / "back", base, 16))
+    result = updates(exported(tmp_path / "blend.gguf", tmp_path / "back", base, 16))
     for name, (a, b) in merged.factors().items():
         update = a.swapaxes(1, 2) @ b
-        assert np.abs(found[name] - update).max() <= 2e-3 * np.abs(update).max(), name
+        assert np.abs(result[name] - update).max() <= 2e-3 * np.abs(update).max(), name
 
 
 @pytest.mark.parametrize(("form", "tolerance"), [("F16", 2e-3), ("BF16", 1e-2), ("Q8_0", 2e-2)])
 def test_other_numbers_are_read(zoo: TinyZoo, tmp_path: Path, form: str, tolerance: float) -> None:
     peft = zoo.lora("wide", r=32, lora_alpha=64)
     source = write_gguf(tmp_path / "x.gguf", gguf_tensors(peft), FIELDS | {"adapter.lora.alpha": 64.0}, form)
-    wanted, found = (updates(exported(path, tmp_path / f"{path.stem}.safetensors", bits=16)) for path in (peft, source))
-    for name, update in wanted.items():
-        assert 0 < np.abs(found[name] - update).max() <= tolerance * np.abs(update).max(), name
+    expected, result = (
+        updates(exported(path, tmp_path / f"{path.stem}.safetensors", bits=16)) for path in (peft, source)
+    )
+    for name, update in expected.items():
+        assert 0 < np.abs(result[name] - update).max() <= tolerance * np.abs(update).max(), name
 
 
 @pytest.mark.parametrize(("alpha", "scale"), [(8.0, 2.0), (-3.0, -0.75), (0.0, 1.0), (None, 1.0)])

@@ -151,5 +151,5 @@ def test_a_file_cut_anywhere_is_refused(sample: bytes, tmp_path: Path) -> None:
     ("name", "later"),
     [("x-00001-of-00003.gguf", False), ("x-00002-of-00003.gguf", True), ("x.gguf", False), ("x-2-of-3.gguf", False)],
 )
-def test_a_later_shard_is_told_by_its_name(name: str, later: bool) -> None:
+def test_a_later_shard_is_known_by_its_name(name: str, later: bool) -> None:
     assert is_later_shard(Path(name)) == later

@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-pytest.importorskip("torch", reason="exports want the packages of edgecompose-export")
+pytest.importorskip("torch", reason="exports need the packages of edgecompose-export")
 
 from edgecompose import Request, open_bundle
 from edgecompose.errors import MergeError
@@ -25,7 +25,7 @@ def test_onnxruntime_loads_it_and_gives_the_same_logits(
         merged = composer.compose(PROMPT, Request(weights=weights)).merged
         path = write_onnx_adapter(merged, tmp_path / "made" / "blend.onnx_adapter")
         ids = composer.model.tokenizer.encode(PROMPT)
-        wanted = composer.model.decoder.start(merged, len(ids)).forward(ids, rows=len(ids)).copy()
+        expected = composer.model.decoder.start(merged, len(ids)).forward(ids, rows=len(ids)).copy()
         spec = composer.bundle.manifest.base
         graph = composer.bundle.path(spec.graph)
     adapter = onnxruntime.LoraAdapter()
@@ -41,9 +41,9 @@ def test_onnxruntime_loads_it_and_gives_the_same_logits(
         "total_sequence_length": np.array(len(ids), np.int32),
         **{f"past_key_values.{i}.{part}": empty for i in range(spec.layers) for part in ("key", "value")},
     }
-    plain, found = session.run(["logits"], feed)[0][0], session.run(["logits"], feed, options)[0][0]
-    np.testing.assert_allclose(found, wanted, atol=2e-5)
-    assert np.abs(plain - wanted).max() > 1e-2
+    plain, result = session.run(["logits"], feed)[0][0], session.run(["logits"], feed, options)[0][0]
+    np.testing.assert_allclose(result, expected, atol=2e-5)
+    assert np.abs(plain - expected).max() > 1e-2
 
 
 def test_nothing_is_overwritten_and_nothing_is_written_for_nothing(bundle: Path, tmp_path: Path) -> None:

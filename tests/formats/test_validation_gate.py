@@ -39,18 +39,18 @@ def test_adapters_get_their_verdicts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ci95", "wanted"),
+    ("ci95", "expected"),
     [((0.01, 0.2), "helps"), ((-0.2, -0.01), "hurts"), ((-0.1, 0.1), "unproven"), ((0.0, 0.1), "unproven")],
 )
-def test_verdict(ci95: tuple[float, float], wanted: str) -> None:
-    assert verdict(ci95) == wanted
+def test_verdict(ci95: tuple[float, float], expected: str) -> None:
+    assert verdict(ci95) == expected
 
 
 @pytest.mark.parametrize("missing", ["main", "variants", "against"])
 def test_another_json_is_refused(tmp_path: Path, missing: str) -> None:
-    found = evaluation()
-    del found[missing]
-    (tmp_path / "e.json").write_text(json.dumps(found), encoding="utf-8")
+    result = evaluation()
+    del result[missing]
+    (tmp_path / "e.json").write_text(json.dumps(result), encoding="utf-8")
     with pytest.raises(ExportError, match="--methods base,own --json"):
         read_validation(tmp_path / "e.json")
 

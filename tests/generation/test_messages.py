@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from edgecompose.errors import GenerationError
-from edgecompose.generation.messages import Message, conversation, query_text, shortened
+from edgecompose.generation.messages import Message, conversation, query_text, without_oldest_turns
 
 TALK = [
     ("system", "be brief"),
@@ -49,8 +49,6 @@ def test_retrieval_reads_a_message_of_the_user() -> None:
 
 
 def test_the_oldest_turn_goes_first_and_the_system_message_stays() -> None:
-    left = shortened(MESSAGES)
-    assert left == (MESSAGES[0], *MESSAGES[3:])
-    assert left is not None and shortened(left) == (MESSAGES[0], MESSAGES[5])
-    assert shortened((MESSAGES[0], MESSAGES[5])) is None
-    assert shortened(MESSAGES[5:]) is None
+    assert without_oldest_turns(MESSAGES) == [(MESSAGES[0], *MESSAGES[3:]), (MESSAGES[0], MESSAGES[5])]
+    assert without_oldest_turns((MESSAGES[0], MESSAGES[5])) == []
+    assert without_oldest_turns(MESSAGES[5:]) == []

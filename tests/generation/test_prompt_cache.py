@@ -23,7 +23,7 @@ class Sequence:
         del self.tokens[length:]
 
 
-def kept(cache: PromptCache, composition: str, tokens: list[int]) -> DecoderState:
+def stored(cache: PromptCache, composition: str, tokens: list[int]) -> DecoderState:
     made = cast(DecoderState, Sequence(composition, tokens))
     cache.put(made)
     return made
@@ -38,7 +38,7 @@ def test_a_common_prefix_is_common_and_the_longest(one: list[int], other: list[i
 
 def test_the_longest_prefix_under_the_same_blend_is_taken_once() -> None:
     cache = PromptCache()
-    short, long, foreign = kept(cache, "a", LONG[:20]), kept(cache, "a", LONG[:30]), kept(cache, "b", LONG)
+    short, long, foreign = stored(cache, "a", LONG[:20]), stored(cache, "a", LONG[:30]), stored(cache, "b", LONG)
     assert cache.take("a", LONG) is long and long.tokens == LONG[:30]
     assert cache.take("a", [*LONG[:18], 99]) is short and short.tokens == LONG[:18]
     assert cache.take("a", LONG) is None
@@ -47,13 +47,13 @@ def test_the_longest_prefix_under_the_same_blend_is_taken_once() -> None:
 
 def test_the_last_token_is_left_to_be_read() -> None:
     cache = PromptCache()
-    whole = kept(cache, "a", LONG)
+    whole = stored(cache, "a", LONG)
     assert cache.take("a", LONG[:25]) is whole and whole.tokens == LONG[:24]
 
 
 def test_few_tokens_in_common_are_not_worth_a_sequence() -> None:
     cache = PromptCache()
-    kept(cache, "a", LONG)
+    stored(cache, "a", LONG)
     assert cache.take("a", [*LONG[:5], *range(100, 150)]) is None
     assert cache.take("a", LONG) is not None
 
@@ -61,7 +61,7 @@ def test_few_tokens_in_common_are_not_worth_a_sequence() -> None:
 def test_the_oldest_are_forgotten() -> None:
     cache = PromptCache(2)
     for first in range(3):
-        kept(cache, "a", [first, *LONG])
+        stored(cache, "a", [first, *LONG])
     assert cache.take("a", [0, *LONG]) is None
     assert cache.take("a", [1, *LONG]) is not None
     cache.clear()

@@ -43,20 +43,22 @@ def test_the_distribution_is_that_of_transformers(
     ]
     for step in steps:
         scores = step(torch.tensor(seen[None]), scores)
-    wanted = torch.softmax(scores, -1)[0].numpy()
-    sampling = Sampling(temperature, top_p, 0, top_k, min_p, penalty)
-    kept, shares = candidates(penalised(logits, set(seen.tolist()), penalty), sampling)
-    found = np.zeros(len(logits))
-    found[kept] = shares
-    differ = np.flatnonzero((found > 0) != (wanted > 0))
+    expected = torch.softmax(scores, -1)[0].numpy()
+    sampling = Sampling(
+        temperature=temperature, top_p=top_p, seed=0, top_k=top_k, min_p=min_p, repetition_penalty=penalty
+    )
+    remaining, shares = candidates(penalised(logits, set(seen.tolist()), penalty), sampling)
+    result = np.zeros(len(logits))
+    result[remaining] = shares
+    differ = np.flatnonzero((result > 0) != (expected > 0))
     if len(differ):  # rounding: one token at the very border of top-p or min-p, and tokens too unlikely to count
-        mass = np.maximum(found, wanted)[differ]
+        mass = np.maximum(result, expected)[differ]
         border = differ[mass.argmax()]
         assert mass.sum() - mass.max() < 1e-9
-        assert max(found[border], wanted[border]) <= shares.min() * (1 + 1e-6)
-        found[border], wanted[border] = 0, 0
-        found, wanted = found / found.sum(), wanted / wanted.sum()
-    np.testing.assert_allclose(found, wanted, atol=1e-6)
+        assert max(result[border], expected[border]) <= shares.min() * (1 + 1e-6)
+        result[border], expected[border] = 0, 0
+        result, expected = result / result.sum(), expected / expected.sum()
+    np.testing.assert_allclose(result, expected, atol=1e-6)
     assert shares.sum() == pytest.approx(1)
     assert (np.diff(shares) <= 0).all()
 
@@ -85,9 +87,9 @@ def test_what_was_drawn_is_less_likely_afterwards() -> None:
 
 def test_draws_do_not_depend_on_how_many_tokens_were_sorted_first() -> None:
     flat = _logits(1, 49_152, 0.1)  # no 512 tokens reach 0.9 here
-    kept, shares = candidates(flat, Sampling(1.0, 0.9))
+    remaining, shares = candidates(flat, Sampling(1.0, 0.9))
     weights = np.exp((flat - flat.max()).astype(np.float64))
     order = np.argsort(-weights, kind="stable")
-    wanted = order[: int(np.searchsorted(np.cumsum(weights[order]), 0.9 * weights.sum())) + 1]
-    np.testing.assert_array_equal(kept, wanted)
-    assert shares == pytest.approx(weights[wanted] / weights[wanted].sum())
+    expected = order[: int(np.searchsorted(np.cumsum(weights[order]), 0.9 * weights.sum())) + 1]
+    np.testing.assert_array_equal(remaining, expected)
+    assert shares == pytest.approx(weights[expected] / weights[expected].sum())

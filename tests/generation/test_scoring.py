@@ -23,11 +23,11 @@ def _score(fake: FakeState, choices: Sequence[Sequence[int]]) -> list[float]:
 
 @given(arrays.arrays(np.float32, (3, 5), elements=st.floats(-100, 100, width=32)), st.floats(-1000, 1000, width=16))
 def test_log_softmax_is_a_distribution_and_ignores_a_shift(logits: Float, shift: float) -> None:
-    found = log_softmax(logits)
-    assert found.dtype == np.float32
-    assert np.exp(found.astype(np.float64)).sum(axis=-1) == pytest.approx(1, abs=1e-5)
-    assert np.diff(found) == pytest.approx(np.diff(logits), abs=1e-4)
-    assert log_softmax(logits + np.float32(shift)) == pytest.approx(found, abs=1e-2)
+    result = log_softmax(logits)
+    assert result.dtype == np.float32
+    assert np.exp(result.astype(np.float64)).sum(axis=-1) == pytest.approx(1, abs=1e-5)
+    assert np.diff(result) == pytest.approx(np.diff(logits), abs=1e-4)
+    assert log_softmax(logits + np.float32(shift)) == pytest.approx(result, abs=1e-2)
 
 
 def test_log_softmax_does_not_overflow() -> None:

@@ -61,19 +61,19 @@ def test_special_tokens_are_not_text(tokenizer: Tokenizer) -> None:
 )
 def test_stop_strings_cut_where_the_whole_text_would_be_cut(text: str, stop: list[str], sizes: list[int]) -> None:
     guard, shown, rest = StopStrings(stop), "", text
-    found = False
+    result = False
     for size in sizes:
         part_of_it, rest = rest[:size], rest[size:]
-        part, found = guard.push(part_of_it)
+        part, result = guard.push(part_of_it)
         shown += part
         assert text.startswith(shown)
-        if found:
+        if result:
             break
-    shown += "" if found else guard.finish()
+    shown += "" if result else guard.finish()
     # the first that is complete ends the answer, as it would if every character came by itself
     ends = [text.find(s) + len(s) for s in stop if s in text]
-    assert found == bool(ends)
-    if not found:
+    assert result == bool(ends)
+    if not result:
         assert shown == text
     else:
         assert not any(s in shown for s in stop)

@@ -130,8 +130,8 @@ def test_text_survives(tokenizer: Tokenizer, text: str) -> None:
 @given(TEXT)
 def test_a_stream_says_what_the_whole_says(tokenizer: Tokenizer, text: str) -> None:
     ids, stream = tokenizer.encode(text), tokenizer.stream()
-    pieces = [stream.push(token) for token in ids]
-    assert "".join([*pieces, stream.finish()]) == tokenizer.decode(ids)
+    chunks = [stream.push(token) for token in ids]
+    assert "".join([*chunks, stream.finish()]) == tokenizer.decode(ids)
 
 
 def test_a_stream_keeps_the_spaces_of_a_tokenizer_that_strips_the_first(tmp_path: Path) -> None:

@@ -50,9 +50,9 @@ def test_truncation_is_the_best_approximation(rank: int) -> None:
     mixes = core_space.truncate(*grams(parts), rank, None)
     assert mixes.a is not None and mixes.b is not None
     u, s, vt = np.linalg.svd(product(a, b), full_matrices=False)
-    wanted = (u[:, :, :rank] * s[:, None, :rank]) @ vt[:, :rank]
-    found = product(mixes.a @ a, mixes.b @ b)
-    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
+    expected = (u[:, :, :rank] * s[:, None, :rank]) @ vt[:, :rank]
+    result = product(mixes.a @ a, mixes.b @ b)
+    np.testing.assert_allclose(result, expected, atol=1e-5 * np.abs(expected).max())
     np.testing.assert_allclose(mixes.energy, (s**2).sum(axis=1), rtol=1e-5)
     np.testing.assert_allclose(mixes.kept_energy, (s[:, :rank] ** 2).sum(axis=1), rtol=1e-5)
 
@@ -81,8 +81,8 @@ def test_the_bases_are_orthonormal_and_lose_nothing() -> None:
     space = core_space.core_space(*grams(parts), RANKS)
     for basis in (space.to_a @ a, space.to_b @ b):
         np.testing.assert_allclose(basis @ np.swapaxes(basis, 1, 2), np.broadcast_to(np.eye(9), (2, 9, 9)), atol=1e-4)
-    for core, wanted in zip(space.cores, deltas(parts), strict=True):
-        np.testing.assert_allclose(product(a, space.between(core) @ b), wanted, atol=1e-7 * np.abs(wanted).max())
+    for core, expected in zip(space.cores, deltas(parts), strict=True):
+        np.testing.assert_allclose(product(a, space.between(core) @ b), expected, atol=1e-7 * np.abs(expected).max())
 
 
 def test_the_cores_do_not_depend_on_how_an_update_was_factored() -> None:
@@ -101,9 +101,9 @@ def test_prune_keeps_the_largest() -> None:
     cores = np.random.default_rng(7).standard_normal((2, 3, 5, 5))
     pruned = core_space.prune(cores, 7)
     assert (np.count_nonzero(pruned, axis=(2, 3)) == 7).all()
-    kept = pruned != 0
-    assert np.array_equal(pruned[kept], cores[kept])
-    for matrix, mask in zip(cores.reshape(-1, 25), kept.reshape(-1, 25), strict=True):
+    remaining = pruned != 0
+    assert np.array_equal(pruned[remaining], cores[remaining])
+    for matrix, mask in zip(cores.reshape(-1, 25), remaining.reshape(-1, 25), strict=True):
         assert np.abs(matrix[~mask]).max() < np.abs(matrix[mask]).min()
 
 
@@ -138,9 +138,9 @@ def test_updates_that_span_less_than_their_ranks_are_merged_too(kind: str) -> No
     a, b = stacked(parts)
     space = core_space.core_space(*grams(parts), RANKS)
     between = space.between(core_space.weighted_sum(space.cores, WEIGHTS))
-    wanted = np.einsum("k,klio->lio", WEIGHTS, deltas(parts))
+    expected = np.einsum("k,klio->lio", WEIGHTS, deltas(parts))
     single = [x.astype(np.float32).astype(np.float64) for x in (a, between @ b)]  # what the graphs compute in
-    np.testing.assert_allclose(product(*single), wanted, atol=1e-4 * np.abs(wanted).max())
+    np.testing.assert_allclose(product(*single), expected, atol=1e-4 * np.abs(expected).max())
     mixes = core_space.truncate(*grams(parts), 8, None)
     assert mixes.a is not None and np.isfinite(mixes.a).all()
     assert mixes.b is not None and np.isfinite(mixes.b).all()

@@ -20,7 +20,7 @@ from edgecompose.merging.sparsify import RANDOM
 from edgecompose.settings import MergeSettings
 from tests.factories import WIDE, make_adapter
 
-#: Two widths of whole blocks of 32, as the graphs of resident rows want them.
+#: Two widths of whole blocks of 32, as the graphs of resident rows need them.
 BLOCKED = (SlotGroup("q_proj", 3, 64, 96), SlotGroup("up_proj", 2, 96, 64))
 WEIGHTS = (0.6, -0.3, 0.2)
 BITS: dict[str, tuple[Bits, ...]] = {"int4": (4, 4, 4), "int8": (8, 8, 8), "mixed": (4, 8, 4)}
@@ -38,10 +38,10 @@ def _adapters(bits: tuple[Bits, ...], groups: tuple[SlotGroup, ...] = BLOCKED) -
 
 def _assert_same(one: Merger, other: Merger, adapters: list[Adapter], settings: MergeSettings) -> None:
     weights = WEIGHTS[: len(adapters)]
-    wanted, found = (m.merge(adapters, weights, settings).factors() for m in (one, other))
-    assert sorted(found) == sorted(wanted)
-    for name, factors in wanted.items():
-        for a, b in zip(factors, found[name], strict=True):
+    expected, result = (m.merge(adapters, weights, settings).factors() for m in (one, other))
+    assert sorted(result) == sorted(expected)
+    for name, factors in expected.items():
+        for a, b in zip(factors, result[name], strict=True):
             np.testing.assert_allclose(b, a, rtol=0, atol=2e-5 * np.abs(a).max())
 
 
@@ -96,10 +96,10 @@ def test_threads_that_make_the_pool_grow_disturb_nobody() -> None:
     adapters = [make_adapter(f"thread{i}", groups=BLOCKED, rank=12, bits=4) for i in range(16)]
     pairs = [(adapters[i], adapters[(5 * i + 1) % 16]) for i in range(16)]
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda pair: merger.merge(pair, [0.7, 0.3], MergeSettings()).factors(), pairs))
-    for pair, factors in zip(pairs, found, strict=True):
-        for name, wanted in plain.merge(pair, [0.7, 0.3], MergeSettings()).factors().items():
-            for a, b in zip(wanted, factors[name], strict=True):
+        result = list(pool.map(lambda pair: merger.merge(pair, [0.7, 0.3], MergeSettings()).factors(), pairs))
+    for pair, factors in zip(pairs, result, strict=True):
+        for name, expected in plain.merge(pair, [0.7, 0.3], MergeSettings()).factors().items():
+            for a, b in zip(expected, factors[name], strict=True):
                 np.testing.assert_allclose(b, a, rtol=0, atol=1e-6 * np.abs(a).max())
 
 
@@ -110,8 +110,8 @@ def test_codes_of_4_bits_are_the_same_values_in_either_form(bits: Bits) -> None:
     if bits == 4:
         codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(len(codes), -1)
     zero_point = 8 if bits == 4 else 128
-    wanted = unpack(factor).reshape(codes.shape).astype(int) - factor.zero_point
-    assert np.array_equal(codes.astype(int) - zero_point, wanted)
+    expected = unpack(factor).reshape(codes.shape).astype(int) - factor.zero_point
+    assert np.array_equal(codes.astype(int) - zero_point, expected)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -125,9 +125,11 @@ def test_adapters_in_float16_blend_as_their_values_do(merger: Merger, method: st
     ]
     if METHODS[method].sparsify is RANDOM:
         halves = [replace(half, digest=a.digest) for half, a in zip(halves, adapters, strict=True)]
-    wanted, found = (Merger(choose_device("cpu")).merge(a, WEIGHTS, MergeSettings(method)) for a in (adapters, halves))
-    for name, factors in wanted.factors().items():
-        for a, b in zip(factors, found.factors()[name], strict=True):
+    expected, result = (
+        Merger(choose_device("cpu")).merge(a, WEIGHTS, MergeSettings(method)) for a in (adapters, halves)
+    )
+    for name, factors in expected.factors().items():
+        for a, b in zip(factors, result.factors()[name], strict=True):
             assert (np.abs(b - a) > 2e-3 * np.abs(a).max()).mean() <= jumps
 
 
@@ -137,8 +139,8 @@ def _half(factor: QuantizedFactor) -> QuantizedFactor:
 
 def test_float16_blends_with_integers(merger: Merger) -> None:
     adapters = _adapters((4, 8, 16))
-    found = merger.merge(adapters, WEIGHTS, MergeSettings()).factors()
-    for name, (a, b) in found.items():
+    result = merger.merge(adapters, WEIGHTS, MergeSettings()).factors()
+    for name, (a, b) in result.items():
         modules = [adapter.modules[name] for adapter in adapters]
         wanted_a = np.concatenate(
             [w * m.scaling[:, None, None] * dequantize(m.a) for m, w in zip(modules, WEIGHTS, strict=True)], axis=1

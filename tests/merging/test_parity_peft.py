@@ -19,7 +19,7 @@ from edgecompose.settings import MergeSettings
 from tests import oracle
 from tests.factories import make_adapter
 
-_REASON = "parity with PEFT wants the packages of the extra [export]"
+_REASON = "parity with PEFT needs the packages of edgecompose-export"
 torch = pytest.importorskip("torch", reason=_REASON)
 peft = pytest.importorskip("peft", reason=_REASON)
 transformers = pytest.importorskip("transformers", reason=_REASON)
@@ -104,14 +104,14 @@ def _assert_parity(merger: Merger, model: Any, adapters: Sequence[Adapter], sett
     factors, seen = merged.factors(), 0
     for layer, name, module in _lora_modules(model, target):
         assert module.scaling[target] == 1
-        found = merged.modules[name]
+        result = merged.modules[name]
         wanted_a = module.lora_A[target].weight.data.numpy().T
         wanted_b = module.lora_B[target].weight.data.numpy().T
         # an adapter without this module leaves zero ranks in PEFT's 'cat'; ours has none
-        assert not wanted_a[:, found.rank :].any()
+        assert not wanted_a[:, result.rank :].any()
         for ours, theirs in (
-            (factors[name][0][layer].T, wanted_a[:, : found.rank]),
-            (factors[name][1][layer], wanted_b[: found.rank]),
+            (factors[name][0][layer].T, wanted_a[:, : result.rank]),
+            (factors[name][1][layer], wanted_b[: result.rank]),
         ):
             np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6 * np.abs(theirs).max())
         seen += 1
@@ -172,8 +172,8 @@ def test_parity_of_dare_where_peft_drops_what_we_drop(
         for name, module in adapter.modules.items():
             key = f"{adapter.digest}/{name}/drop/{settings.density}/{settings.dare_seed}"
             for side, factor in (("A", dequantize(module.a)), ("B", dequantize(module.b))):
-                kept = random_mask(factor.shape, settings.density, f"{key}/{side}")
-                for values, mask in zip(factor, kept, strict=True):
+                remaining = random_mask(factor.shape, settings.density, f"{key}/{side}")
+                for values, mask in zip(factor, remaining, strict=True):
                     stored, drawn = (values, mask) if side == "A" else (values.T, mask.T)
                     masks[np.ascontiguousarray(stored).tobytes()] = np.ascontiguousarray(drawn)
 
@@ -191,6 +191,6 @@ def test_parity_of_svd(merger: Merger) -> None:
     model.add_weighted_adapter([a.name for a in adapters], list(WEIGHTS), "svd", combination_type="svd", svd_rank=6)
     factors = merger.merge(adapters, WEIGHTS, MergeSettings("svd", rank=6)).factors()
     for layer, name, module in _lora_modules(model, "svd"):
-        wanted = (module.lora_B["svd"].weight @ module.lora_A["svd"].weight).detach().numpy()
+        expected = (module.lora_B["svd"].weight @ module.lora_A["svd"].weight).detach().numpy()
         a, b = factors[name]
-        np.testing.assert_allclose((a[layer].T @ b[layer]).T, wanted, atol=1e-3 * np.abs(wanted).max())
+        np.testing.assert_allclose((a[layer].T @ b[layer]).T, expected, atol=1e-3 * np.abs(expected).max())

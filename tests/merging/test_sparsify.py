@@ -22,11 +22,11 @@ def test_the_largest_magnitudes_stay_and_no_more(bits: Bits, density: float) -> 
     factor = quantize(np.random.default_rng(1).standard_normal((3, 4, 32)).astype(np.float32), bits)
     before, after = dequantize(factor), dequantize(keep_largest(factor, density))
     for old, new in zip(before.reshape(3, -1), after.reshape(3, -1), strict=True):
-        kept = new != 0
-        assert kept.sum() <= kept_entries(density, 128)
-        assert np.array_equal(new[kept], old[kept])
-        if kept.any() and not kept.all():
-            assert np.abs(old[~kept]).max() <= np.abs(old[kept]).min()
+        remaining = new != 0
+        assert remaining.sum() <= kept_entries(density, 128)
+        assert np.array_equal(new[remaining], old[remaining])
+        if remaining.any() and not remaining.all():
+            assert np.abs(old[~remaining]).max() <= np.abs(old[remaining]).min()
         assert np.count_nonzero(new) == min(kept_entries(density, 128), np.count_nonzero(old))
 
 
@@ -63,9 +63,9 @@ def test_drops_follow_their_seed_and_density(bits: Bits) -> None:
     assert np.array_equal(one.codes, keep_random(factor, 0.3, "seed").codes)
     assert not np.array_equal(one.codes, other.codes)
     before, after = dequantize(factor), dequantize(one)
-    kept = after != 0
-    assert np.array_equal(after[kept], before[kept])
-    assert kept.sum() / np.count_nonzero(before) == pytest.approx(0.3, abs=0.02)
+    remaining = after != 0
+    assert np.array_equal(after[remaining], before[remaining])
+    assert remaining.sum() / np.count_nonzero(before) == pytest.approx(0.3, abs=0.02)
 
 
 def test_masks_are_the_same_on_every_machine() -> None:
@@ -81,12 +81,12 @@ def test_codes_are_kept_as_their_values_would_be(bits: Bits, seed: int, density:
     values = rng.integers(-4, 5, (2, 3, 32)) * np.where(rng.random((2, 3, 1)) < 0.5, shrink, 1)
     factor = quantize(values.astype(np.float32), bits)
     magnitudes = np.abs(dequantize(factor)).reshape(2, -1)
-    kept = kept_entries(density, magnitudes.shape[1])
-    order = np.argsort(-magnitudes, axis=-1, kind="stable")[:, :kept]
-    wanted = np.zeros_like(magnitudes, bool)
-    np.put_along_axis(wanted, order, True, axis=-1)
-    found = dequantize(keep_largest(factor, density)).reshape(2, -1)
-    np.testing.assert_array_equal(found != 0, wanted & (magnitudes > 0))
+    remaining = kept_entries(density, magnitudes.shape[1])
+    order = np.argsort(-magnitudes, axis=-1, kind="stable")[:, :remaining]
+    expected = np.zeros_like(magnitudes, bool)
+    np.put_along_axis(expected, order, True, axis=-1)
+    result = dequantize(keep_largest(factor, density)).reshape(2, -1)
+    np.testing.assert_array_equal(result != 0, expected & (magnitudes > 0))
 
 
 def test_a_block_of_scale_zero_is_pruned() -> None:

@@ -7,34 +7,44 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgecompose.retrieval.embedder import head_and_tail, normalize, pool
+from edgecompose.errors import BundleError
+from edgecompose.retrieval.embedder import head_and_tail, normalize
+from edgecompose.retrieval.pooling import POOLINGS, pool, pooling_of
 
 
 @given(st.integers(0, 60), st.integers(1, 30))
 def test_a_long_sequence_keeps_both_ends_and_exactly_the_limit(length: int, limit: int) -> None:
     ids = list(range(length))
-    kept = head_and_tail(ids, limit)
-    assert len(kept) == min(length, limit)
+    remaining = head_and_tail(ids, limit)
+    assert len(remaining) == min(length, limit)
     head = limit // 2
-    assert kept == ids if length <= limit else kept == ids[:head] + ids[length - limit + head :]
+    assert remaining == ids if length <= limit else remaining == ids[:head] + ids[length - limit + head :]
 
 
-@pytest.mark.parametrize(("limit", "kept"), [(8, [0, 1, 2, 3, 16, 17, 18, 19]), (9, [0, 1, 2, 3, 15, 16, 17, 18, 19])])
-def test_an_odd_limit_gives_the_tail_one_more(limit: int, kept: list[int]) -> None:
-    assert head_and_tail(list(range(20)), limit) == kept
+@pytest.mark.parametrize(
+    ("limit", "remaining"), [(8, [0, 1, 2, 3, 16, 17, 18, 19]), (9, [0, 1, 2, 3, 15, 16, 17, 18, 19])]
+)
+def test_an_odd_limit_gives_the_tail_one_more(limit: int, remaining: list[int]) -> None:
+    assert head_and_tail(list(range(20)), limit) == remaining
 
 
 def test_pooling() -> None:
     hidden = np.array([[1, 2], [3, 6], [5, 1]], np.float32)
-    assert np.array_equal(pool(hidden, "mean"), [[3, 3]])
-    assert np.array_equal(pool(hidden, "cls"), [[1, 2]])
-    assert pool(hidden, "mean")[0].dtype == np.float32
+    assert np.array_equal(pool(hidden, POOLINGS["mean"]), [[3, 3]])
+    assert np.array_equal(pool(hidden, POOLINGS["cls"]), [[1, 2]])
+    assert np.array_equal(pool(hidden, POOLINGS["max"]), [[5, 6]])
+    assert pool(hidden, POOLINGS["mean"])[0].dtype == np.float32
+
+
+def test_a_pooling_that_is_not_in_the_table_is_refused() -> None:
+    with pytest.raises(BundleError, match="pools by 'median', expected one of mean, cls, max"):
+        pooling_of("median")
 
 
 @pytest.mark.parametrize(("ends", "first", "last"), [(1, [1, 2], [5, 1]), (2, [2, 4], [4, 3.5]), (9, [3, 3], [3, 3])])
 def test_both_ends_are_pooled_once_more(ends: int, first: list[float], last: list[float]) -> None:
     hidden = np.array([[1, 2], [3, 6], [5, 1]], np.float32)
-    assert np.array_equal(pool(hidden, "mean", ends), np.array([[3, 3], first, last]))
+    assert np.array_equal(pool(hidden, POOLINGS["mean"], ends), np.array([[3, 3], first, last]))
 
 
 @pytest.mark.parametrize("length", [1e-6, 1.0, 1e6])

@@ -56,16 +56,18 @@ def test_neighbours_come_in_the_order_of_their_cosine(index: ExampleIndex) -> No
     assert len(index) == TOTAL
     for query in _vectors(seed=1, count=5):
         cosines = _cosines(_vectors(), query)
-        found = index.search(query, 12)
-        assert [n.key for n in found] == np.argsort(-cosines)[:12].tolist()
-        assert [n.similarity for n in found] == pytest.approx(cosines[[n.key for n in found]], abs=1e-5)
+        result = index.search(query, 12)
+        assert [n.key for n in result] == np.argsort(-cosines)[:12].tolist()
+        assert [n.similarity for n in result] == pytest.approx(cosines[[n.key for n in result]], abs=1e-5)
 
 
 def test_a_float16_index_is_close(tmp_path: Path) -> None:
     spec = write_index(tmp_path / "index.usearch", _vectors(), dtype="f16")
     query = _vectors(seed=1, count=1)[0]
-    found = ExampleIndex(tmp_path / spec.file, spec, TASKS).search(query, TOTAL)
-    assert [n.similarity for n in found] == pytest.approx(_cosines(_vectors(), query)[[n.key for n in found]], abs=5e-3)
+    result = ExampleIndex(tmp_path / spec.file, spec, TASKS).search(query, TOTAL)
+    assert [n.similarity for n in result] == pytest.approx(
+        _cosines(_vectors(), query)[[n.key for n in result]], abs=5e-3
+    )
 
 
 def test_a_neighbour_knows_its_task(index: ExampleIndex) -> None:
@@ -149,9 +151,9 @@ def test_an_index_of_another_number_type_is_refused(tmp_path: Path, spec: IndexS
 def test_what_is_mapped_is_what_is_read(tmp_path: Path, spec: IndexSpec) -> None:
     mapped, read = (open_index(tmp_path / spec.file, spec, editable=editable) for editable in (False, True))
     for query in _vectors()[:5]:
-        found, wanted = mapped.search(query, 7, threads=1), read.search(query, 7, threads=1)
-        np.testing.assert_array_equal(found.keys, wanted.keys)
-        np.testing.assert_array_equal(found.distances, wanted.distances)
+        result, expected = mapped.search(query, 7, threads=1), read.search(query, 7, threads=1)
+        np.testing.assert_array_equal(result.keys, expected.keys)
+        np.testing.assert_array_equal(result.distances, expected.distances)
     np.testing.assert_allclose(np.asarray(read.get(np.array([3], np.uint64)))[0], _vectors()[3], atol=1e-6)
 
 
@@ -166,11 +168,11 @@ def test_a_large_index_is_walked_and_finds_what_comparing_all_finds(
         widths = (opened.connectivity, opened.expansion_add, opened.expansion_search)
         assert widths == (retrieval.CONNECTIVITY, retrieval.EXPANSION_ADD, retrieval.EXPANSION_SEARCH)
     index = ExampleIndex(tmp_path / spec.file, spec, {"all": TaskSpec({"one": 1.0}, 0, 3000)})
-    found = []
+    result = []
     for query in _vectors(seed=1, count=20):
-        wanted = set(np.argsort(-_cosines(vectors, query))[:100].tolist())
-        found.append(len(wanted & {n.key for n in index.search(query, 100)}))
-    assert np.mean(found) >= 99
+        expected = set(np.argsort(-_cosines(vectors, query))[:100].tolist())
+        result.append(len(expected & {n.key for n in index.search(query, 100)}))
+    assert np.mean(result) >= 99
 
 
 def test_an_index_of_another_metric_is_refused(tmp_path: Path) -> None:

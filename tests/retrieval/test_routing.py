@@ -78,14 +78,14 @@ def test_a_low_temperature_does_not_underflow(temperature: float) -> None:
 
 @given(SHARES, st.floats(0.01, 1))
 def test_the_nucleus_is_the_smallest_set_that_reaches_p(shares: dict[str, float], p: float) -> None:
-    kept = nucleus(shares, p)
-    reached = math.fsum(shares[task] for task in kept)
+    remaining = nucleus(shares, p)
+    reached = math.fsum(shares[task] for task in remaining)
     assert reached >= p - 2e-9
-    fewer = max((math.fsum(s) for s in itertools.combinations(shares.values(), len(kept) - 1)), default=0.0)
+    fewer = max((math.fsum(s) for s in itertools.combinations(shares.values(), len(remaining) - 1)), default=0.0)
     assert fewer < p
-    assert math.fsum(kept.values()) == pytest.approx(1)
-    assert kept == pytest.approx({task: shares[task] / reached for task in kept})
-    assert list(kept.values()) == sorted(kept.values(), reverse=True)
+    assert math.fsum(remaining.values()) == pytest.approx(1)
+    assert remaining == pytest.approx({task: shares[task] / reached for task in remaining})
+    assert list(remaining.values()) == sorted(remaining.values(), reverse=True)
 
 
 def test_shares_that_sum_to_p_but_for_rounding_reach_it() -> None:
@@ -114,11 +114,11 @@ def test_a_task_may_be_served_by_a_blend_by_another_or_by_none() -> None:
     assert weights == pytest.approx({"two": 0.4, "one": 0.3})
 
 
-def test_what_is_barred_leaves_its_share_to_the_base() -> None:
+def test_an_excluded_adapter_leaves_its_share_to_the_base() -> None:
     assert adapter_weights({"a": 0.7, "b": 0.3}, {"a": {"a": 1.0}, "b": {"b": 1.0}}, excluded=["a"]) == {"b": 0.3}
 
 
-def test_what_else_serves_a_task_takes_the_part_of_what_is_barred() -> None:
+def test_other_adapters_of_a_task_take_the_share_of_an_excluded_one() -> None:
     serving = {"a": {"a": 0.5, "b": 0.25, "c": 0.25}, "d": {"d": 0.8}}
     weights = adapter_weights({"a": 0.6, "d": 0.4}, serving, excluded=["a"])
     assert weights == pytest.approx({"b": 0.3, "c": 0.3, "d": 0.32})
@@ -126,9 +126,9 @@ def test_what_else_serves_a_task_takes_the_part_of_what_is_barred() -> None:
 
 @given(NEIGHBOURS, TEMPERATURES, st.floats(0.1, 1))
 def test_what_is_weighed_by_default_is_the_papers_rule(neighbours: list[Neighbour], t: float, p: float) -> None:
-    distribution, kept = weigh(neighbours, RetrievalSettings(routing_temperature=t, nucleus=p), SIZES)
+    distribution, remaining = weigh(neighbours, RetrievalSettings(routing_temperature=t, nucleus=p), SIZES)
     assert distribution == task_distribution(neighbours, t)
-    assert kept == nucleus(distribution, p)
+    assert remaining == nucleus(distribution, p)
 
 
 @given(NEIGHBOURS, TEMPERATURES)
@@ -148,8 +148,8 @@ def test_a_likely_task_is_taken_alone() -> None:
 
 def test_votes_that_spread_leave_a_prompt_to_the_base() -> None:
     neighbours = [Neighbour("a", 0, 0.3), Neighbour("b", 1, 0.3), Neighbour("c", 2, 0.3), Neighbour("a", 3, 0.3)]
-    distribution, kept = weigh(neighbours, RetrievalSettings(fallback=0.51), SIZES)
-    assert kept == {} and distribution == pytest.approx({"a": 0.5, "b": 0.25, "c": 0.25})
+    distribution, remaining = weigh(neighbours, RetrievalSettings(fallback=0.51), SIZES)
+    assert remaining == {} and distribution == pytest.approx({"a": 0.5, "b": 0.25, "c": 0.25})
     assert weigh(neighbours, RetrievalSettings(fallback=0.49), SIZES)[1] != {}
 
 

@@ -57,24 +57,26 @@ def test_full_shrinkage_only_moves_the_origin(seed: int) -> None:
 
 
 @given(st.integers(0, 99), st.integers(2, 6))
-def test_turning_the_input_turns_nothing_of_the_distances(seed: int, kept: int) -> None:
+def test_turning_the_input_turns_nothing_of_the_distances(seed: int, remaining: int) -> None:
     vectors, labels = labelled(seed)
     turn = np.linalg.qr(np.random.default_rng(seed).normal(size=(WIDTH, WIDTH)))[0].astype(np.float32)
-    one, other = (fit_whitening(v, labels, shrinkage=0.1, dimension=kept)(v)[:20] for v in (vectors, vectors @ turn))
-    assert one.shape == (20, kept)
+    one, other = (
+        fit_whitening(v, labels, shrinkage=0.1, dimension=remaining)(v)[:20] for v in (vectors, vectors @ turn)
+    )
+    assert one.shape == (20, remaining)
     assert one @ one.T == pytest.approx(other @ other.T, abs=2e-3)
 
 
 def test_a_topic_no_longer_drowns_the_task() -> None:
     vectors, labels = labelled(0)
-    known, asked = vectors[:300], vectors[300:]
+    known, request = vectors[:300], vectors[300:]
     whitening = fit_whitening(known, labels[:300], shrinkage=0.05)
 
     def routed(rows: Float, queries: Float) -> float:
         nearest = (queries @ rows.T / np.linalg.norm(rows, axis=1)).argmax(axis=1)
         return float(np.mean([labels[n] == labels[300 + i] for i, n in enumerate(nearest)]))
 
-    assert routed(whitening(known), whitening(asked)) > routed(known, asked) + 0.15
+    assert routed(whitening(known), whitening(request)) > routed(known, request) + 0.15
 
 
 def test_vectors_get_unit_norm_and_the_mean_stays_zero() -> None:
@@ -93,8 +95,8 @@ def test_it_survives_the_disk_and_the_index_applies_it_to_queries(tmp_path: Path
     for key in (0, 7, TOTAL - 1):
         unit = vectors[key] / np.linalg.norm(vectors[key])
         expected = whitening(vectors) @ whitening(unit)
-        found = index.search(vectors[key], TOTAL)
-        assert [n.similarity for n in found] == pytest.approx(sorted(expected, reverse=True), abs=1e-4)
+        result = index.search(vectors[key], TOTAL)
+        assert [n.similarity for n in result] == pytest.approx(sorted(expected, reverse=True), abs=1e-4)
     with pytest.raises(RetrievalError, match=f"{WIDTH} finite numbers"):
         index.search(np.ones(5, np.float32), 1)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("torch", reason="exports want the packages of edgecompose-export")
+pytest.importorskip("torch", reason="exports need the packages of edgecompose-export")
 
 from edgecompose import Composer, Request, open_bundle
 from edgecompose.errors import ApiError
@@ -52,16 +52,16 @@ def test_every_call_has_its_result_in_order(opened: Composer, tmp_path: Path) ->
     calls, output = read_calls(write(tmp_path / "calls.jsonl", CALLS)), tmp_path / "out" / "results.jsonl"
     steps: list[float] = []
     assert answer_calls(opened, calls, output, max_tokens=100, advance=steps.append) == (6, 3)
-    found = results(output)
-    assert [r["custom_id"] for r in found] == [c["custom_id"] for c in CALLS]
-    assert [r["response"]["status_code"] for r in found] == [200, 200, 200, 404, 400, 400]
-    assert [r["error"] is None for r in found] == [True] * 3 + [False] * 3
-    assert "'stream' is true" in found[4]["error"]["message"]
-    assert found[5]["response"]["body"]["error"]["code"] == "context_length_exceeded"
+    result = results(output)
+    assert [r["custom_id"] for r in result] == [c["custom_id"] for c in CALLS]
+    assert [r["response"]["status_code"] for r in result] == [200, 200, 200, 404, 400, 400]
+    assert [r["error"] is None for r in result] == [True] * 3 + [False] * 3
+    assert "'stream' is true" in result[4]["error"]["message"]
+    assert result[5]["response"]["body"]["error"]["code"] == "context_length_exceeded"
     one = opened.run(TASKS["animals"][0], Request(max_tokens=6))
-    assert found[0]["response"]["body"]["choices"][0]["message"]["content"] == one.text
-    assert found[0]["response"]["body"]["edgecompose"]["composition"] == one.composition
-    texts = [c["text"] for c in found[2]["response"]["body"]["choices"]]
+    assert result[0]["response"]["body"]["choices"][0]["message"]["content"] == one.text
+    assert result[0]["response"]["body"]["edgecompose"]["composition"] == one.composition
+    texts = [c["text"] for c in result[2]["response"]["body"]["choices"]]
     assert texts == [opened.run(p, Request(max_tokens=4, raw=True)).text for p in ("a dog", "two and two")]
     assert sum(steps) == 6
 

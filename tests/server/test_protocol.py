@@ -26,15 +26,15 @@ def text(**fields: Any) -> ApiCall:
 
 
 def test_a_bare_call_takes_the_defaults() -> None:
-    asked = chat()
-    assert asked.prompts == ((Message("user", "hello"),),)
-    assert asked.request == Request(max_tokens=10, prompt_cache=True)
-    assert (asked.model, asked.stream, asked.usage) == ("auto", False, False)
+    request = chat()
+    assert request.prompts == ((Message("user", "hello"),),)
+    assert request.request == Request(max_tokens=10, prompt_cache=True)
+    assert (request.model, request.stream, request.usage) == ("auto", False, False)
     assert text().request == Request(max_tokens=10, raw=True)
 
 
 def test_every_field_reaches_the_request() -> None:
-    asked = chat(
+    request = chat(
         model="task:snli",
         max_tokens=7,
         temperature=0.5,
@@ -65,7 +65,7 @@ def test_every_field_reaches_the_request() -> None:
             "choices": ["yes", "no"],
         },
     )
-    assert asked.request == Request(
+    assert request.request == Request(
         exclude=("cb",),
         retrieval=RetrievalSettings(
             neighbours=9, routing_temperature=0.2, nucleus=0.8, class_size_exponent=0.5, shortcut=0.9, fallback=0.1
@@ -75,16 +75,16 @@ def test_every_field_reaches_the_request() -> None:
         raw=False,
         merge=MergeSettings("ties", density=0.3, energy=0.9),
         max_tokens=7,
-        sampling=Sampling(0.5, 0.9, 3, 5, 0.1, 1.2),
+        sampling=Sampling(temperature=0.5, top_p=0.9, seed=3, top_k=5, min_p=0.1, repetition_penalty=1.2),
         stop=("a", "b"),
         choices=("yes", "no"),
     )
-    assert (asked.model, asked.stream, asked.usage) == ("task:snli", True, True)
+    assert (request.model, request.stream, request.usage) == ("task:snli", True, True)
     assert chat(adapters={"snli": 0.5, "cb": -1}).request.weights == {"snli": 0.5, "cb": -1}
     assert chat(max_completion_tokens=9, max_tokens=5).request.max_tokens == 9
 
 
-def test_sampling_is_greedy_until_told() -> None:
+def test_sampling_is_greedy_by_default() -> None:
     assert chat().request.sampling is None
     assert chat(seed=5).request.sampling is None
     assert chat(temperature=0).request.sampling == Sampling(0, 1.0)
@@ -100,10 +100,10 @@ def test_null_is_a_field_left_out() -> None:
 
 def test_forms_of_a_message() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    asked = chat(
+    request = chat(
         messages=[{"role": "developer", "content": "be brief"}, {"role": "user", "content": parts, "name": "me"}]
     )
-    assert asked.prompts == ((Message("system", "be brief"), Message("user", "ab")),)
+    assert request.prompts == ((Message("system", "be brief"), Message("user", "ab")),)
     assert text(prompt=["a", "b"]).prompts == ("a", "b")
     assert chat(stop="a").request.stop == ("a",)
 

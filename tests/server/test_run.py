@@ -1,4 +1,4 @@
-"""How a server is run: where it listens, whom it lets in, what it wants."""
+"""How a server is run: where it listens, who may use it, what it needs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def refused(*arguments: object, **environment: str) -> str:
     return line
 
 
-def test_other_machines_want_a_key(bundle: Path) -> None:
+def test_other_machines_need_a_key(bundle: Path) -> None:
     assert "no key is set" in refused(bundle, "--host", "0.0.0.0", "--port", 0)
     assert "has 3 characters" in refused(bundle, "--host", "0.0.0.0", "--port", 0, EDGECOMPOSE_API_KEY="abc")
 

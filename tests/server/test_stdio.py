@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("torch", reason="exports want the packages of edgecompose-export")
+pytest.importorskip("torch", reason="exports need the packages of edgecompose-export")
 
 from edgecompose import Composer, Request, open_bundle
 from edgecompose.engine.decoder_state import DecoderState
@@ -34,9 +34,9 @@ class Parent:
 
     def _take(self, line: bytes) -> None:
         assert line.endswith(b"\n") and line.count(b"\n") == 1
-        found = json.loads(line)
-        assert found.pop("jsonrpc") == "2.0"
-        self.lines.put(found)
+        result = json.loads(line)
+        assert result.pop("jsonrpc") == "2.0"
+        self.lines.put(result)
 
     def write(self, line: bytes) -> None:
         self._input.put(line)
@@ -66,18 +66,18 @@ def parent(composer: Composer) -> Iterator[Parent]:
     made.close()
 
 
-def test_an_answer_and_its_pieces(parent: Parent, composer: Composer) -> None:
-    wanted = composer.run(PROMPT, Request(max_tokens=8)).text
+def test_an_answer_and_its_chunks(parent: Parent, composer: Composer) -> None:
+    expected = composer.run(PROMPT, Request(max_tokens=8)).text
     parent.call("a", "chat", **CHAT)
     whole = parent.read()
-    assert whole["id"] == "a" and whole["result"]["choices"][0]["message"]["content"] == wanted
+    assert whole["id"] == "a" and whole["result"]["choices"][0]["message"]["content"] == expected
     parent.call(7, "chat", **CHAT, stream=True)
     text = ""
-    while "method" in (found := parent.read()):
-        assert found["method"] == "piece" and found["params"]["id"] == 7
-        text += found["params"]["text"]
-    assert text == wanted == found["result"]["choices"][0]["message"]["content"]
-    assert found["result"]["edgecompose"]["weights"]
+    while "method" in (result := parent.read()):
+        assert result["method"] == "piece" and result["params"]["id"] == 7
+        text += result["params"]["text"]
+    assert text == expected == result["result"]["choices"][0]["message"]["content"]
+    assert result["result"]["edgecompose"]["weights"]
 
 
 def test_the_other_methods(parent: Parent, composer: Composer) -> None:
@@ -137,13 +137,13 @@ def test_cancelling_and_shutting_down(composer: Composer, monkeypatch: pytest.Mo
     assert "is still being answered" in parent.read()["error"]["message"]
     threading.Timer(0.2, go_on.set).start()
     parent.call(3, "cancel", id=1)
-    found = {}
+    result = {}
     for _ in range(3):
         line = parent.read()
-        found[line["id"]] = line
-    assert found[3]["result"] == {"cancelled": True}
-    assert found[1]["error"]["code"] == -32800
-    assert "result" in found[2] and len(passes) < 20
+        result[line["id"]] = line
+    assert result[3]["result"] == {"cancelled": True}
+    assert result[1]["error"]["code"] == -32800
+    assert "result" in result[2] and len(passes) < 20
     parent.call(4, "cancel", id=1)
     assert parent.read()["result"] == {"cancelled": False}
     parent.call(5, "shutdown")

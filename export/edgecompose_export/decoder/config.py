@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,6 +11,17 @@ from edgecompose.formats.architectures import PACKED, Architecture
 from edgecompose_export.decoder.rotary import Rotary
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
+#: Names of transformers, and the activations that they mean.
+_ACTIVATIONS: Mapping[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+}
+#: Largest number of layers.
+MOST_LAYERS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,4 +139,23 @@ def is_positive(value: Any) -> bool:
     return isinstance(value, int | float) and 0 < value < 1e38
 
 
-MOST_LAYERS = 4096
+def activation_of(name: Any) -> Activation:
+    """The activation that transformers calls by a name.
+
+    Raises:
+        ExportError: it cannot be exported.
+    """
+    if name not in _ACTIVATIONS:
+        raise ExportError(f"the activation {name!r:.40} is not exported; {', '.join(_ACTIVATIONS)} are")
+    return _ACTIVATIONS[name]
+
+
+def refuse_parts(row: Architecture, fields: Mapping[str, Any]) -> None:
+    """Refuse a configuration whose fields name a part that the architecture's row refuses.
+
+    Raises:
+        ExportError: a field of `row.refused` is true.
+    """
+    for name, part in row.refused.items():
+        if fields.get(name):
+            raise ExportError(f"a {row.name} with {part} is not exported ({name}); give a base without")

@@ -10,8 +10,15 @@ from typing import Any
 import numpy as np
 
 from edgecompose.errors import ExportError
-from edgecompose.formats.architectures import Architecture, gguf_architectures
-from edgecompose_export.decoder.config import MOST_LAYERS, DecoderConfig, Layer, is_positive
+from edgecompose.formats.architectures import Architecture, gguf_architectures, with_windows
+from edgecompose_export.decoder.config import (
+    MOST_LAYERS,
+    DecoderConfig,
+    Layer,
+    activation_of,
+    is_positive,
+    refuse_parts,
+)
 from edgecompose_export.decoder.rotary import Float, Rotary, llama3_scaling, longrope_scale, rotary_from_config
 
 
@@ -60,20 +67,14 @@ def _from_metadata(
     count, context = int(fields["block_count"]), int(fields["context_length"])
     if not 1 <= count <= MOST_LAYERS:
         raise ExportError(f"block_count is {count}, expected 1 to {MOST_LAYERS}; convert it again")
-    gemma, granite = row.name.startswith("gemma"), row.name == "granite"
+    refuse_parts(row, fields)
     if "blk.0.attn_q_norm.weight" in shapes and row.query_key_norm == "none":
         raise ExportError(f"a {row.name} with norms of queries and keys is not exported")
-    if row.name == "olmo2" and fields.get("attention.sliding_window"):
-        raise ExportError("an OLMo 2 with sliding windows (OLMo 3) is not exported; give an OLMo 2")
     embedding = shapes["token_embd.weight"]
     epsilon = "attention.layer_norm_epsilon" if row.norm == "layer" else "attention.layer_norm_rms_epsilon"
-    capped = row.name in ("gemma2", "gemma3_text")
-    attention_softcap, logit_softcap = (50.0, 30.0) if row.name == "gemma2" else (0.0, 0.0)
-    if row.name == "gemma2":
-        attention_softcap = float(fields.get("attn_logit_softcapping", attention_softcap))
-    if capped:
-        logit_softcap = float(fields.get("final_logit_softcapping", logit_softcap))
-    scale = float(fields.get("attention.scale") or 0) if granite else 0.0
+    softcaps = {name: float(fields.get(name, default)) for name, default in row.softcaps.items()}
+    factors_of = fields if row.multipliers else {}
+    scale = float(factors_of.get("attention.scale") or 0)
     layers, rotaries = _gguf_layers(row, fields, factors, count=count, head_size=head_size, context=context)
     return DecoderConfig(
         architecture=row,
@@ -87,20 +88,18 @@ def _from_metadata(
         layers=layers,
         rotaries=rotaries,
         epsilon=float(fields[epsilon]),
-        activation="gelu_tanh" if gemma else "silu",
+        activation=activation_of(row.defaults.get("hidden_activation") or row.defaults.get("hidden_act") or "silu"),
         tied="output.weight" not in shapes,
         biases=_gguf_biases(row, shapes),
         attention_scale=scale or _gguf_scale(row, hidden=hidden, heads=heads, head_size=head_size, layers=count),
-        attention_softcap=attention_softcap,
-        logit_softcap=logit_softcap,
+        attention_softcap=softcaps.get("attn_logit_softcapping", 0.0),
+        logit_softcap=softcaps.get("final_logit_softcapping", 0.0),
         embedding_multiplier=math.sqrt(hidden)
-        if gemma
-        else float(fields.get("embedding_scale") or 1)
-        if granite
-        else 1.0,
-        residual_multiplier=float(fields.get("residual_scale") or 1) if granite else 1.0,
-        logit_divisor=float(fields.get("logit_scale") or 1) if granite else 1.0,
-        parallel=row.name == "stablelm" and "blk.0.ffn_norm.weight" not in shapes,
+        if row.scaled_embedding
+        else float(factors_of.get("embedding_scale") or 1),
+        residual_multiplier=float(factors_of.get("residual_scale") or 1),
+        logit_divisor=float(factors_of.get("logit_scale") or 1),
+        parallel=row.may_be_parallel and "blk.0.ffn_norm.weight" not in shapes,
     )
 
 
@@ -113,9 +112,8 @@ def _same_in_all_layers(value: Any) -> int:
 
 
 def _gguf_scale(row: Architecture, *, hidden: int, heads: int, head_size: int, layers: int) -> float:
-    """The attention scale of llama.cpp: the largest Gemma 2 and 3 use hidden / heads, not their head size."""
-    largest = {"gemma2": 46, "gemma3_text": 62}.get(row.name)
-    return 1 / math.sqrt(hidden // heads if layers == largest else head_size)
+    """The attention scale, for which GGUF files have no field but Granite's."""
+    return 1 / math.sqrt(hidden // heads if layers == row.wide_scale_layers else head_size)
 
 
 def _gguf_biases(row: Architecture, shapes: Mapping[str, Sequence[int]]) -> frozenset[str]:
@@ -135,16 +133,17 @@ def _gguf_layers(
     rotary = _gguf_rotary(fields, factors, dimensions=dimensions, context=context)
     window = fields.get("attention.sliding_window")
     windows: list[int | None] = [None] * count
-    if window and row.name in ("gemma2", "gemma3_text"):
-        pattern = fields.get("attention.sliding_window_pattern", 2 if row.name == "gemma2" else 6)
+    if window and row.full_every is not None:
+        pattern = fields.get("attention.sliding_window_pattern", row.full_every)
         slides = pattern if isinstance(pattern, list) else [(i + 1) % int(pattern) != 0 for i in range(count)]
         windows = [int(window) if slide else None for slide in slides[:count]]
-    elif window and row.name in ("phi3", "llama"):
+    elif window and with_windows(row) is not None:
         windows = [int(window)] * count
-    if row.name == "gemma3_text":
+    if row.local_rotary:
         local = rotary_from_config(float(fields.get("rope.freq_base_swa", 10000.0)), dimensions, None, context=context)
         return tuple(Layer(w, 0 if w is None else 1) for w in windows), (rotary, local)
-    rotations = [None if row.name == "smollm3" and (i + 1) % 4 == 0 else 0 for i in range(count)]
+    every = row.unrotated_every or count + 1
+    rotations = [None if (i + 1) % every == 0 else 0 for i in range(count)]
     return tuple(Layer(w, r) for w, r in zip(windows, rotations, strict=True)), (rotary,)
 
 

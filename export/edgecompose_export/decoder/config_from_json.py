@@ -7,18 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgecompose.errors import ExportError
-from edgecompose.formats.architectures import ARCHITECTURES, Architecture
-from edgecompose_export.decoder.config import MOST_LAYERS, Activation, DecoderConfig, Layer
+from edgecompose.formats.architectures import ALWAYS, ARCHITECTURES, Architecture
+from edgecompose_export.decoder.config import MOST_LAYERS, DecoderConfig, Layer, activation_of, refuse_parts
 from edgecompose_export.decoder.rotary import Rotary, rotary_from_config
 
-_ACTIVATIONS: Mapping[str, Activation] = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-}
 #: Fields of a configuration that name parts which cannot be exported, and what each part is.
 _FOREIGN_PARTS = (
     ("text_config", "a wrapper of a text model with other parts (vision, audio)"),
@@ -74,9 +66,9 @@ def _row(config: Mapping[str, Any], name: str) -> Architecture:
             raise ExportError(
                 f"base '{name}' ({kind}) has {part} ({key}), which is not exported; give a dense text model"
             )
-    if kind == "gemma3" or (str(kind) not in ARCHITECTURES and "Gemma3ForCausalLM" in classes):
-        kind = "gemma3_text"
-    row = ARCHITECTURES.get(str(kind))
+    row = ARCHITECTURES.get(str(kind)) or next(
+        (r for r in ARCHITECTURES.values() if r.aliases and (kind in r.aliases or r.model_class in classes)), None
+    )
     if row is None:
         known = ", ".join(ARCHITECTURES)
         raise ExportError(f"base '{name}' has the architecture {kind!r:.40}, expected one of {known}; give such a base")
@@ -95,16 +87,13 @@ def _from_fields(row: Architecture, fields: Mapping[str, Any], explicit: Mapping
     activation = fields.get("hidden_activation") if "hidden_activation" in row.defaults else fields.get("hidden_act")
     context = _size(fields, "max_position_embeddings")
     layers, rotaries = _layers_and_rotaries(row, fields, count=count, head_size=head_size, context=context)
-    granite = row.name.startswith("granite")
-    if row.name == "stablelm" and fields.get("qk_layernorm"):
-        raise ExportError("a StableLM with qk_layernorm (a LayerNorm of its own for each head) is not exported")
-    inner = _size(fields, "shared_intermediate_size" if row.name == "granitemoehybrid" else "intermediate_size")
+    refuse_parts(row, fields)
+    inner = _size(fields, "shared_intermediate_size" if row.hybrid else "intermediate_size")
     kv_heads = _size(fields, "num_key_value_heads") if fields.get("num_key_value_heads") else heads
     epsilon = _number(fields, *(("layer_norm_eps", 1e-5) if row.norm == "layer" else ("rms_norm_eps", 1e-6)))
-    if granite:
-        scale = _number(fields, "attention_multiplier", 1.0)
-    else:
-        scale = 1 / math.sqrt(_number(fields, "query_pre_attn_scalar", head_size) or head_size)
+    scale = 1 / math.sqrt(_number(fields, "query_pre_attn_scalar", head_size) or head_size)
+    factors = fields if row.multipliers else {}
+    embedding = math.sqrt(hidden) if row.scaled_embedding else _number(factors, "embedding_multiplier", 1.0)
     return DecoderConfig(
         architecture=row,
         vocabulary=_size(fields, "vocab_size"),
@@ -117,20 +106,16 @@ def _from_fields(row: Architecture, fields: Mapping[str, Any], explicit: Mapping
         layers=layers,
         rotaries=rotaries,
         epsilon=epsilon,
-        activation=_activation(activation or "silu"),
+        activation=activation_of(activation or "silu"),
         tied=bool(fields.get("tie_word_embeddings", False)),
         biases=_biases(row, fields),
-        attention_scale=scale,
+        attention_scale=_number(fields, "attention_multiplier", 1.0) if row.multipliers else scale,
         attention_softcap=_number(explicit, "attn_logit_softcapping", 0.0),
         logit_softcap=_number(explicit, "final_logit_softcapping", 0.0),
-        embedding_multiplier=math.sqrt(hidden)
-        if row.name.startswith("gemma")
-        else _number(fields, "embedding_multiplier", 1.0)
-        if granite
-        else 1.0,
-        residual_multiplier=_number(fields, "residual_multiplier", 1.0) if granite else 1.0,
-        logit_divisor=_number(fields, "logits_scaling", 1.0) if granite else 1.0,
-        parallel=row.name == "stablelm" and bool(fields.get("use_parallel_residual")),
+        embedding_multiplier=embedding,
+        residual_multiplier=_number(factors, "residual_multiplier", 1.0),
+        logit_divisor=_number(factors, "logits_scaling", 1.0),
+        parallel=row.may_be_parallel and bool(fields.get("use_parallel_residual")),
     )
 
 
@@ -150,22 +135,8 @@ def _number(fields: Mapping[str, Any], name: str, default: float) -> float:
     return float(value)
 
 
-def _activation(name: Any) -> Activation:
-    if name not in _ACTIVATIONS:
-        raise ExportError(f"the activation {name!r:.40} is not exported; {', '.join(_ACTIVATIONS)} are")
-    return _ACTIVATIONS[name]
-
-
 def _biases(row: Architecture, fields: Mapping[str, Any]) -> frozenset[str]:
-    qkv = {"q_proj", "k_proj", "v_proj"}
-    biases: set[str] = set()
-    if row.name == "qwen2" or (row.name == "stablelm" and fields.get("use_qkv_bias")):
-        biases |= qkv
-    if fields.get("attention_bias") and row.name not in ("phi3", "mistral", "qwen2", "stablelm"):
-        biases |= {*qkv, "o_proj"}
-    if fields.get("mlp_bias") and row.name in ("llama", "granite", "smollm3"):
-        biases |= {"gate_proj", "up_proj", "down_proj"}
-    return frozenset(biases)
+    return frozenset(m for name, modules in row.biases.items() if name == ALWAYS or fields.get(name) for m in modules)
 
 
 def _layers_and_rotaries(
@@ -173,18 +144,18 @@ def _layers_and_rotaries(
 ) -> tuple[tuple[Layer, ...], tuple[Rotary, ...]]:
     windows = _windows(row, fields, count)
     dimensions = int(head_size * _rotary_part(row, fields))
-    original = fields.get("original_max_position_embeddings") if row.name == "phi3" else None
+    original = fields.get("original_max_position_embeddings") if row.longrope else None
     parameters = fields.get("rope_parameters") or {}
     nested = {key: value for key, value in parameters.items() if isinstance(value, Mapping)}
     scaling = fields.get("rope_scaling") or (None if nested else parameters) or None
     theta = float(fields.get("rope_theta") or (scaling or {}).get("rope_theta") or 10000.0)
-    if row.name == "phi3" and scaling and scaling.get("type", scaling.get("rope_type")) == "yarn":
+    if row.longrope and scaling and scaling.get("type", scaling.get("rope_type")) == "yarn":
         scaling = {**scaling, "type": "longrope", "rope_type": "longrope"}
     if nested:
         scaling = nested.get("full_attention", {})
         theta = float(scaling.get("rope_theta") or theta)
     shared = rotary_from_config(theta, dimensions, scaling, context=context, original=original)
-    if row.name == "gemma3_text":
+    if row.local_rotary:
         local = float(nested.get("sliding_attention", {}).get("rope_theta") or fields["rope_local_base_freq"])
         rotaries = (shared, rotary_from_config(local, dimensions, None, context=context))
         return tuple(Layer(w, 0 if w is None else 1) for w in windows), rotaries
@@ -192,16 +163,15 @@ def _layers_and_rotaries(
 
 
 def _rotary_part(row: Architecture, fields: Mapping[str, Any]) -> float:
-    default = 0.25 if row.name == "stablelm" else 1.0
     nested = fields.get("rope_parameters") or {}
-    return float(fields.get("partial_rotary_factor", nested.get("partial_rotary_factor", default)))
+    return float(fields.get("partial_rotary_factor", nested.get("partial_rotary_factor", row.rotary_part)))
 
 
 def _rotated_layers(row: Architecture, fields: Mapping[str, Any], count: int) -> list[int | None]:
     """The index of the rotation of each layer, None for layers without positions."""
-    if row.name == "granitemoehybrid":
+    if row.hybrid:
         return [0 if fields.get("position_embedding_type") == "rope" else None] * count
-    if row.name != "smollm3":
+    if row.unrotated_every is None:
         return [0] * count
     every = int(fields["no_rope_layer_interval"])
     flags = fields.get("no_rope_layers") or [(i + 1) % every != 0 for i in range(count)]
@@ -213,14 +183,14 @@ def _rotated_layers(row: Architecture, fields: Mapping[str, Any], count: int) ->
 def _windows(row: Architecture, fields: Mapping[str, Any], count: int) -> list[int | None]:
     """The attention window of each layer in tokens, None for all tokens."""
     kinds = fields.get("layer_types")
-    if row.name == "granitemoehybrid":
+    if row.hybrid:
         if not kinds or set(kinds) != {"attention"} or len(kinds) != count:
             raise ExportError("a hybrid with Mamba layers is not exported (layer_types); give a dense model")
         return [None] * count
     window = fields.get("sliding_window")
-    if row.name in ("mistral", "phi3"):
+    if row.windows == "all":
         return [None if window is None else int(window)] * count
-    if row.name in ("qwen2", "qwen3", "smollm3") and not fields.get("use_sliding_window"):
+    if row.windows == "optional" and not fields.get("use_sliding_window"):
         return [None] * count
     if kinds is None:
         kinds = _usual_kinds(row, fields, count)
@@ -235,15 +205,14 @@ def _windows(row: Architecture, fields: Mapping[str, Any], count: int) -> list[i
 
 
 def _usual_kinds(row: Architecture, fields: Mapping[str, Any], count: int) -> list[str]:
-    if row.name == "gemma2":
-        slides = [(i + 1) % 2 != 0 for i in range(count)]
-    elif row.name == "gemma3_text":
-        pattern = int(fields.get("sliding_window_pattern", fields.get("_sliding_window_pattern", 6)))
-        slides = [(i + 1) % pattern != 0 for i in range(count)]
-    elif row.name in ("qwen2", "qwen3"):
-        slides = [i >= int(fields.get("max_window_layers", 28)) for i in range(count)]
-    elif row.name == "smollm3":
+    """The kinds of layers where `layer_types` is not there."""
+    if row.full_every is not None:
+        every = int(fields.get("sliding_window_pattern", fields.get("_sliding_window_pattern", row.full_every)))
+        slides = [(i + 1) % every != 0 for i in range(count)]
+    elif row.unrotated_every is not None:
         slides = [rotary is None for rotary in _rotated_layers(row, fields, count)]
+    elif row.windows == "optional":
+        slides = [i >= int(fields.get("max_window_layers", 28)) for i in range(count)]
     else:
         slides = [False] * count
     return ["sliding_attention" if slide else "full_attention" for slide in slides]

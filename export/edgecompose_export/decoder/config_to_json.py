@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from edgecompose.errors import ExportError
-from edgecompose.formats.architectures import Architecture
+from edgecompose.formats.architectures import ALWAYS, Architecture, with_windows
 from edgecompose_export.decoder.config import DecoderConfig
 from edgecompose_export.decoder.config_from_json import config_from_json
 from edgecompose_export.decoder.rotary import Rotary
@@ -28,12 +28,12 @@ def config_to_json(config: DecoderConfig, name: str) -> dict[str, Any]:
     """
     row = config.architecture
     windows = {layer.window for layer in config.layers} - {None}
-    kind, model_class = row.name, row.model_class
-    if kind == "llama" and windows:  # GGUF files call Mistral llama
-        kind, model_class = "mistral", "MistralForCausalLM"
+    written = (
+        with_windows(row) if windows and row.windows == "layer_types" else None
+    ) or row  # Mistral is called llama
     fields: dict[str, Any] = {
-        "architectures": [model_class],
-        "model_type": kind,
+        "architectures": [written.model_class],
+        "model_type": written.name,
         "vocab_size": config.vocabulary,
         "hidden_size": config.hidden,
         "intermediate_size": config.intermediate,
@@ -58,12 +58,12 @@ def _rotary_fields(config: DecoderConfig) -> dict[str, Any]:
     fields: dict[str, Any] = {"rope_theta": first.theta, "rope_scaling": _plain(first.scaling)}
     if 2 * first.pairs != config.head_size:
         fields["partial_rotary_factor"] = 2 * first.pairs / config.head_size
-    if config.architecture.name == "phi3":
+    if config.architecture.longrope:
         fields["original_max_position_embeddings"] = first.long_from or config.context
         if first.scaling is not None:  # its class allows these three fields only
             lists = {name: list(first.scaling[name]) for name in ("short_factor", "long_factor")}
             fields["rope_scaling"] = {"type": "longrope", **lists}
-    if config.architecture.name == "gemma3_text":
+    if config.architecture.local_rotary:
         fields["rope_local_base_freq"] = config.rotaries[1].theta
     return fields
 
@@ -77,44 +77,35 @@ def _own_fields(config: DecoderConfig) -> dict[str, Any]:
     row, layers = config.architecture, config.layers
     fields: dict[str, Any] = {}
     kinds = ["full_attention" if layer.window is None else "sliding_attention" for layer in layers]
-    if row.name in ("gemma2", "gemma3_text"):
+    if row.full_every is not None:
         fields |= {
             "layer_types": kinds,
             "query_pre_attn_scalar": _whole(config.attention_scale**-2),
             "attn_logit_softcapping": config.attention_softcap or None,
             "final_logit_softcapping": config.logit_softcap or None,
         }
-    if row.name in ("qwen2", "qwen3", "smollm3"):
+    if row.windows == "optional":
         slides = "sliding_attention" in kinds
         fields |= {"use_sliding_window": slides} | ({"layer_types": kinds} if slides else {})
-    if row.name == "smollm3":
+    if row.unrotated_every is not None:
         fields["no_rope_layers"] = [int(layer.rotary is not None) for layer in layers]
-    if row.name == "granite":
+    if row.multipliers:
         fields |= {
             "attention_multiplier": config.attention_scale,
             "embedding_multiplier": config.embedding_multiplier,
             "residual_multiplier": config.residual_multiplier,
             "logits_scaling": config.logit_divisor,
         }
-    if row.name == "stablelm":
-        fields |= {"use_parallel_residual": config.parallel, "partial_rotary_factor": _rotated_part(config)}
+    if row.may_be_parallel:
+        fields["use_parallel_residual"] = config.parallel
+    if row.rotary_part != 1:
+        fields["partial_rotary_factor"] = 2 * config.rotaries[0].pairs / config.head_size
     return fields
-
-
-def _rotated_part(config: DecoderConfig) -> float:
-    return 2 * config.rotaries[0].pairs / config.head_size
 
 
 def _bias_fields(config: DecoderConfig) -> dict[str, Any]:
-    name = config.architecture.name
-    if name == "stablelm":
-        return {"use_qkv_bias": "q_proj" in config.biases}
-    fields: dict[str, Any] = {}
-    if name not in ("phi3", "mistral", "qwen2", "gemma3_text"):
-        fields["attention_bias"] = "q_proj" in config.biases
-    if name in ("llama", "granite", "smollm3"):
-        fields["mlp_bias"] = "up_proj" in config.biases
-    return fields
+    biases = config.architecture.biases.items()
+    return {name: modules[0] in config.biases for name, modules in biases if name != ALWAYS}
 
 
 def _whole(value: float) -> float:

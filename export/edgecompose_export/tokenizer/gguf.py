@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from edgecompose.errors import ExportError
+from edgecompose.formats.architectures import ARCHITECTURES, gguf_architectures
 from edgecompose_export.tokenizer.base_tokenizer import BaseTokenizer, assemble_tokenizer, default_template
 from edgecompose_export.tokenizer.gguf_vocabulary import (
     CONTROL,
@@ -128,9 +129,8 @@ def _ids(vocabulary: Vocabulary, accept: Callable[[str, int], bool]) -> dict[str
 
 def _sentencepiece(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> tuple[State, bool]:
     """As `LlamaTokenizerFast` and `GemmaTokenizerFast`: BPE over the whole text, unknown characters as bytes."""
-    architecture = str(metadata.get("general.architecture", ""))
-    gemma = architecture.startswith("gemma")
-    prefix = bool(metadata.get(f"{KEY}add_space_prefix", not gemma))
+    row = gguf_architectures().get(str(metadata.get("general.architecture")), ARCHITECTURES["llama"])
+    prefix = bool(metadata.get(f"{KEY}add_space_prefix", row.space_prefix))
     # converters write plain spaces in user-defined tokens; in the vocabulary they are those of SentencePiece
     tokens = [
         _SPACE * len(token) if kind == USER_DEFINED and token.strip(" ") == "" else token
@@ -138,7 +138,7 @@ def _sentencepiece(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> tuple
     ]
     spaced = Vocabulary(tokens, vocabulary.types, vocabulary.special)
     ids = _ids(spaced, lambda token, kind: kind != UNUSED or not _FILLER.match(token))
-    if gemma and "\t" not in ids and "<0x09>" in ids:  # as transformers does for Gemma 1 and 2
+    if row.tab_is_byte and "\t" not in ids and "<0x09>" in ids:  # as transformers does for Gemma 1 and 2
         ids["\t"] = ids.pop("<0x09>")
     merges = read_merges(metadata)
     if merges is None:
@@ -160,7 +160,7 @@ def _sentencepiece(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> tuple
     return (
         {
             **_EMPTY,
-            "added_tokens": _added(spaced, ids, strips=_strips_right(architecture)),
+            "added_tokens": _added(spaced, ids, strips=row.strips_right),
             "normalizer": normalizer,
             "pre_tokenizer": None,
             "decoder": {"type": "Sequence", "decoders": decoders},
@@ -214,11 +214,6 @@ def _added(vocabulary: Vocabulary, ids: Mapping[str, int], *, strips: bool = Fal
                 }
             )
     return rows
-
-
-def _strips_right(architecture: str) -> bool:
-    """Whether special tokens strip the white space after them, as in Phi-3. GGUF has no field for it."""
-    return architecture == "phi3"
 
 
 def _bpe(

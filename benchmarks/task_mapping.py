@@ -1,6 +1,6 @@
 """The adapters that each task should be mapped to, by its validation examples (LoRAuter's idea, arXiv 2601.21795).
 
-    python benchmarks/served_by.py models/demo DATA_DIR --answer-cache build/answers.jsonl
+    python benchmarks/task_mapping.py models/demo DATA_DIR --answer-cache build/answers.jsonl
 
 DATA_DIR holds `<task>.<split>.jsonl`. Every task tries no adapter, its own at half its strength, its own with each
 adapter of a related task (`RELATED`) at equal weights, and all of those at equal weights, on the first half of its
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--split", default="valid")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--tasks", nargs="*")
-    parser.add_argument("--answer-cache", "--outcomes", type=Path, dest="cache", help="file of earlier answers")
+    parser.add_argument("--answer-cache", type=Path, dest="cache", help="file of earlier answers")
     parser.add_argument("--sure", type=float, default=0.95)
     options = parser.parse_args()
     with open_bundle(options.bundle, device="cpu") as composer:
@@ -106,7 +106,7 @@ def recipe_line(
         raise ValueError(f"no example of {task}")
     ahead = f"{100 * whole.paired.difference:+.1f} points, {100 * unseen.paired.difference:+.1f} on the second half"
     if unseen.paired.difference > 0 and whole.paired.wins >= sure:
-        return f"{task} = {{ served_by = {{ {chosen} }} }}  # {ahead}"
+        return f"{task} = {{ adapters = {{ {chosen} }} }}  # {ahead}"
     return f"{task}: its own adapter; {chosen or 'base alone'} {ahead}"
 
 

@@ -1,0 +1,262 @@
+"""The commands `run`, `chat` and `retrieve`."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from unittest.mock import ANY
+
+import pytest
+
+from edgecompose import Chat, Message, Request, Sampling, open_bundle
+from edgecompose.errors import GenerationError
+from edgecompose.merging.methods import METHODS
+from edgecompose.settings import RetrievalSettings
+from edgecompose.timing import STAGES
+from tests.cli.calls import PROMPT, RETRIEVAL_KEYS, call, fault_of, result_of, write_questions
+from tests.fixtures_tiny import TASKS
+
+
+def test_an_answer_as_json_has_the_documented_keys(bundle: Path) -> None:
+    result = result_of("run", bundle, PROMPT)
+    assert set(result) == {
+        "prompt",
+        "answer",
+        "method",
+        "attachment",
+        "weights",
+        "neighbours",
+        "distribution",
+        "device",
+        "timings_ms",
+        "tokens",
+        "finish",
+        "prompt_form",
+        "composition",
+        "merge",
+    }
+    assert (result["prompt"], result["method"]) == (PROMPT, "product")
+    assert sum(result["weights"].values()) == pytest.approx(1)
+    assert sum(result["distribution"].values()) == pytest.approx(1)
+    assert set(result["weights"]) <= set(result["distribution"]) <= set(TASKS)
+    assert len(result["neighbours"]) == 4
+    assert result["neighbours"][0] == {"task": "animals", "key": 0, "similarity": pytest.approx(1, abs=2e-3)}
+    assert set(result["device"]) == {"kind", "providers", "reason"}
+    assert result["device"]["kind"] in ("cpu", "cuda")
+    assert result["device"]["providers"][-1] == "CPUExecutionProvider"
+    assert result["device"]["reason"]
+    assert tuple(result["timings_ms"]) == STAGES
+    assert {"embed", "retrieve", "weigh", "merge", "fuse", "prefill", "decode", "total"} <= set(STAGES)
+    assert all(math.isfinite(elapsed) and elapsed >= 0 for elapsed in result["timings_ms"].values())
+    assert result["timings_ms"]["total"] >= max(result["timings_ms"][stage] for stage in STAGES[:-1])
+    assert set(result["tokens"]) == {"prompt", "generated", "dropped"}
+    assert result["finish"] in ("stop", "length")
+    assert len(result["composition"]) == 64
+
+
+def test_choices_are_scored(bundle: Path) -> None:
+    result = result_of("run", bundle, PROMPT, "--choices", "yes, no", "--choice", "well, maybe")
+    assert list(result["choices"]) == ["yes", "no", "well, maybe"]
+    assert result["answer"] == max(result["choices"], key=result["choices"].__getitem__)
+    assert all(score < 0 for score in result["choices"].values())
+
+
+def test_the_answer_alone_is_on_standard_output(bundle: Path) -> None:
+    answer = result_of("run", bundle, PROMPT)["answer"]
+    plain, explained = call("run", bundle, PROMPT), call("run", bundle, PROMPT, "--explain")
+    assert plain.exit_code == explained.exit_code == 0
+    assert plain.stdout == explained.stdout == f"{answer}\n"
+    assert plain.stderr == ""
+    for word in ("neighbours", "tasks", "adapters", "animals", "method", "device", "tokens", "time (ms)"):
+        assert word in explained.stderr
+    scored = call("run", bundle, PROMPT, "--choices", "yes,no", "--explain")
+    assert scored.stdout in ("yes\n", "no\n")
+    assert "choices" in scored.stderr
+
+
+def test_a_blend_is_fused_on_request(bundle: Path, bundle_copy: Path) -> None:
+    attached, fused = result_of("run", bundle, PROMPT), result_of("run", bundle, PROMPT, "--fuse")
+    assert result_of("run", bundle, PROMPT, "--fold")["attachment"] == "fuse"
+    assert (attached["attachment"], fused["attachment"]) == ("attach", "fuse")
+    assert fused["answer"] == attached["answer"]
+    assert "attached" in call("run", bundle, PROMPT, "--explain").stderr
+    assert "fused" in call("run", bundle, PROMPT, "--explain", "--fuse").stderr
+    assert result_of("inspect", bundle)["base"]["fuse"] is True
+    assert "can be fused" in call("inspect", bundle).stdout
+    path = bundle_copy / "manifest.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    result["base"] |= {"precision": "int8", "fusing": None}
+    path.write_text(json.dumps(result), encoding="utf-8")
+    assert "fusing needs a float base; this bundle's base is int8" in fault_of("run", bundle_copy, PROMPT, "--fuse")
+    assert "can be fused" not in call("inspect", bundle_copy).stdout
+
+
+def test_a_raw_prompt_without_an_answer_is_sent_in_the_chat_template(bundle_copy: Path) -> None:
+    path = bundle_copy / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest["defaults"]["prompt_form"] = "raw"
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    assert result_of("run", bundle_copy, PROMPT)["prompt_form"] == "raw"
+    chat = result_of("run", bundle_copy, PROMPT, "--chat")
+    with open_bundle(bundle_copy, device="cpu") as composer:
+        ids = composer.model.tokenizer.encode(PROMPT)
+        decoding = composer.model.decoder.start(composer.compose(PROMPT).merged, len(ids))
+        manifest["base"]["end_tokens"].append(int(decoding.forward(ids)[0].argmax()))
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    result = result_of("run", bundle_copy, PROMPT)
+    assert (result["prompt_form"], chat["prompt_form"]) == ("chat", "chat")
+    assert result["answer"] and chat["answer"].startswith(result["answer"])
+    assert result["tokens"]["prompt"] == chat["tokens"]["prompt"]
+    raw = result_of("run", bundle_copy, PROMPT, "--raw")
+    assert (raw["answer"], raw["prompt_form"], raw["tokens"]["generated"]) == ("", "raw", 0)
+    assert "in the chat template" in call("run", bundle_copy, PROMPT, "--explain").stderr
+
+
+def test_standard_input_is_read(bundle: Path) -> None:
+    expected = result_of("run", bundle, "l'été, 猫")
+    for stdin in ("l'été, 猫", "l'été, 猫\n"):
+        result = result_of("run", bundle, "-", stdin=stdin.encode())
+        assert (result["prompt"], result["answer"]) == (expected["prompt"], expected["answer"])
+    assert result_of("retrieve", bundle, "-", stdin=PROMPT.encode())["prompt"] == PROMPT
+    assert "standard input is not UTF-8" in fault_of("run", bundle, "-", stdin=b"caf\xe9")
+
+
+def test_every_option_reaches_the_composer(bundle: Path) -> None:
+    retrieval = ("--neighbours", 9, "--nucleus", 1, "--routing-temperature", 0.05, "--exclude", "animals")
+    result = result_of("run", bundle, PROMPT, *retrieval, "--max-tokens", 3)
+    assert len(result["neighbours"]) == 9
+    assert set(result["weights"]) == {"numbers", "colours"}
+    assert result["tokens"]["generated"] <= 3
+    request = Request(
+        retrieval=RetrievalSettings(neighbours=9, nucleus=1.0, routing_temperature=0.05),
+        exclude=("animals",),
+        max_tokens=3,
+    )
+    with open_bundle(bundle, device="cpu") as composer:
+        assert dict(composer.retrieve(PROMPT, request).weights) == pytest.approx(result["weights"])
+    by_hand = result_of("run", bundle, PROMPT, "--adapter", "numbers=0.5", "--adapter", "colours=-1e-1", "--raw")
+    assert (by_hand["weights"], by_hand["neighbours"]) == ({"numbers": 0.5, "colours": -0.1}, [])
+    assert by_hand["tokens"]["prompt"] < result["tokens"]["prompt"]
+    sampled = [result_of("run", bundle, PROMPT, "--temperature", 9, "--top-p", 1, "--seed", seed) for seed in (1, 1, 2)]
+    assert sampled[0]["answer"] == sampled[1]["answer"] != sampled[2]["answer"]
+    cut = result_of("run", bundle, PROMPT, "--temperature", 9, "--top-k", 1)
+    assert cut["answer"] == result_of("run", bundle, PROMPT)["answer"]  # the most likely of one
+    assert result_of("run", bundle, PROMPT, "--sample", "--temperature", 9, "--min-p", 1) == {**cut, "timings_ms": ANY}
+    settings = ("--sample", "--temperature", 0, "--repetition-penalty", 5)
+    with open_bundle(bundle, device="cpu") as composer:
+        request = Request(sampling=Sampling(temperature=0, repetition_penalty=5))
+        expected = composer.run(PROMPT, request).text
+    penalised = result_of("run", bundle, PROMPT, *settings)
+    assert penalised["answer"] == expected
+    assert result_of("run", bundle, PROMPT, *settings[3:]) == {**penalised, "timings_ms": ANY}
+    stopped = result_of("run", bundle, PROMPT, "--stop", cut["answer"][1:3])
+    assert (stopped["answer"], stopped["finish"]) == (cut["answer"][:1], "stop")
+
+
+def test_a_long_prompt_is_refused_or_cut_and_that_is_said(bundle: Path) -> None:
+    long = "the cat sat on a mat " * 600
+    assert "context of 512" in fault_of("run", bundle, "-", stdin=long.encode())
+    done = call("run", bundle, "-", "--truncate", "--json", stdin=long.encode())
+    assert done.exit_code == 0
+    left_out = json.loads(done.stdout)["tokens"]["dropped"]
+    assert left_out > 0 and f"the first {left_out} tokens did not fit and were left out" in done.stderr
+
+
+def test_a_chat_remembers_what_was_said(bundle: Path) -> None:
+    talk = b"the cat sat on a mat\ntwo and two is four\n/new\ntwo and two is four\n\nnever read\n"
+    done = call("chat", bundle, "--json", "--adapter", "animals=1", "--system", "be brief", stdin=talk)
+    assert (done.exit_code, done.stderr) == (0, "")
+    first, second, alone = map(json.loads, done.stdout.splitlines())
+    assert second["tokens"]["prompt"] > first["tokens"]["prompt"] > 0
+    assert alone["prompt"] == second["prompt"] and alone["tokens"]["prompt"] < second["tokens"]["prompt"]
+    shown = call("chat", bundle, "--explain", stdin=talk)
+    assert shown.exit_code == 0 and shown.stderr.count("composition") == 3
+    assert fault_of("chat", bundle, stdin=b"caf\xe9\n").startswith("standard input is not UTF-8")
+
+
+def test_a_chat_survives_an_answer_that_was_ended(bundle: Path) -> None:
+    with open_bundle(bundle, device="cpu") as composer:
+        talk = Chat(composer, Request(max_tokens=8), system="be brief")
+
+        def interrupt(text: str) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            talk.say(PROMPT, on_text=interrupt)
+        assert roles(talk) == ["system", "user", "assistant"]
+        with pytest.raises(GenerationError):
+            talk.say("x " * 2000)
+        assert roles(talk) == ["system", "user", "assistant"]
+        talk.say("and then?")
+        assert roles(talk) == ["system", "user", "assistant", "user", "assistant"]
+        assert talk.messages[3].content == "and then?"
+        talk.reset()
+        assert list(talk.messages) == [Message("system", "be brief")]
+
+
+def roles(talk: Chat) -> list[str]:
+    return [message.role for message in talk.messages]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_can_be_chosen(bundle: Path, method: str) -> None:
+    row = METHODS[method]
+    values = {"density": 0.9, "majority_sign": "frequency", "dare_seed": 3, "rank": 2, "energy": 0.9}
+    options = {name: (f"--{name.replace('_', '-')}", value) for name, value in values.items()}
+    read = [word for name in row.parameters for word in options[name]]
+    settings = ("--adapter", "animals=1", "--method", method)
+    assert result_of("run", bundle, PROMPT, *settings, *read)["method"] == method
+    for name in values.keys() - set(row.parameters):
+        done = call("run", bundle, PROMPT, *settings, *options[name])
+        assert done.exit_code == 2 and f"{name} has no effect on method {method}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "words"),
+    [
+        ("run", ("--adapter", "animals=1", "--neighbours", 3), "--neighbours has no effect beside --adapter"),
+        ("run", ("--adapter", "animals=1", "--exclude", "numbers"), "--exclude has no effect beside --adapter"),
+        ("run", ("--temperature", 0, "--top-p", 0.5), "--top-p has no effect at --temperature 0"),
+        ("run", ("--temperature", 0, "--seed", 5), "--seed has no effect at --temperature 0"),
+        ("run", ("--choices", "a,b", "--temperature", 1), "--temperature has no effect beside --choices"),
+        ("run", ("--choices", "a,b", "--max-tokens", 3), "--max-tokens has no effect beside --choices"),
+        ("run", ("--choices", "a,b", "--stop", "x"), "--stop has no effect beside --choices"),
+        ("run", ("--rank", 3), "rank has no effect on method product"),
+        ("eval", ("--methods", "ties", "--energy", 0.5), "energy has no effect on method"),
+        ("run", ("--top-n", 3), "--top-n is called --neighbours now"),
+        ("run", ("--sample-top-p", 0.5), "--sample-top-p is called --top-p now"),
+        ("retrieve", ("--temperature", 0.1), "--temperature is called --routing-temperature now"),
+        ("retrieve", ("--top-p", 0.9), "--top-p is called --nucleus now"),
+        ("compose", ("-o", "x", "--size-correction", 0.9), "--size-correction is called --class-size-exponent now"),
+        ("chat", ("--query", "first"), "--query is called --route-by now"),
+    ],
+)
+def test_an_option_without_effect_or_of_an_old_name_is_refused(
+    bundle: Path, tmp_path: Path, command: str, options: tuple[object, ...], words: str
+) -> None:
+    arguments: dict[str, tuple[object, ...]] = {"chat": (), "eval": (write_questions(tmp_path / "questions.jsonl"),)}
+    done = call(command, bundle, *arguments.get(command, (PROMPT,)), *options)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert words in " ".join(done.stderr.split())
+
+
+def test_any_option_of_sampling_draws(bundle: Path) -> None:
+    greedy = result_of("run", bundle, PROMPT, "--max-tokens", 12)["answer"]
+    for options in (("--seed", 1), ("--temperature", 3), ("--top-k", 50), ("--top-p", 0.99), ("--min-p", 0.001)):
+        drawn = {
+            result_of("run", bundle, PROMPT, "--max-tokens", 12, *options, "--seed", seed)["answer"]
+            for seed in range(4)
+        }
+        assert drawn != {greedy}, options
+
+
+def test_retrieve_shows_the_tasks(bundle: Path) -> None:
+    result = result_of("retrieve", bundle, PROMPT)
+    assert set(result) == {"prompt", *RETRIEVAL_KEYS}
+    answer = result_of("run", bundle, PROMPT)
+    assert result == {"prompt": PROMPT} | {key: answer[key] for key in RETRIEVAL_KEYS}
+    text = call("retrieve", bundle, PROMPT)
+    assert (text.exit_code, text.stderr) == (0, "")
+    assert "animals (example 0)" in text.stdout
+    assert "adapters" in text.stdout
