@@ -37,7 +37,7 @@ def test_pooling() -> None:
 
 
 def test_a_pooling_that_is_not_in_the_table_is_refused() -> None:
-    with pytest.raises(BundleError, match="pools by 'median', expected one of mean, cls, max"):
+    with pytest.raises(BundleError, match=f"pools by 'median', expected one of {', '.join(POOLINGS)}"):
         pooling_of("median")
 
 
