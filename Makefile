@@ -1,4 +1,4 @@
-# Two commands do everything: `make demo` and `make test`. Each step leaves a file, so a second run takes seconds.
+# Two commands do everything: `make demo` and `make test`; `make check` is for while you work. Each step leaves a file, so a second run takes seconds.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,9 +21,10 @@ BINARY_BIN := build/binary/venv/bin
 BINARY := dist/edgecompose/edgecompose
 ONEFILE := dist/edgecompose-$(VERSION)-$(PLATFORM)
 BUNDLE_DIR ?= models/demo
+PACKAGED := tests/test_binary.py tests/test_airgap.py
 AIRGAP := dist/edgecompose-$(VERSION)-airgap-$(PLATFORM).tar.gz
 
-.PHONY: demo test lint bundle bundle-fp32 real-models bench binary airgap clean help
+.PHONY: demo check unit test lint bundle bundle-fp32 real-models bench binary airgap clean help
 
 help: ## Show the targets.
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -31,8 +32,17 @@ help: ## Show the targets.
 demo: $(BUNDLE) ## Set up, build what the demo needs, answer three prompts.
 	@models/demo.sh $(BIN)/edgecompose models/demo
 
-test: $(BUNDLE) $(FLOAT_BUNDLE) $(BINARY) $(AIRGAP) lint ## Lint, types and all tests, on the real models too.
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+check: $(INSTALLED) ## Lint, types, unit tests and tiny models: under a minute, no built bundle.
+	@$(MAKE) --no-print-directory --output-sync=target -j 2 lint unit
+
+unit: $(INSTALLED)
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow"
+
+# The executable and the archive are built when all other tests have passed.
+test: $(BUNDLE) $(FLOAT_BUNDLE) lint ## Lint, types and all tests, on the real models, the executable and the archive too.
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup $(addprefix --ignore=,$(PACKAGED))
+	@$(MAKE) --no-print-directory $(BINARY) $(AIRGAP)
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup $(PACKAGED)
 
 lint: $(INSTALLED) ## Ruff and mypy.
 	$(BIN)/ruff check .

@@ -1,8 +1,8 @@
 """Writes docs/quality.md out of what `benchmarks/quality.py --save` measured.
 
-    python benchmarks/quality_page.py benchmarks/results/*-quality-*.json -o docs/quality.md
+    python benchmarks/quality_page.py benchmarks/results/2026-11-25-quality-test-*.json -o docs/quality.md
 
-Nothing in that page is written by hand but the words in `INTRODUCTION` and `SETTING_WORDS`.
+Only the words in `INTRODUCTION` and `SETTING_WORDS` are written by hand.
 """
 
 from __future__ import annotations
@@ -16,22 +16,24 @@ from typing import Any
 INTRODUCTION = """\
 # What composing adapters gives
 
-Written by `python benchmarks/quality_page.py`; do not edit. Accuracy in per cent; choices are scored by log-likelihood
-a token, free-form answers by exact match with any accepted answer, without case, punctuation and articles. Intervals
-are 95 % bootstrap intervals of the mean over tasks, examples being drawn within each task; differences are paired.
-`base` is the model alone, `own` the adapter trained for the example's task, `top1` the likeliest task's adapter,
-`uniform` equal weights over the tasks that our retrieval keeps. `paper ...` is the rule of arXiv 2602.21222 (100
-neighbours by plain cosine, T = 1, p = 0.9) with PEFT's merge of that name; `ours` are the bundle's defaults, and with a
-name behind it our weights with another merge. The protocol, which was fixed before the test split was looked at, and
-what follows from the figures are in [log.md](log.md).
+Written by `python benchmarks/quality_page.py`; do not edit. Accuracy is in per cent. Choices are scored by
+log-likelihood a token; free-form answers by exact match with an accepted answer, without case, punctuation and
+articles. Intervals are 95 % bootstrap intervals of the mean over tasks, with examples resampled within each task;
+differences are paired.
+
+`base` is the model alone, `own` the adapter that was trained for the example's task, `top1` the adapter of the top
+task, `uniform` equal weights over the tasks of the nucleus. `paper ...` is the rule of arXiv 2602.21222 (100
+neighbours by plain cosine, T = 1, p = 0.9) with PEFT's merge of that name. `ours` has the bundle's defaults; `ours,
+NAME` has its weights with another merge. The protocol was fixed before the test split was used: [log.md](log.md) has
+it, and the conclusions.
 """
 #: Tasks that ask the same thing of the same kind of text, and differ in where their examples came from.
 TWINS = (("anli_r3", "cb", "mnli_matched", "rte", "snli", "wnli"), ("arc_easy", "openbookqa"))
 SETTING_WORDS = {
-    "in-pool": "In the pool: the example's own adapter and its task's training prompts are there to be found",
+    "in-pool": "In the pool: the bundle holds the adapter and the training prompts of the example's task",
     "left-out": "Left out: the example's own task is excluded from retrieval",
     "unseen": "Unseen: tasks without an adapter or any indexed prompt",
-    "reworded": "Reworded: tasks of the pool, asked in two wordings that neither index nor adapters have seen",
+    "reworded": "Reworded: tasks of the pool, in two wordings that neither index nor adapters have seen",
 }
 
 

@@ -24,6 +24,7 @@ EXECUTABLES = {
 PROMPT = "Customer review of a business: Great soup.\nPositive or negative?\nAnswer:"
 TOKENS = 4
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(
         not all(path.is_file() for path in EXECUTABLES.values()), reason="dist/ is not built; run 'make binary'"
     ),

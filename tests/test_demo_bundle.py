@@ -16,6 +16,7 @@ from edgecompose.formats.peft import write_peft_folder
 ROOT = Path(__file__).parent.parent
 BUNDLE = ROOT / "models" / "demo"
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(not (BUNDLE / "manifest.json").is_file(), reason="models/demo is not built; run 'make bundle'"),
     pytest.mark.xdist_group("demo"),
 ]

@@ -36,6 +36,8 @@ from tests.doc_pages import FENCE, PAGES, PROGRAMS, README, ROOT, name_of, parse
 from tests.fixtures_tiny import ADAPTERS, TASKS, TinyZoo, ignore_tracer_warnings
 from tests.server.served import serving
 
+pytestmark = pytest.mark.slow
+
 #: First words of a line that make it a command line, in whatever block it stands.
 COMMANDS = frozenset(
     (

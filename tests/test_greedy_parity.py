@@ -30,6 +30,7 @@ from edgecompose_export.calibration.prompts import calibration_prompts
 ROOT = Path(__file__).parent.parent
 BUNDLE, MODEL = ROOT / "build" / "demo-fp32", ROOT / "build" / "models" / "smollm2-135m-instruct"
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(
         not (BUNDLE / "manifest.json").is_file(), reason="build/demo-fp32 is not built; run 'make bundle-fp32'"
     ),

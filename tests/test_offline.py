@@ -13,6 +13,8 @@ import pytest
 
 from tests.fixtures_tiny import TASKS
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 #: Every attempt is counted and refused, also those whose failure somebody would swallow.
 NO_NETWORK = """

@@ -19,7 +19,7 @@ from edgecompose.tasks import add_task, remove_task
 from tests.fixtures_tiny import NEW_PROMPTS, TASKS, TinyZoo
 from tests.recipes import NEAREST, PROMPT, contents, fail, fail_for, run, write_recipe
 
-pytestmark = pytest.mark.usefixtures("synced")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("synced")]
 
 
 def test_an_added_task_is_found(bundle_copy: Path, new_task: tuple[Path, Path]) -> None:

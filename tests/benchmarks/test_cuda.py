@@ -22,6 +22,8 @@ from edgecompose.merging.merger import Merger
 from edgecompose.merging.methods import METHODS
 from edgecompose.settings import MergeSettings
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 CPU = choose_device("cpu")
 SMALL = ("--device", "cpu", "--shapes", "smollm2-135m", "--layers", "1", "--rounds", "1", "--rank", "4")

@@ -17,7 +17,7 @@ from edgecompose.tasks import add_task, remove_task
 from tests import tiny
 from tests.recipes import NEAREST, PROMPT, run
 
-pytestmark = pytest.mark.usefixtures("synced")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("synced")]
 
 
 def _index_of(root: Path) -> str:

@@ -24,6 +24,8 @@ from tests import tiny
 from tests.engine.fused import BASES, TOLERANCE, change_base
 from tests.fixtures_tiny import TASKS, Exported, TinyZoo
 
+pytestmark = pytest.mark.slow
+
 PROMPT = TASKS["animals"][0]
 
 

@@ -34,6 +34,8 @@ from tests.engine.fused import BASES, TOLERANCE
 from tests.export.decoders import IDS, NO_ADAPTER, difference, load_exported
 from tests.fixtures_tiny import Exported, TinyZoo
 
+pytestmark = pytest.mark.slow
+
 Float = npt.NDArray[np.float32]
 #: LoRA settings of a blend: mixed ranks, modules that are missing, a layer that is missing.
 BLEND: tuple[dict[str, Any], ...] = (

@@ -21,6 +21,8 @@ from edgecompose.evaluation.results import Evaluation, Result
 from edgecompose.evaluation.table import describe_evaluation, evaluation_json, signed
 from edgecompose.timing import STAGES
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = "</pre><script>alert('x')</script>\"'&{{ 7001 * 7001 }}$x_1$<img src=http://example.org/a.png>"
 CHARTS = ("accuracy", "weights", "confusion", "reliability")
 _VOID = {"meta", "img", "br", "link", "input", "hr"}

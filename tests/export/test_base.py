@@ -34,6 +34,8 @@ from tests import tiny
 from tests.export.decoders import IDS, NO_ADAPTER, Float, difference, load_exported, logits_of, open_decoder
 from tests.fixtures_tiny import Exported, TinyZoo
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-3
 
 

@@ -27,6 +27,8 @@ from tests import tiny
 from tests.export.decoders import logits_of, open_decoder
 from tests.fixtures_tiny import Exported, TinyZoo
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(params=list(tiny.ARCHITECTURES))
 def architecture(request: pytest.FixtureRequest) -> str:

@@ -21,6 +21,8 @@ from edgecompose_export.tokenizer.folder import tokenizer_of_folder
 from tests.export.tokenizer_folders import ADDED, IDS, WORDS
 from tests.tiny import CHAT_TEMPLATE, write_json
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ["hello", "", " a <think>b</think>", "<s>hello", "<bos>x", "<|im_start|>user\n<|im_end|>", "<extra> é日"]
 GEMMA = (
     "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content }}<end_of_turn>\n{% endfor %}"

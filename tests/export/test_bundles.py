@@ -28,7 +28,7 @@ from tests import tiny
 from tests.fixtures_tiny import ADAPTERS, TASKS, TinyZoo
 from tests.recipes import NEAREST, contents, fail, task_lines, write_recipe
 
-pytestmark = pytest.mark.usefixtures("synced")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("synced")]
 
 
 def test_a_built_bundle_is_sound_and_says_what_is_in_it(bundle: Path) -> None:

@@ -28,6 +28,8 @@ from edgecompose_export.training.train import train_adapter
 from tests import gguf_models, tiny
 from tests.fixtures_tiny import TinyZoo
 
+pytestmark = pytest.mark.slow
+
 Float = npt.NDArray[np.float32]
 #: Longer than every window, and than the original contexts of LongRoPE, YaRN and Llama 3's scaling.
 LENGTH = 150

@@ -21,6 +21,8 @@ from edgecompose_export.cli import main
 from tests import tiny
 from tests.fixtures_tiny import TASKS, TinyZoo, ignore_tracer_warnings
 
+pytestmark = pytest.mark.slow
+
 COMMANDS = (
     ("base",),
     ("checkpoint",),

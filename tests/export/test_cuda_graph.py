@@ -43,6 +43,8 @@ from tests.engine.fused import change_base
 from tests.export.decoders import IDS, NO_ADAPTER, difference, load_exported
 from tests.fixtures_tiny import TASKS, Exported, TinyZoo
 
+pytestmark = pytest.mark.slow
+
 Float = npt.NDArray[np.float32]
 CPU = choose_device("cpu")
 #: What a GPU would be; nothing is run on it here.

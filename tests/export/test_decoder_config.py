@@ -23,6 +23,8 @@ from edgecompose_export.decoder.config_from_json import config_from_json
 from tests import tiny
 from tests.export.configurations import VALUES, check_is_whole, linear
 
+pytestmark = pytest.mark.slow
+
 SIZES = {
     "vocab_size": 300,
     "hidden_size": 64,

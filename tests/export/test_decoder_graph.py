@@ -27,6 +27,8 @@ from edgecompose_export.base.export import export_base
 from edgecompose_export.weights.source import open_weights
 from tests import tiny
 
+pytestmark = pytest.mark.slow
+
 Float = npt.NDArray[np.float32]
 #: Of the largest logit.
 TOLERANCE = 1e-4

@@ -25,6 +25,8 @@ from edgecompose_export.embedder import describe_encoder, export_embedder, open_
 from tests import tiny
 from tests.fixtures_tiny import TinyZoo
 
+pytestmark = pytest.mark.slow
+
 Float = npt.NDArray[np.float32]
 SHORT = ("the cat sat on a mat", "?", "l'été, 猫 🐈", "two\nlines")
 LONG = " ".join(f"word {i}" for i in range(60))

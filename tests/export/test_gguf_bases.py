@@ -29,6 +29,8 @@ from edgecompose_export.weights.source import open_weights
 from tests.export.gguf_bases import IDS, assert_same_decoder, source_forms
 from tests.gguf_models import MODELS, write_gguf
 
+pytestmark = pytest.mark.slow
+
 Float = npt.NDArray[np.float32]
 #: llama.cpp looks GELU up in a table of float16 (GGML_GELU_FP16).
 GELU_TABLE = 0.01

@@ -21,6 +21,8 @@ from edgecompose_export.decoder.rotary import Float
 from tests import gguf_models
 from tests.export.configurations import VALUES, check_is_whole
 
+pytestmark = pytest.mark.slow
+
 GGUF_MORE = (
     "attention.key_length",
     "attention.value_length",

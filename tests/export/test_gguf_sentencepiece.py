@@ -20,6 +20,8 @@ from edgecompose.formats.gguf_file import read_gguf
 from edgecompose_export.tokenizer.gguf import gguf_tokenizer, merges_of_scores
 from tests.export.gguf_vocabularies import CORPUS, PIECES, TEXTS, load
 
+pytestmark = pytest.mark.slow
+
 REAL = sorted((Path(__file__).parents[2] / "build" / "models").glob("**/*.gguf"))
 
 

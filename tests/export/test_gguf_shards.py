@@ -21,6 +21,8 @@ from edgecompose_export.weights.source import open_weights
 from tests.export.gguf_bases import assert_same_decoder
 from tests.gguf_models import MODELS, write_gguf
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:

@@ -18,6 +18,8 @@ from edgecompose_export.tokenizer.gguf import gguf_tokenizer
 from edgecompose_export.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 from tests.export.gguf_vocabularies import CORPUS, NFC, PIECES, SPECIAL, TEXTS, USER, load
 
+pytestmark = pytest.mark.slow
+
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"

@@ -33,6 +33,8 @@ from tests.export.hostile import MOST_MEMORY, MOST_TIME, refusal
 from tests.fixtures_tiny import TinyZoo
 from tests.gguf_models import MODELS, quantized, write_gguf
 
+pytestmark = pytest.mark.slow
+
 
 def peak_memory() -> int:
     """Most bytes that the process has had in memory."""

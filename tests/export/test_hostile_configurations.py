@@ -24,6 +24,8 @@ from tests import tiny
 from tests.export.hostile import MOST_TIME, refusal
 from tests.fixtures_tiny import TinyZoo
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def folder(zoo: TinyZoo, tmp_path: Path) -> Path:

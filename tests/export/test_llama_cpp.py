@@ -19,9 +19,12 @@ from edgecompose.formats.gguf import write_gguf_lora
 ROOT = Path(__file__).parent.parent
 BUNDLE = ROOT / "build" / "demo-fp32"
 MODEL = ROOT / "build" / "models" / "smollm2-135m-instruct" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-pytestmark = pytest.mark.skipif(
-    not (BUNDLE / "manifest.json").is_file(), reason="build/demo-fp32 is not built; run 'make bundle-fp32'"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (BUNDLE / "manifest.json").is_file(), reason="build/demo-fp32 is not built; run 'make bundle-fp32'"
+    ),
+]
 TOKENS = 16
 PROMPTS = {
     "yelp": "Customer review of a business: The soup came cold and the room was dirty.\n"

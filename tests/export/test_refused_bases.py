@@ -29,6 +29,8 @@ from edgecompose_export.cli import main
 from tests.export.refusals import listed, one_line
 from tests.gguf_models import MODELS, write_gguf
 
+pytestmark = pytest.mark.slow
+
 _KINDS = {bool: (7, "<?"), int: (4, "<I"), float: (6, "<f")}
 
 

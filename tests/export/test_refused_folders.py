@@ -25,6 +25,8 @@ from tests import tiny
 from tests.export.refusals import listed, one_line
 from tests.gguf_models import MODELS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -26,6 +26,8 @@ from edgecompose_export.cli import main
 from tests.export.refusals import listed, one_line
 from tests.gguf_models import MODELS, write_gguf
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

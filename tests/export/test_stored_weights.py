@@ -28,6 +28,8 @@ from edgecompose_export.weights.places import EMBEDDING, HEAD, linear_tensors
 from edgecompose_export.weights.source import WeightSource, open_weights
 from tests import gguf_models
 
+pytestmark = pytest.mark.slow
+
 Float = npt.NDArray[np.float32]
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "head_dim": 64}
 IDS = np.array([[3, 299, 0, 17, 17]], np.int64)

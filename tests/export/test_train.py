@@ -32,6 +32,8 @@ from edgecompose_export.training.train import base_tokenizer, train_adapter
 from tests import tiny
 from tests.fixtures_tiny import TinyZoo
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = [Example(f"{a} and {b}?", "yes" if a < b else "no") for a in range(4) for b in range(3)]
 #: 3 steps an epoch.
 SETTINGS = TrainSettings(rank=2, alpha=4, epochs=2, learning_rate=1e-2, batch=4, max_length=64, prompt_form="chat")

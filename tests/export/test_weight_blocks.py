@@ -23,6 +23,8 @@ from edgecompose_export.weights.blocks import BlockForm, Blocks, packed, stored_
 from edgecompose_export.weights.gguf_blocks import GGUF_FORMS, read_blocks
 from edgecompose_export.weights.rounding import quantize_4bit, quantize_8bit
 
+pytestmark = pytest.mark.slow
+
 Float = npt.NDArray[np.float32]
 #: Bytes where a type's float16 scales stand.
 SCALES_AT = {

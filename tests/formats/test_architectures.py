@@ -39,6 +39,8 @@ from tests import gguf_models, tiny
 from tests.fixtures_tiny import TinyZoo
 from tests.lora_files import gguf_tensors, mlx_tensors, same_arrays, updates, write_gguf, write_mlx
 
+pytestmark = pytest.mark.slow
+
 Float = npt.NDArray[np.float32]
 ROWS = tuple(ARCHITECTURES)
 GGUF_ROWS = tuple(row.name for row in ARCHITECTURES.values() if row.gguf is not None)

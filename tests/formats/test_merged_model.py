@@ -44,6 +44,8 @@ from tests.formats.checkpoints import (
 )
 from tests.lora_files import slots_of_llama
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def blend(zoo: TinyZoo, merger: Merger, tmp_path_factory: pytest.TempPathFactory) -> Blend:

@@ -17,6 +17,8 @@ from edgecompose.formats.registry import FORMATS, READABLE, WRITABLE, detect_for
 from tests.fixtures_tiny import TinyZoo
 from tests.lora_files import BASE, gguf_tensors, mlx_tensors, write_gguf, write_mlx
 
+pytestmark = pytest.mark.slow
+
 _ADD_TASK = """
 import sys
 for name in ("torch", "transformers", "peft", "optimum", "onnx", "edgecompose_export"):

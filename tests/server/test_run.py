@@ -20,6 +20,8 @@ from edgecompose.cli.main import main
 from edgecompose.errors import EdgeComposeError
 from edgecompose.server.config import LOOPBACK, read_key, server_names
 
+pytestmark = pytest.mark.slow
+
 
 def refused(*arguments: object, **environment: str) -> str:
     done = CliRunner().invoke(main, ["serve", *map(str, arguments)], env=environment)
