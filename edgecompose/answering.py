@@ -1,4 +1,4 @@
-"""One answer in the making: the prompt is read, chunks are written, and the whole is described."""
+"""Generates one answer: reads the prompt, yields chunks, and describes the result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from edgecompose.timing import Timings
 
 @dataclass(slots=True, eq=False)
 class Answering:
-    """A request whose blend is there, and what its answer became so far.
+    """A request with its blend, and the state of its answer.
 
     Attributes:
         query: the text that retrieval read.

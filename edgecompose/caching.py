@@ -1,4 +1,4 @@
-"""What is kept: values by name up to a number of bytes, and parts that are loaded when first needed."""
+"""Caches: values by name up to a number of bytes, and parts that are loaded when first needed."""
 
 from __future__ import annotations
 

@@ -13,11 +13,11 @@ from edgecompose.request import Answer, Request
 class Chat:
     """A conversation with a composer. Not for use by two threads at once.
 
-    Every turn is composed for anew, from the user's last message (or the first, as the request's `route_by` says), and
-    reads only what the turn before has not read where the blend is the same.
+    Adapters are chosen at each turn by the user's last message, or the first (`route_by`). Where the blend is the same,
+    a turn reads only new tokens.
 
     Args:
-        request: what every turn asks for; prompts that outgrow the context lose their oldest turns, unless it refuses.
+        request: of every turn; a conversation that exceeds the context loses its oldest turns, unless it refuses.
         system: the system message, if any.
     """
 
@@ -52,5 +52,5 @@ class Chat:
                     self.messages = (*messages, Message("assistant", "".join(chunks)))
 
     def reset(self) -> None:
-        """Begin anew; the system message stays."""
+        """Start again; the system message stays."""
         self.messages = self._opening

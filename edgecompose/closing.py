@@ -1,4 +1,4 @@
-"""The `with` blocks of what has a `close`."""
+"""Base classes of objects that a `with` block closes."""
 
 from __future__ import annotations
 

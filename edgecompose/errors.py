@@ -1,4 +1,4 @@
-"""Every error that EdgeCompose raises on purpose; knows nothing of where they are caught.
+"""Every error that EdgeCompose raises on purpose.
 
     EdgeComposeError                    exit code 1
     ├── BundleError                     a bundle directory cannot be used

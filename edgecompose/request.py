@@ -1,4 +1,4 @@
-"""What a caller asks of a composer, and what comes back: frozen values, nothing that acts."""
+"""Requests to a composer and their results, as frozen values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Attachment = Literal["attach", "fuse"]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a caller may decide; None takes the bundle's default.
+    """A request; None takes the bundle's default.
 
     Attributes:
         weights: adapter -> weight; composes by hand and skips retrieval.
@@ -73,7 +73,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Composition:
-    """A blend on the device with what led to it."""
+    """A blend on the device, and the retrieval that led to it."""
 
     retrieval: Retrieval
     settings: MergeSettings
@@ -82,7 +82,7 @@ class Composition:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer and how it came about; `timings_ms` has one entry a stage of `clock.STAGES`.
+    """An answer and how it was computed; `timings_ms` has one entry a stage of `timing.STAGES`.
 
     `prompt` is the text that retrieval read, the user's message of a conversation. `finish` is 'length' where the
     answer was cut at its longest; `dropped_tokens` of the prompt were left out for lack of room.

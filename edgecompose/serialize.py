@@ -1,4 +1,4 @@
-"""What a person or a program reads: answers, retrievals and bundles as JSON values and as text; prints nothing."""
+"""Answers, retrievals and bundles as JSON values and as lines of text."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def explain_retrieval(retrieval: Retrieval) -> list[str]:
 
 
 def explain_answer(answer: Answer) -> list[str]:
-    """How an answer came about, as lines of text."""
+    """How an answer was computed, as lines of text."""
     timings = "  ".join(f"{stage} {answer.timings_ms[stage]:.1f}" for stage in STAGES)
     decode = answer.timings_ms["decode"]
     speed = f", {answer.generated_tokens / decode * 1e3:.0f} tokens/s" if answer.choices is None and decode else ""

@@ -1,4 +1,4 @@
-"""What a caller may choose, each setting once: name, type, range, default and help; knows nothing of what reads them.
+"""All settings, each declared once: name, type, range, default and help.
 
 A bundle's defaults, requests, fields of the API, options of the command and the reference derive from these classes.
 A new setting is one field here, and the line that reads it.

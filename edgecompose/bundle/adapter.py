@@ -1,4 +1,4 @@
-"""A LoRA adapter as quantised arrays, and its file; knows nothing of prompts, weights or devices.
+"""Reads and writes LoRA adapters as quantised arrays.
 
 File: safetensors. For each module `m` (q_proj, ...), the tensors `m.A.codes`, `m.A.scales`, `m.B.codes`,
 `m.B.scales` (see `quantization`), `m.gains` (2,) float32, `m.scaling` (L,) float32, which is alpha/r or

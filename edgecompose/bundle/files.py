@@ -145,7 +145,7 @@ def file_problem(
 
 
 def describe_file(path: Path) -> FileEntry:
-    """Hash and size of a file, as the manifest keeps them."""
+    """Hash and size of a file, as in the manifest."""
     return FileEntry(sha256_of(path), path.stat().st_size)
 
 

@@ -1,4 +1,4 @@
-"""What `manifest.json` says, as one frozen value; knows nothing of the files that it names."""
+"""`manifest.json` as one frozen value."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Defaults:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Everything that a bundle says of itself.
+    """The content of `manifest.json`.
 
     `inner_products[a][b]`, a <= b, is the inner product of two adapters' updates over all modules and layers; what is
     missing is computed when it is needed.

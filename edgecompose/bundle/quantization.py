@@ -1,4 +1,4 @@
-"""Block quantisation of adapter factors (int8, int4, or float16); knows nothing of files or merging.
+"""Block quantisation of adapter factors (int8, int4, or float16).
 
 A factor is kept layer-major, (L, r, n): L layers, r components, n inputs or outputs. Blocks run along n.
 Value = gain * scale * code, with one float32 gain a factor and one float16 scale a block, so that the

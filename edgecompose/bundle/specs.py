@@ -1,4 +1,4 @@
-"""The parts that a manifest is made of, as frozen values; knows nothing of the files that they name."""
+"""The parts of a manifest, as frozen values."""
 
 from __future__ import annotations
 
@@ -82,11 +82,11 @@ class FusingSpec:
 
 @dataclass(frozen=True, slots=True)
 class BaseSpec:
-    """The decoder graph and what the decoding loop has to know of it; `fusing` is there for float bases only.
+    """The decoder graph and its properties; only float bases have `fusing`.
 
-    `cuda_graph` is the decoder with attention in float16, which is all that CUDA has kernels for. `architecture` is
-    what transformers calls its kind, such as 'llama'. A sequence of more than `long_from` tokens is read with other
-    rotary frequencies than a shorter one (LongRoPE); None where length does not matter.
+    `cuda_graph` is the decoder with attention in float16, the only type that CUDA has attention kernels for.
+    `architecture` is what transformers calls its kind, such as 'llama'. A sequence of more than `long_from` tokens is
+    read with other rotary frequencies than a shorter one (LongRoPE); None where length does not matter.
     """
 
     graph: str
@@ -170,7 +170,7 @@ class IndexSpec:
 class TaskSpec:
     """One task: the adapters that it is mapped to, with weights, and the keys [first_key, first_key + examples).
 
-    Usually that is the task's own adapter at weight 1; none at all leaves the task to the base.
+    Usually that is the task's own adapter at weight 1. A task without adapters is answered by the base.
     """
 
     adapters: dict[str, float]

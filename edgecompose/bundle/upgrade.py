@@ -1,4 +1,4 @@
-"""Manifests of older schema versions, converted; no other file of a bundle changes."""
+"""Converts manifests of older schema versions; no other file of a bundle changes."""
 
 from __future__ import annotations
 

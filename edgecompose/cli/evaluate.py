@@ -67,7 +67,7 @@ def _parse_methods(context: click.Context, parameter: click.Parameter, value: st
 @click.option(
     "--answer-cache",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Keep every answer in this file; run again, and only what is missing is computed.",
+    help="Store answers in this file, which makes the evaluation resumable.",
 )
 @click.option(
     "--report",

@@ -24,7 +24,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "inspect": ("inspect", "Show what is in a bundle: base, embedder, tasks, adapters, defaults"),
         "retrieve": ("run", "Show which tasks PROMPT resembles, without answering it"),
         "run": ("run", "Answer PROMPT ('-' reads standard input): retrieve, weigh, merge, generate"),
-        "serve": ("serve", "Serve the OpenAI API, and a page to try it on"),
+        "serve": ("serve", "Serve the OpenAI API, and a chat page"),
         "verify": ("inspect", "Check every file of a bundle against its manifest"),
     }
 )

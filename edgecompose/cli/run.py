@@ -44,7 +44,7 @@ from edgecompose.request import Answer
 @click.option("--truncate", is_flag=True, help="Leave out the beginning of a prompt that is too long, and say so.")
 @form_option
 @click.option("--fuse", "--fold", is_flag=True, help="Fuse the blend into a copy of the base's weights (float bases).")
-@click.option("--explain", is_flag=True, help="Show on stderr how the answer came about.")
+@click.option("--explain", is_flag=True, help="Explain the answer on standard error.")
 @device_option
 @json_option
 def run(bundle: Path, prompt: str, explain: bool, device: str, as_json: bool, **options: Any) -> None:
@@ -87,7 +87,7 @@ def run(bundle: Path, prompt: str, explain: bool, device: str, as_json: bool, **
 @adapter_option
 @merge_options
 @generation_options
-@click.option("--explain", is_flag=True, help="Show on stderr how each answer came about.")
+@click.option("--explain", is_flag=True, help="Explain each answer on standard error.")
 @device_option
 @json_option
 def chat(bundle: Path, system: str | None, explain: bool, device: str, as_json: bool, **options: Any) -> None:

@@ -20,9 +20,7 @@ from edgecompose.server.stdio import StdioServer
 @bundle_argument
 @click.argument("calls", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="File of results.")
-@click.option(
-    "--parallel", type=click.IntRange(1), help="Answers written at once; by default one a core, four at most."
-)
+@click.option("--parallel", type=click.IntRange(1), help="Concurrent answers; by default one a core, at most four.")
 @click.option("--max-tokens", type=click.IntRange(1), default=4096, show_default=True, help="Longest answer.")
 @device_option
 @json_option
@@ -69,7 +67,7 @@ def batch(
 @click.option("--stdio", is_flag=True, help="Answer JSON-RPC lines on standard input instead, for a parent process.")
 @device_option
 def serve(bundle: Path, device: str, stdio: bool, **options: Any) -> None:
-    """Serve the OpenAI API, and a page to try it on, to programs on this machine.
+    """Serve the OpenAI API, and a chat page, to programs on this machine.
 
     \b
     edgecompose serve models/demo

@@ -1,4 +1,4 @@
-"""Memory that merges write into, taken from the device once and used again; knows nothing of what lies in it."""
+"""A pool of device memory for blends."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from edgecompose.engine.device import Device, OrtValue
 _LEAST_USE = 0.5
 
 
-#: What lies in a buffer begins at multiples of so many values (64 bytes).
+#: Alignment of data in a buffer, in values (64 bytes).
 _ALIGNMENT = 16
 
 

@@ -1,4 +1,4 @@
-"""The base model with a blend attached or fused in, one sequence at a time; knows nothing of text or sampling."""
+"""Runs the base model with a blend attached or fused, one sequence at a time."""
 
 from __future__ import annotations
 

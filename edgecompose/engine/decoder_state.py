@@ -1,4 +1,4 @@
-"""One sequence in a decoder: reads and appends tokens, forgets them; knows nothing of text or sampling."""
+"""One sequence in a decoder: reads and appends tokens, forgets them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes a blend into a copy of a float base's weights, on the device; knows nothing of text or decoding.
+"""Writes a blend into a copy of a float base's weights, on the device.
 
 W + A^T B goes to memory of its own and the stored W is only read. Taking a blend out again is to stop using the copy:
 nothing is subtracted, so the base keeps its bits.

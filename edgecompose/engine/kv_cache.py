@@ -1,4 +1,4 @@
-"""The keys and values of one sequence on the device, bound to a decoder's session; knows nothing of tokens."""
+"""The keys and values of one sequence on the device, bound to a decoder's session."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A blend: merged factors on a device, in one buffer; knows nothing of how it was made."""
+"""A blend: merged factors on a device, in one buffer."""
 
 from __future__ import annotations
 

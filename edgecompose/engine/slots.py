@@ -1,4 +1,4 @@
-"""What the graphs of a base take and give: checked against the manifest, and a blend bound to their slots."""
+"""Checks the inputs and outputs of a base's graphs against the manifest, and binds a blend to their slots."""
 
 from __future__ import annotations
 

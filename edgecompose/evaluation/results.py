@@ -1,4 +1,4 @@
-"""What variants made of examples, one by one and summed up; pure values, knows nothing of how they came about."""
+"""Results of variants on examples, one by one and summed up with intervals."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class Evaluation:
         )
 
     def metrics(self, name: str) -> Metrics:
-        """What one variant reached."""
+        """The metrics of one variant."""
         results = self.results[name]
         right = _right(results)
         tasks = {t: Score(len(r), float(r.mean()), bootstrap_interval(r)) for t, r in right.items()}

@@ -1,4 +1,4 @@
-"""Logits to an answer, chunk by chunk; knows nothing of prompts or adapters."""
+"""Generates an answer from logits, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from edgecompose.generation.sampler import greedy
 from edgecompose.generation.stopping import AnswerText
 
 Float = npt.NDArray[np.float32]
-#: Why an answer ended: the model or a stop string ended it, or it had as many tokens as it may.
+#: Why an answer ended: an end token or a stop string, or the largest number of tokens.
 Finish = Literal["stop", "length"]
 
 

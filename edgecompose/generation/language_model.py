@@ -1,4 +1,4 @@
-"""The base as a whole: a conversation to ids, ids to an answer under a blend; knows nothing of tasks or retrieval."""
+"""The base model with its tokenizer: encodes conversations, and generates answers under a blend."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class LanguageModel(LazyParts):
         return Encoded(ids, len(whole) - len(ids), "raw" if raw else "chat")
 
     def attach(self, merged: MergedAdapter, *, fuse: bool, timings: Timings) -> Blend:
-        """What meets the base: the blend, or a copy of the base's weights with it; a blend of nothing fuses nothing."""
+        """The blend to attach, or a copy of the base's weights with the blend fused in; an empty blend is attached."""
         if not fuse or not merged.modules:
             return merged
         with timings.stage("load"):
@@ -147,7 +147,7 @@ class LanguageModel(LazyParts):
         try:
             yield from timings.each(chunks, "decode")
         except Exception:
-            cached = False  # the cache of a sequence that failed may not be what its tokens say
+            cached = False  # the KV cache of a sequence that failed may not match its tokens
             raise
         finally:
             if cached:
@@ -165,7 +165,7 @@ class LanguageModel(LazyParts):
         return self.tokenizer.encode(self.tokenizer.chat([{"role": m.role, "content": m.content} for m in messages]))
 
     def _truncated(self, messages: Sequence[Message], ids: list[int], most: int, *, raw: bool) -> list[int]:
-        """The ids of a conversation with as few turns left out that `most` are left; more than that where none fits."""
+        """Ids of a conversation without the fewest oldest turns that leave at most `most`; more if none fits."""
         if len(ids) <= most:
             return ids
         shorter = without_oldest_turns(messages)

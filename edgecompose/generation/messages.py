@@ -1,4 +1,4 @@
-"""What was said so far: messages, which of them retrieval reads, and which go when the context is full."""
+"""Messages of a conversation: which of them retrieval reads, and which are dropped when the context is full."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from edgecompose.errors import GenerationError
 Role = Literal["system", "user", "assistant"]
 #: Which message of the user's retrieval reads: the last, so that a blend is chosen at each turn, or the first of all.
 RouteBy = Literal["last", "first"]
-#: What is done with a prompt that leaves no room in the context: an error, or its oldest part is left out.
+#: A prompt that exceeds the context is an error, or loses its oldest part.
 Overflow = Literal["refuse", "truncate"]
 
 
@@ -41,7 +41,7 @@ def conversation(prompt: Prompt) -> tuple[Message, ...]:
             only at the beginning.
 
     Raises:
-        GenerationError: nothing was said, a message is malformed, or stands where none may.
+        GenerationError: there is no message, or one is malformed or misplaced.
     """
     if isinstance(prompt, str):
         return (Message("user", prompt),)

@@ -1,4 +1,4 @@
-"""Sequences that ended, kept for prompts that begin as they did."""
+"""The prompt cache: complete sequences, reused by prompts with the same beginning."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class PromptCache:
     def take(self, composition: str, ids: Sequence[int]) -> DecoderState | None:
         """The sequence under the same blend that shares most tokens with `ids`, rewound to those; None where few.
 
-        At least the last of `ids` is left to be read, for its logits.
+        The last of `ids` is never reused, because its logits are needed.
 
         Args:
             composition: the content hash of the blend.
@@ -48,5 +48,5 @@ class PromptCache:
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two sequences begin with in common."""
+    """Number of tokens at the beginning of two sequences that are equal."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -1,4 +1,4 @@
-"""Draws the next token from logits; pure of models and text.
+"""Draws the next token from logits.
 
 The operations, their order and meaning are those of transformers: repetition penalty, temperature, top-k, top-p, min-p.
 """

@@ -1,4 +1,4 @@
-"""Likelihoods of given answers, from logits."""
+"""Scores choices by their likelihood."""
 
 from __future__ import annotations
 

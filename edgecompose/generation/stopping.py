@@ -1,4 +1,4 @@
-"""Text of an answer as its tokens come: what may be shown, and where a stop string ends it."""
+"""Turns the tokens of an answer into text, up to a stop string."""
 
 from __future__ import annotations
 

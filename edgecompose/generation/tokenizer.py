@@ -1,4 +1,4 @@
-"""Text to token ids and back; knows nothing of graphs or adapters."""
+"""Encodes text to token ids, and decodes them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ Message = dict[str, str]
 class Tokenizer:
     """A `tokenizer.json`, and the chat template beside it.
 
-    Text has three places, and each its own ids: a raw prompt gets what the tokenizer adds (`encode_prompt`), a prompt
-    that a chat template wrote has its special tokens already (`encode`), and what follows a prompt begins nothing
-    (`encode_continuation`).
+    There are three ways to encode: `encode_prompt` adds the first token to a raw prompt, `encode` adds nothing to a
+    prompt that a chat template rendered, and `encode_continuation` encodes text that follows a prompt.
     """
 
     def __init__(self, path: Path, *, chat_template: str | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The adapters of a bundle and the blends of them, each loaded or merged once; knows nothing of prompts."""
+"""Loads the adapters of a bundle and caches their blends."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Blends(LazyParts):
     def blend(
         self, weights: Mapping[str, float], settings: MergeSettings, timings: Timings | None = None
     ) -> MergedAdapter:
-        """The blend of adapters with weights, merged unless it is known.
+        """The blend of adapters with weights, from the cache or merged now.
 
         Raises:
             UnknownAdapter: the bundle has no adapter of that name.

@@ -1,4 +1,4 @@
-"""Rows of quantised factors, as the merge graphs read them; knows nothing of methods.
+"""Gathers rows of quantised factors for the merge graphs.
 
 The rows of a module's factor in several adapters are needed either stacked layer by layer (each layer's rows of the
 first adapter, then of the second, ...) or adapter by adapter. Two sources give them:

@@ -1,7 +1,7 @@
-"""Blends quantised adapters into the tensors that a decoder is bound to; knows nothing of prompts or files.
+"""Blends quantised adapters into the tensors that a decoder is bound to.
 
 The arithmetic runs in ONNX Runtime on the chosen device, from the quantised arrays, module by module, in few large
-operations. What does not depend on the weights is kept: sparse codes, and the small matrices of the exact methods.
+operations. Results that do not depend on weights are cached: sparse codes, and the small matrices of the exact methods.
 docs/concepts/merging.md says what each method computes and when to use it.
 """
 

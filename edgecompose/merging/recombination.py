@@ -1,7 +1,7 @@
 """Low-rank recombination: small matrices that turn the stacked rows of adapters into those of their blend.
 
-Gram matrices of the rows come from the device; the decompositions are numpy's. What the weights do not enter belongs to
-the set of adapters, and is kept.
+Gram matrices of the rows come from the device; the decompositions are numpy's. Results that do not depend on
+weights are cached for each set of adapters.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs the merge graphs on one device, each session opened once; knows nothing of adapters. Safe between threads."""
+"""Runs the merge graphs on one device, each session opened once. Safe between threads."""
 
 from __future__ import annotations
 

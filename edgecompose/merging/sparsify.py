@@ -1,4 +1,4 @@
-"""Sparsifies quantised factors, by magnitude or at random; knows nothing of weights or devices.
+"""Sparsifies quantised factors, by magnitude or at random.
 
 What is dropped does not depend on the prompt: a sparse factor is a quantised factor with more codes of 0. Both ways
 keep a share of the entries, the density:

@@ -1,4 +1,4 @@
-"""Prompts to unit vectors with the bundle's sentence encoder; knows nothing of tasks or indexes."""
+"""Embeds prompts as unit vectors with the bundle's sentence encoder."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Float = npt.NDArray[np.float32]
 
 
 class Embedder:
-    """A sentence encoder. One text at a time: int8 activations are scaled over a whole batch, so a text
-    embedded in company would not be the text embedded alone. It runs where `embedder_device` says.
+    """A sentence encoder. It embeds one text at a time: int8 activations are scaled over a whole batch, so the vector
+    of a text would depend on the other texts. It runs where `embedder_device` says.
     """
 
     def __init__(self, graph: Path, tokenizer: Path, spec: EmbedderSpec, device: Device) -> None:

@@ -1,4 +1,4 @@
-"""Nearest training examples of a vector in a USearch index; knows nothing of prompts or adapters."""
+"""Searches the nearest training examples of a vector in a USearch index."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A prompt to weights of adapters: embed, search, route; knows nothing of merging or text generation."""
+"""Turns a prompt into weights of adapters: embed, search, route."""
 
 from __future__ import annotations
 
@@ -149,5 +149,5 @@ class Retriever(LazyParts):
 
 
 def _key(text: str) -> str:
-    """The name of a text in a cache: no prompt is kept, however long."""
+    """The key of a text in a cache: its hash, so that no prompt is stored."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,4 +1,4 @@
-"""Neighbours to a distribution over tasks, and its nucleus; pure functions, knows nothing of files.
+"""Turns neighbours into a distribution over tasks and cuts it to its nucleus; pure functions.
 
 The rule is that of arXiv 2602.21222: w_t is proportional to the sum, over the neighbours of task t, of
 exp(-(1 - cos) / T); the smallest set of tasks whose shares reach p is kept and renormalised.

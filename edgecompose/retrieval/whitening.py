@@ -1,4 +1,4 @@
-"""The metric of an index: vectors in which what varies within a task counts little; knows nothing of prompts.
+"""The metric of an index: scales down directions in which the examples of a task vary.
 
 Within-class covariance normalisation (Hatch et al., 2006): with S the mean covariance of the vectors of one task
 around that task's mean, a vector x becomes (x - m) S^(-1/2). Distances between the results are Mahalanobis distances

@@ -1,4 +1,4 @@
-"""What a server lets in: names, origins, a key, and bounds; knows nothing of HTTP."""
+"""Settings of a server: host names, origins, key, and limits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHORTEST_KEY = 16
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
-    """What a server lets in.
+    """Settings of a server.
 
     `hosts` are names, without a port, that it may be called by; `origins` of pages beside its own that may call it;
     `key` is the bearer key, if any. At most `workers` answers are generated concurrently, `queue` more wait, and the

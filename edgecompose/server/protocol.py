@@ -1,6 +1,6 @@
-"""Calls in the form of the OpenAI API, parsed to frozen values; knows nothing of HTTP.
+"""Calls in the form of the OpenAI API, parsed to frozen values.
 
-What would change an answer and is not supported is refused by name; what would not (`user`, `metadata`) is ignored.
+Fields that would change an answer and are not supported are refused by name; others (`user`, `metadata`) are ignored.
 Beyond that API: `adapters` (name -> weight) composes by hand, every field of `settings.Sampling` may be set, and
 `edgecompose` holds retrieval and merge settings. Without temperature, top_p, top_k or min_p, decoding is greedy.
 """
@@ -137,7 +137,7 @@ def parse_call(kind: Kind, body: object, *, defaults: Defaults, max_tokens: int)
 
 
 def model_names(composer: Composer) -> list[str]:
-    """What `model` may be: `auto` retrieves, `base` takes no adapter, `task:NAME` those that serve a task."""
+    """The values of `model`: `auto` retrieves, `base` uses no adapter, `task:NAME` those that a task is mapped to."""
     return ["auto", "base", *(f"task:{name}" for name in composer.bundle.manifest.tasks)]
 
 

@@ -1,6 +1,6 @@
-"""Responses in the form of the OpenAI API, as JSON; knows nothing of HTTP.
+"""Responses in the form of the OpenAI API, as JSON.
 
-Every response tells in `edgecompose` how its answer came about.
+`edgecompose` in every response explains how its answer was computed.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def usage_chunk(call: ApiCall, name: str, answers: Sequence[Answer]) -> Json:
 
 
 def explanation(answer: Answer) -> Json:
-    """How an answer came about, without what the response says elsewhere."""
+    """How an answer was computed, without the fields that the response has elsewhere."""
     fields = answer_json(answer)
     return {key: value for key, value in fields.items() if key not in ("prompt", "answer", "finish")}
 

@@ -1,4 +1,4 @@
-"""The recipe of a bundle, a TOML file, as frozen values; knows nothing of what it names."""
+"""The recipe of a bundle, a TOML file, as frozen values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a decoder is, as its graph needs it; knows nothing of files."""
+"""The configuration of a decoder, as its graph needs it."""
 
 from __future__ import annotations
 
