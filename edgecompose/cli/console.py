@@ -1,4 +1,4 @@
-"""What both commands share at the terminal: errors as one line and an exit code, progress on stderr."""
+"""What both commands share: errors as one line and an exit code, and progress on stderr."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ErrorGroup(click.Group):
 
 
 def _one_line(text: str) -> str:
-    """Text in one line, without what a terminal would obey; names in damaged files hold anything."""
+    """Text in one line without control characters, because names in damaged files may hold any."""
     line = " ".join(text.split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 

@@ -1,4 +1,4 @@
-"""The commands that look and change nothing: `inspect`, `verify` and `doctor`."""
+"""The commands that only read: `inspect`, `verify` and `doctor`."""
 
 from __future__ import annotations
 

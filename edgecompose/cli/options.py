@@ -46,7 +46,7 @@ adapter_option = click.option(
     help="Compose by hand instead of by retrieval; repeatable.",
 )
 
-#: Options that had another name, or another meaning, until 0.1: they are refused with the new name for one release.
+#: Options that had another name or meaning until 0.1. For one release they are refused with the new name.
 _RENAMED = {
     "--top-n": "--neighbours",
     "--size-correction": "--class-size-exponent",
@@ -55,7 +55,7 @@ _RENAMED = {
     "--query": "--route-by",
     "--outcomes": "--answer-cache",
 }
-#: Names that are sampling's now, on commands that do not sample.
+#: Names of sampling options, for commands that do not sample.
 _MOVED = {"--temperature": "--routing-temperature", "--top-p": "--nucleus"}
 
 
@@ -141,7 +141,7 @@ def _option_type(name: str, hint: Any, item: Setting) -> click.ParamType[Any]:
 
 
 def open_composer(bundle: Path, device: str) -> Composer:
-    """The bundle on the device, with a word on stderr where that is not the one that could be hoped for."""
+    """The bundle on the device; a note on stderr says where auto fell back to the CPU."""
     composer = open_bundle(bundle, device=cast(DeviceRequest, device))
     if device == "auto" and composer.device.kind == "cpu" and has_cuda_provider():
         click.echo(f"edgecompose: {composer.device.reason}", err=True)
@@ -196,7 +196,7 @@ def _used(options: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:
 
 
 def _refuse(values: Mapping[str, Any], where: str) -> None:
-    """Refuse options that would be taken in silence and have no effect."""
+    """Refuse options that have no effect."""
     idle = [f"--{name.replace('_', '-')}" for name, value in values.items() if value not in (None, (), False)]
     if idle:
         raise click.UsageError(f"{', '.join(idle)} has no effect {where}; leave it out")
@@ -238,14 +238,14 @@ def _parse_choices(text: str | None) -> tuple[str, ...]:
 
 
 def read_prompt(prompt: str) -> str:
-    """A prompt as it is given, or standard input."""
+    """The prompt of the argument, or of standard input."""
     if prompt != _STANDARD_INPUT:
         return prompt
     return text_of(sys.stdin.buffer.read()).rstrip("\n")
 
 
 def text_of(content: bytes) -> str:
-    """What standard input says."""
+    """The text of standard input."""
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -253,11 +253,11 @@ def text_of(content: bytes) -> str:
 
 
 def print_lines(lines: list[str]) -> None:
-    """A result for people."""
+    """Print a result as text."""
     for line in lines:
         click.echo(line)
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """A result for programs, in one line."""
+    """Print a result as one line of JSON."""
     click.echo(json.dumps(value, ensure_ascii=False))

@@ -1,4 +1,4 @@
-"""Float factors of LoRA adapters by module and layer: what every reader gives, and what every writer takes."""
+"""Float factors of LoRA adapters by module and layer: the common form of all readers and writers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A blend written into the weights of its float base: a model that every program loads as it loads the base."""
+"""Writes a blend into the weights of its float base, as a model that every program can load."""
 
 from __future__ import annotations
 

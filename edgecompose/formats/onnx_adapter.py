@@ -1,4 +1,4 @@
-"""A blend as ONNX Runtime's own adapter file, for programs that run the decoder graph themselves."""
+"""Writes a blend as ONNX Runtime's adapter file, for programs that run the decoder graph themselves."""
 
 from __future__ import annotations
 

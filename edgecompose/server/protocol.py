@@ -23,7 +23,7 @@ from edgecompose.settings import MergeSettings, RetrievalSettings, Sampling, nam
 
 Kind = Literal["chat", "text"]
 
-#: Fields that a caller may leave at the value that changes nothing, and no other.
+#: Fields that are accepted only with a value that changes nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -64,7 +64,7 @@ class _StreamOptions:
 
 @dataclass(frozen=True, slots=True)
 class _Own:
-    """What `edgecompose` in a call may say beside retrieval and merge settings; null keeps what the endpoint does."""
+    """Fields of `edgecompose` in a call beside retrieval and merge settings; null keeps the endpoint's default."""
 
     exclude: tuple[str, ...] | None = None
     raw: bool | None = None
@@ -89,7 +89,7 @@ class _Fields:
 
 @dataclass(frozen=True, slots=True)
 class ApiCall:
-    """One parsed call: prompts, each to be answered as `request` says; `model` is the name that the caller used.
+    """One parsed call: prompts, each to be answered as `request` says; `model` is the name in the call.
 
     `usage` is whether a stream ends with the number of tokens.
     """
@@ -108,7 +108,7 @@ def parse_call(kind: Kind, body: object, *, defaults: Defaults, max_tokens: int)
     Args:
         body: the parsed JSON.
         defaults: the bundle's settings, some of which `edgecompose` may change.
-        max_tokens: the longest answer that a caller may have.
+        max_tokens: upper bound of `max_tokens` of a call.
 
     Raises:
         ApiError: a field is missing, malformed, or not supported.
@@ -155,7 +155,7 @@ def call_of(composer: Composer, kind: Kind, body: object, *, max_tokens: int) ->
     """A call to a composer: parsed, with the weights that its model stands for.
 
     Args:
-        max_tokens: the longest answer that a caller may have.
+        max_tokens: upper bound of `max_tokens` of a call.
 
     Raises:
         ApiError: a field is missing, malformed, or not supported.
@@ -219,7 +219,7 @@ def _texts(fields: Mapping[str, Any], name: str) -> tuple[str, ...]:
 
 
 def _sampling(values: Mapping[str, Any]) -> Sampling | None:
-    """How tokens are drawn; greedily where nothing but a seed or a penalty is said of it."""
+    """How tokens are drawn; greedily with only a seed or a penalty."""
     if set(values) <= {"seed", "repetition_penalty"}:
         penalty = _some(values, ("repetition_penalty",))
         return replace_from_json(Sampling(temperature=0), penalty, "request", ApiError) if penalty else None

@@ -44,7 +44,7 @@ class StdioServer:
         self._calls: dict[object, _Call] = {}
 
     def serve(self) -> None:
-        """Answer until the input ends or `shutdown` is called; what is being written then is ended."""
+        """Answer until the input ends or `shutdown` is called; answers in progress stop."""
         with ThreadPoolExecutor(1, "edgecompose-stdio") as thread:
             for line in self._lines:
                 if line.strip() and not self._take(line, thread):

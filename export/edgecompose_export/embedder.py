@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -26,7 +26,6 @@ from edgecompose_export.calibration.prompts import calibration_prompts
 from edgecompose_export.graphs.onnx_files import save_graph
 
 EmbedderPrecision = Literal["f32", "int8"]
-EMBEDDER_PRECISIONS: tuple[EmbedderPrecision, ...] = get_args(EmbedderPrecision)
 SPEC_FILE = "embedder.json"
 #: Tokens at each end of a prompt, where the question usually is.
 ENDS = 32

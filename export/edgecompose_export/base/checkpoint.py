@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 
@@ -23,7 +23,6 @@ from edgecompose_export.weights.places import Place, folder_places
 from edgecompose_export.weights.source import read_config
 
 DType = Literal["float32", "float16", "bfloat16"]
-DTYPES: tuple[DType, ...] = get_args(DType)
 _STORED = {"float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2)}
 #: Largest number of bytes in a file of weights; transformers splits at the same size.
 _LARGEST_SHARD = 5_000_000_000

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 from edgecompose_export.base.source import Base
 from edgecompose_export.weights.forms import EIGHT, FOUR, Form, source_form
@@ -10,7 +10,6 @@ from edgecompose_export.weights.places import EMBEDDING, HEAD, linear_tensors
 from edgecompose_export.weights.source import WeightSource, linear_weights
 
 Precision = Literal["source", "auto", "int8", "int4", "fp16", "fp32"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 #: Precisions with weights that a blend can be fused into.
 FLOAT_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
 #: Number of weights below which a folder gets 'auto' if the caller names no precision.

@@ -6,13 +6,12 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from edgecompose.generation.tokenizer import Tokenizer
 from edgecompose.retrieval.examples import Example
 
 PromptForm = Literal["chat", "raw", "both"]
-PROMPT_FORMS: tuple[PromptForm, ...] = get_args(PromptForm)
 
 
 @dataclass(frozen=True, slots=True)
