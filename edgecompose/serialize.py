@@ -228,8 +228,8 @@ def describe_manifest(manifest: Manifest) -> list[str]:
         "task                  examples  adapters",
     ]
     for name, task in shown["tasks"].items():
-        served = " + ".join(f"{weight:g} {adapter}" for adapter, weight in task["adapters"].items())
-        lines.append(f"{name:20}  {task['examples']:8}  {served or 'the base alone'}")
+        adapters = " + ".join(f"{weight:g} {adapter}" for adapter, weight in task["adapters"].items())
+        lines.append(f"{name:20}  {task['examples']:8}  {adapters or 'the base alone'}")
     lines.append("adapter               rank  bits     KB  error  base   with it  verdict (validation examples)")
     return lines + [_described_adapter(name, adapter) for name, adapter in shown["adapters"].items()]
 

@@ -271,3 +271,9 @@ def test_usearch_before_onnxruntime_is_refused_and_does_not_crash() -> None:
     finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert finished.returncode == 1
     assert "import onnxruntime (or edgecompose.composer) before usearch" in finished.stderr
+
+
+@pytest.mark.parametrize("name", [name for name in modules(RUNTIME) if name not in ("__init__", "__main__", *ROOMS)])
+def test_every_module_has_its_file_of_tests(name: str) -> None:
+    folder, _, module = name.rpartition(".")
+    assert list((ROOT / "tests" / folder.replace(".", "/")).glob(f"test_{module}*.py"))

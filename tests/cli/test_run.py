@@ -11,10 +11,9 @@ import pytest
 
 from edgecompose import Chat, Message, Request, Sampling, open_bundle
 from edgecompose.errors import GenerationError
-from edgecompose.merging.methods import METHODS
 from edgecompose.settings import RetrievalSettings
 from edgecompose.timing import STAGES
-from tests.cli.calls import PROMPT, RETRIEVAL_KEYS, call, fault_of, result_of, write_questions
+from tests.cli.calls import PROMPT, RETRIEVAL_KEYS, call, fault_of, result_of
 from tests.fixtures_tiny import TASKS
 
 
@@ -90,27 +89,6 @@ def test_a_blend_is_fused_on_request(bundle: Path, bundle_copy: Path) -> None:
     path.write_text(json.dumps(result), encoding="utf-8")
     assert "fusing needs a float base; this bundle's base is int8" in fault_of("run", bundle_copy, PROMPT, "--fuse")
     assert "can be fused" not in call("inspect", bundle_copy).stdout
-
-
-def test_a_raw_prompt_without_an_answer_is_sent_in_the_chat_template(bundle_copy: Path) -> None:
-    path = bundle_copy / "manifest.json"
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    manifest["defaults"]["prompt_form"] = "raw"
-    path.write_text(json.dumps(manifest), encoding="utf-8")
-    assert result_of("run", bundle_copy, PROMPT)["prompt_form"] == "raw"
-    chat = result_of("run", bundle_copy, PROMPT, "--chat")
-    with open_bundle(bundle_copy, device="cpu") as composer:
-        ids = composer.model.tokenizer.encode(PROMPT)
-        decoding = composer.model.decoder.start(composer.compose(PROMPT).merged, len(ids))
-        manifest["base"]["end_tokens"].append(int(decoding.forward(ids)[0].argmax()))
-    path.write_text(json.dumps(manifest), encoding="utf-8")
-    result = result_of("run", bundle_copy, PROMPT)
-    assert (result["prompt_form"], chat["prompt_form"]) == ("chat", "chat")
-    assert result["answer"] and chat["answer"].startswith(result["answer"])
-    assert result["tokens"]["prompt"] == chat["tokens"]["prompt"]
-    raw = result_of("run", bundle_copy, PROMPT, "--raw")
-    assert (raw["answer"], raw["prompt_form"], raw["tokens"]["generated"]) == ("", "raw", 0)
-    assert "in the chat template" in call("run", bundle_copy, PROMPT, "--explain").stderr
 
 
 def test_standard_input_is_read(bundle: Path) -> None:
@@ -197,58 +175,6 @@ def test_a_chat_survives_an_answer_that_was_ended(bundle: Path) -> None:
 
 def roles(talk: Chat) -> list[str]:
     return [message.role for message in talk.messages]
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_can_be_chosen(bundle: Path, method: str) -> None:
-    row = METHODS[method]
-    values = {"density": 0.9, "majority_sign": "frequency", "dare_seed": 3, "rank": 2, "energy": 0.9}
-    options = {name: (f"--{name.replace('_', '-')}", value) for name, value in values.items()}
-    read = [word for name in row.parameters for word in options[name]]
-    settings = ("--adapter", "animals=1", "--method", method)
-    assert result_of("run", bundle, PROMPT, *settings, *read)["method"] == method
-    for name in values.keys() - set(row.parameters):
-        done = call("run", bundle, PROMPT, *settings, *options[name])
-        assert done.exit_code == 2 and f"{name} has no effect on method {method}" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("command", "options", "words"),
-    [
-        ("run", ("--adapter", "animals=1", "--neighbours", 3), "--neighbours has no effect beside --adapter"),
-        ("run", ("--adapter", "animals=1", "--exclude", "numbers"), "--exclude has no effect beside --adapter"),
-        ("run", ("--temperature", 0, "--top-p", 0.5), "--top-p has no effect at --temperature 0"),
-        ("run", ("--temperature", 0, "--seed", 5), "--seed has no effect at --temperature 0"),
-        ("run", ("--choices", "a,b", "--temperature", 1), "--temperature has no effect beside --choices"),
-        ("run", ("--choices", "a,b", "--max-tokens", 3), "--max-tokens has no effect beside --choices"),
-        ("run", ("--choices", "a,b", "--stop", "x"), "--stop has no effect beside --choices"),
-        ("run", ("--rank", 3), "rank has no effect on method product"),
-        ("eval", ("--methods", "ties", "--energy", 0.5), "energy has no effect on method"),
-        ("run", ("--top-n", 3), "--top-n is called --neighbours now"),
-        ("run", ("--sample-top-p", 0.5), "--sample-top-p is called --top-p now"),
-        ("retrieve", ("--temperature", 0.1), "--temperature is called --routing-temperature now"),
-        ("retrieve", ("--top-p", 0.9), "--top-p is called --nucleus now"),
-        ("compose", ("-o", "x", "--size-correction", 0.9), "--size-correction is called --class-size-exponent now"),
-        ("chat", ("--query", "first"), "--query is called --route-by now"),
-    ],
-)
-def test_an_option_without_effect_or_of_an_old_name_is_refused(
-    bundle: Path, tmp_path: Path, command: str, options: tuple[object, ...], words: str
-) -> None:
-    arguments: dict[str, tuple[object, ...]] = {"chat": (), "eval": (write_questions(tmp_path / "questions.jsonl"),)}
-    done = call(command, bundle, *arguments.get(command, (PROMPT,)), *options)
-    assert (done.exit_code, done.stdout) == (2, "")
-    assert words in " ".join(done.stderr.split())
-
-
-def test_any_option_of_sampling_draws(bundle: Path) -> None:
-    greedy = result_of("run", bundle, PROMPT, "--max-tokens", 12)["answer"]
-    for options in (("--seed", 1), ("--temperature", 3), ("--top-k", 50), ("--top-p", 0.99), ("--min-p", 0.001)):
-        drawn = {
-            result_of("run", bundle, PROMPT, "--max-tokens", 12, *options, "--seed", seed)["answer"]
-            for seed in range(4)
-        }
-        assert drawn != {greedy}, options
 
 
 def test_retrieve_shows_the_tasks(bundle: Path) -> None:

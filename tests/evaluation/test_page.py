@@ -5,63 +5,20 @@ from __future__ import annotations
 import base64
 import json
 import re
-import sys
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from edgecompose.errors import EvaluationError
-from edgecompose.evaluation.charts import colours, draw_charts, require_matplotlib
-from edgecompose.evaluation.examples import EvalExample
 from edgecompose.evaluation.page import shortened, write_report
-from edgecompose.evaluation.results import Evaluation, Result
-from edgecompose.evaluation.table import describe_evaluation, evaluation_json, signed
-from edgecompose.timing import STAGES
+from edgecompose.evaluation.results import Evaluation
+from tests.evaluation.reports import HOSTILE, answered, example_evaluation, result_of
 
 pytestmark = pytest.mark.slow
 
-HOSTILE = "</pre><script>alert('x')</script>\"'&{{ 7001 * 7001 }}$x_1$<img src=http://example.org/a.png>"
 CHARTS = ("accuracy", "weights", "confusion", "reliability")
 _VOID = {"meta", "img", "br", "link", "input", "hr"}
-
-
-def answered(task: str, number: int, right: bool, kind: str, prompt: str = "p") -> Result:
-    example = EvalExample(task, f"{prompt} {number}", "yes", ("yes", "no"))
-    weights = {"base": {}, "own": {task: 1.0}}.get(kind, {task: 0.75, "other": 0.25})
-    routed = kind not in ("base", "own")
-    return Result(
-        example,
-        right,
-        "yes" if right else "no",
-        weights,
-        task if routed else None,
-        0.75 if routed else None,
-        0.5 if routed else None,
-        True,
-        dict.fromkeys(STAGES, 1.5),
-    )
-
-
-def example_evaluation(names: tuple[str, ...] = ("base", "own", "retrieved"), prompt: str = "p") -> Evaluation:
-    def rows(name: str) -> tuple[Result, ...]:
-        tasks = ("film", "quiz") if name == "own" else ("film", "quiz", HOSTILE)
-        return tuple(answered(t, i, (i + len(name)) % 3 > 0, name, prompt) for t in tasks for i in range(6))
-
-    return Evaluation(names[-1], {name: rows(name) for name in names})
-
-
-def result_of(evaluation: Evaluation) -> dict[str, Any]:
-    settings: dict[str, Any] = {
-        "bundle": HOSTILE,
-        "limit": None,
-        "raw": False,
-        "exclude": [],
-        "variants": {"base": {"kind": "base"}},
-    }
-    return evaluation_json(evaluation.summary(), settings)
 
 
 class Page(HTMLParser):
@@ -166,52 +123,13 @@ def test_figures_are_in_the_page(folder: Path) -> None:
     assert "Not every variant has every task" in text
 
 
-def test_only_what_there_is_is_drawn() -> None:
-    charts = {names: draw_charts(example_evaluation(names).summary()) for names in (("base",), ("base", "own"))}
-    assert [chart.name for chart in charts["base",]] == ["accuracy"]
-    assert [chart.name for chart in charts["base", "own"]] == ["accuracy", "weights"]
-    svgs = [draw_charts(example_evaluation(("base",)).summary())[0].svg for _ in range(2)]
-    assert svgs[0] == svgs[1]
-
-
 def test_a_page_without_misses_says_so(tmp_path: Path) -> None:
     evaluation = Evaluation("base", {"base": (answered("film", 0, True, "base"),)})
     write_report(evaluation, evaluation.summary(), result_of(evaluation), tmp_path)
     assert "None." in Page((tmp_path / "index.html").read_text(encoding="utf-8")).text
 
 
-def test_negative_and_large_weights_are_drawn() -> None:
-    one = answered("film", 0, True, "retrieved")
-    weights = [{"film": 1.7, "quiz": -0.4}, {}]
-    rows = tuple(Result(one.example, True, "yes", weight, "film", 1.0, 0.9, True, one.timings_ms) for weight in weights)
-    charts = {chart.name: chart for chart in draw_charts(Evaluation("retrieved", {"retrieved": rows}).summary())}
-    assert ">-20<" in charts["weights"].svg
-    assert ">85<" in charts["weights"].svg
-
-
-def test_variants_have_distinct_colours() -> None:
-    result = colours(example_evaluation(tuple(map(str, range(8))) + ("base", "retrieved")).summary())
-    assert len(set(result.values())) == 10
-
-
-def test_a_missing_matplotlib_is_an_error_that_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(EvaluationError, match=r"pip install 'edgecompose\[report\]'"):
-        require_matplotlib()
-
-
 def test_long_texts_lose_their_middle() -> None:
     assert shortened("x" * 600) == "x" * 600
     assert shortened("a" * 1000 + "b" * 1000) == f"{'a' * 400} [...] {'b' * 200}"
     assert shortened("a" * 1000, 3, 0) == "aaa [...]"
-
-
-def test_the_table_has_tasks_by_variants_and_the_mean_last() -> None:
-    lines = describe_evaluation(result_of(example_evaluation()))
-    assert lines[0].split() == ["task", "n", "base", "own", "retrieved"]
-    quiz = next(line for line in lines if line.startswith("quiz "))
-    assert quiz.split() == ["quiz", "6", "66.7", "66.7", "66.7"]
-    assert next(line for line in lines if line.startswith(HOSTILE)).split()[-2] == "-"
-    assert [line.split()[0] for line in lines[4:7]] == ["mean", "95", "tasks"]
-    assert lines[-1] == "retrieved less own: +0.0 points (+0.0 to +0.0) over 2 tasks"
-    assert (signed(-0.0), signed(0.1234), signed(-0.5)) == ("+0.0", "+12.3", "-50.0")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from edgecompose.bundle.quantization import dequantize
 from edgecompose.engine.decoder import Decoder
 from edgecompose.engine.device import choose_device
 from edgecompose.engine.merged import MergedAdapter
-from edgecompose.errors import GenerationError, PromptTooLong
 from edgecompose.formats.architectures import PACKED
 from edgecompose.merging.merger import Merger
 from edgecompose.settings import MergeSettings
@@ -199,44 +197,6 @@ def test_a_quantised_base_takes_adapters(zoo: TinyZoo, precision: str, merger: M
     effect = logits_of(open_decoder(exact), IDS, merged) - logits_of(open_decoder(exact))
     result = logits_of(open_decoder(near), IDS, merged) - logits_of(open_decoder(near))
     assert np.corrcoef(effect.ravel(), result.ravel())[0, 1] > 0.85
-
-
-def test_a_sequence_takes_the_cache_of_one_before_it_under_the_same_blend(zoo: TinyZoo) -> None:
-    exported = zoo.base("llama", "fp32")
-    decoder = Decoder(exported.folder / exported.spec.graph, exported.spec, choose_device("cpu"))
-    alone, other = MergedAdapter({}, "alone"), MergedAdapter({}, "other")
-    first = decoder.start(alone, 20)
-    logits = [first.forward([5, 6, 7]).copy(), first.forward([8]).copy()]
-    cache = first._cache
-    second = decoder.start(alone, 20)
-    assert second._cache is not cache  # the first is taken
-    del first
-    gc.collect()
-    assert decoder.start(other, 20)._cache is not cache
-    again = decoder.start(alone, 30)
-    assert again._cache is cache
-    np.testing.assert_array_equal(again.forward([5, 6, 7]), logits[0])
-    np.testing.assert_array_equal(again.forward([8]), logits[1])
-    with pytest.raises(GenerationError, match="of 30 tokens"):
-        again.forward([1] * 27)
-
-
-def test_a_cache_that_grows_holds_what_one_made_large_holds(zoo: TinyZoo) -> None:
-    exported = zoo.base("llama", "fp32")
-    decoder = Decoder(exported.folder / exported.spec.graph, exported.spec, choose_device("cpu"))
-    wide = decoder.start(NO_ADAPTER, 200)
-    narrow = decoder.start(NO_ADAPTER, 200, reserve=5)
-    assert narrow._cache.capacity < 70 and wide._cache.capacity >= 200
-    steps = [[5, 6, 7], *([token] for token in range(60)), [9] * 40, *([token] for token in range(40))]
-    for ids in steps:
-        np.testing.assert_array_equal(narrow.forward(ids), wide.forward(ids))
-    assert narrow.tokens == wide.tokens and narrow._cache.capacity >= narrow.length == 143
-    with pytest.raises(GenerationError, match="of 200 tokens"):
-        narrow.forward([1] * 58)
-    narrow.extend(210)
-    narrow.forward([1] * 58)
-    with pytest.raises(PromptTooLong, match="has a context of"):
-        narrow.extend(exported.spec.context + 1)
 
 
 @pytest.mark.parametrize("remaining", [1, 3, 4, 5, 9, 18])

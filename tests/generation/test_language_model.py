@@ -8,16 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="exports need the packages of edgecompose-export")
 
-from edgecompose import Answer, Chat, Composer, MergeSettings, Message, Request, Sampling, open_bundle
+from edgecompose import Composer, Message, Request, Sampling, open_bundle
 from edgecompose.engine.decoder_state import DecoderState
 from edgecompose.errors import GenerationError, PromptTooLong
-
-PROMPTS = ["the cat sat on a mat", "two and two is four", "grass grows green", "a dog barks at night and sleeps by day"]
+from tests.generation.models import PROMPTS
 
 
 @pytest.fixture(scope="module")
@@ -52,19 +50,6 @@ def test_chunks_are_the_answer(opened: Composer) -> None:
     assert len(chunks) > 1 and all(chunks)
     assert (answer.finish, answer.generated_tokens, answer.dropped_tokens) == ("length", 20, 0)
     assert generation.answer.timings_ms["total"] >= generation.answer.timings_ms["decode"] > 0
-
-
-def test_an_answer_may_be_left_at_any_token(opened: Composer, read: list[int]) -> None:
-    expected = opened.run(PROMPTS[1], Request(max_tokens=20)).text
-    read.clear()
-    with opened.generate(PROMPTS[1], Request(max_tokens=20)) as generation:
-        next(generation)
-    passes = len(read)
-    assert passes < 20
-    assert list(generation) == [] and len(read) == passes  # closed: nothing more is computed
-    with pytest.raises(GenerationError, match="not complete"):
-        _ = generation.answer
-    assert opened.run(PROMPTS[1], Request(max_tokens=20)).text == expected
 
 
 def test_a_stop_string_ends_the_answer(opened: Composer) -> None:
@@ -178,94 +163,3 @@ def test_scores_of_choices(opened: Composer) -> None:
     assert scores == opened.run(PROMPTS[0], Request(choices=("yes", "no"))).choices
     with pytest.raises(GenerationError, match="no choice"):
         opened.score(PROMPTS[0], [])
-
-
-def test_a_batch_gives_each_prompt_what_it_gets_alone(opened: Composer) -> None:
-    weights = [{"animals": 1.0}, {"numbers": 0.5, "animals": -0.5}, {}, None]
-    choices = ("a cat", "two", "green grass")
-    requests = [Request(weights=w, max_tokens=12) for w in weights] + [
-        Request(weights=w, choices=choices) for w in weights
-    ]
-    prompts = [*PROMPTS, *PROMPTS]
-    alone = [opened.run(prompt, request) for prompt, request in zip(prompts, requests, strict=True)]
-    for parallel in (1, 3, 8, None):
-        result = list(opened.batch(prompts, requests, parallel=parallel))
-        for one, other in zip(result, alone, strict=True):
-            assert isinstance(one, Answer)
-            assert (one.text, one.choices, one.composition) == (other.text, other.choices, other.composition)
-    assert len({answer.composition for answer in alone}) >= 3
-    (same,) = {tuple(a.text for a in opened.batch(PROMPTS) if isinstance(a, Answer)) for _ in range(2)}
-    assert len(same) == len(PROMPTS)
-
-
-def test_a_prompt_of_a_batch_that_fails_leaves_the_others_alone(opened: Composer) -> None:
-    context = opened.bundle.manifest.base.context
-    long = " ".join(["the cat"] * context)
-    request = Request(weights={}, max_tokens=5)
-    first, second, third = opened.batch([PROMPTS[0], long, PROMPTS[1]], request)
-    assert isinstance(second, PromptTooLong)
-    assert isinstance(first, Answer) and first.text == opened.run(PROMPTS[0], request).text
-    assert isinstance(third, Answer) and third.text == opened.run(PROMPTS[1], request).text
-    with pytest.raises(GenerationError, match="2 prompts and 1 requests"):
-        opened.batch(PROMPTS[:2], [request])
-    with pytest.raises(GenerationError, match="parallel is 0"):
-        opened.batch(PROMPTS[:2], request, parallel=0)
-    assert list(opened.batch([])) == []
-
-
-def test_a_batch_that_is_left_ends_its_answers(opened: Composer, read: list[int]) -> None:
-    answers = opened.batch([PROMPTS[0]] * 50, Request(weights={}, max_tokens=20), parallel=2)
-    next(answers)
-    answers.close()
-    passes = len(read)
-    assert passes < 50 * 20
-    assert list(answers) == [] and len(read) == passes
-
-
-class Interrupted:
-    """A session that Ctrl-C stops before it has computed anything."""
-
-    def run_with_iobinding(self, binding: object) -> None:
-        raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("interrupted", [2, 6])
-def test_ctrl_c_inside_a_pass_leaves_a_cache_that_agrees_with_its_tokens(
-    opened: Composer, monkeypatch: pytest.MonkeyPatch, interrupted: int
-) -> None:
-    session, run, passes = opened.model.decoder._session, DecoderState._pass, itertools.count(1)
-    opened.model._prompts.clear()
-
-    def interrupting(self: DecoderState, ids: Sequence[int], rows: int) -> Any:
-        self._session = Interrupted() if next(passes) == interrupted else session
-        return run(self, ids, rows)
-
-    chat = Chat(opened, Request(weights={"animals": 1.0}, max_tokens=12))
-    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
-        context.setattr(DecoderState, "_pass", interrupting)
-        chat.say(" ".join(PROMPTS))
-    (cached,) = opened.model._prompts._states
-    cached._session = session
-    fresh = opened.model.decoder.start(opened.compose(PROMPTS[0], Request(weights={"animals": 1.0})).merged, 200)
-    tokens = list(cached.tokens)
-    np.testing.assert_allclose(cached.forward([7]), fresh.forward([*tokens, 7]), atol=1e-4)
-
-
-def test_a_negative_token_id_is_named(opened: Composer) -> None:
-    decoding = opened.model.decoder.start(opened.compose(PROMPTS[0]).merged, 8)
-    with pytest.raises(GenerationError, match=r"token id -3 is outside"):
-        decoding.forward([1, -3, 2])
-    with pytest.raises(GenerationError, match=r"token id 300 is outside"):
-        decoding.forward([1, 300, 2])
-
-
-def test_one_adapter_is_one_blend_under_every_method_that_leaves_it_alone(opened: Composer) -> None:
-    def composed(method: str, names: tuple[str, ...]) -> tuple[str, int]:
-        weights = dict.fromkeys(names, 0.5)
-        composition = opened.compose(PROMPTS[0], Request(weights=weights, merge=MergeSettings(method)))
-        return composition.merged.digest, id(composition.merged)
-
-    for methods in (("linear", "ties", "magnitude_prune", "dare_ties", "dare_linear"), ("product", "cat", "core_ties")):
-        assert len({composed(method, ("animals",)) for method in methods}) == 1
-        assert len({composed(method, ("animals", "colours")) for method in methods}) >= 2
-    assert len({composed(method, ()) for method in ("linear", "ties", "svd", "product")}) == 1

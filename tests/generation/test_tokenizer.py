@@ -12,13 +12,15 @@ from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from edgecompose.bundle.files import Bundle
 from edgecompose.engine.device import choose_device
-from edgecompose.errors import BundleError, GenerationError
+from edgecompose.errors import GenerationError
 from edgecompose.generation.language_model import LanguageModel
 from edgecompose.generation.messages import Message
 from edgecompose.generation.tokenizer import Tokenizer
 from edgecompose.retrieval.examples import Example
 from edgecompose_export.training.batches import encode_example
 from tests.factories import TEXT, write_tokenizer
+
+HELLO = [{"role": "user", "content": "hello {{ 1 + 1 }}"}]
 
 CHATML = """{% for message in messages %}
 <|{{ message['role'] }}|>
@@ -28,7 +30,6 @@ CHATML = """{% for message in messages %}
 <|assistant|>
 {% endif %}
 """
-HELLO = [{"role": "user", "content": "hello {{ 1 + 1 }}"}]
 
 
 @pytest.fixture(scope="module")
@@ -218,22 +219,3 @@ def test_a_template_that_fails_on_the_messages_is_a_generation_error(path: Path,
     tokenizer = Tokenizer(path, chat_template=template)
     with pytest.raises(GenerationError, match="chat template"):
         tokenizer.chat(HELLO)
-
-
-@pytest.mark.parametrize("template", ["{% if %}", "{{ messages", "{% for m in messages %}", "{{ " + "(" * 3000 + " }}"])
-def test_a_malformed_template_is_a_bundle_error(path: Path, template: str) -> None:
-    with pytest.raises(BundleError, match="chat template"):
-        Tokenizer(path, chat_template=template).chat(HELLO)
-
-
-@pytest.mark.parametrize("content", [b"", b"{}", b"[1, 2", b"\xff\xfe", b'{"model": {"type": "BPE"}}'])
-def test_a_malformed_tokenizer_is_a_bundle_error(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "tokenizer.json"
-    path.write_bytes(content)
-    with pytest.raises(BundleError, match=r"tokenizer\.json' cannot be read"):
-        Tokenizer(path)
-
-
-def test_an_absent_tokenizer_is_a_bundle_error(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"absent\.json' cannot be read"):
-        Tokenizer(tmp_path / "absent.json")

@@ -7,9 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgecompose.errors import BundleError
 from edgecompose.retrieval.embedder import head_and_tail, normalize
-from edgecompose.retrieval.pooling import POOLINGS, pool, pooling_of
 
 
 @given(st.integers(0, 60), st.integers(1, 30))
@@ -26,25 +24,6 @@ def test_a_long_sequence_keeps_both_ends_and_exactly_the_limit(length: int, limi
 )
 def test_an_odd_limit_gives_the_tail_one_more(limit: int, remaining: list[int]) -> None:
     assert head_and_tail(list(range(20)), limit) == remaining
-
-
-def test_pooling() -> None:
-    hidden = np.array([[1, 2], [3, 6], [5, 1]], np.float32)
-    assert np.array_equal(pool(hidden, POOLINGS["mean"]), [[3, 3]])
-    assert np.array_equal(pool(hidden, POOLINGS["cls"]), [[1, 2]])
-    assert np.array_equal(pool(hidden, POOLINGS["max"]), [[5, 6]])
-    assert pool(hidden, POOLINGS["mean"])[0].dtype == np.float32
-
-
-def test_a_pooling_that_is_not_in_the_table_is_refused() -> None:
-    with pytest.raises(BundleError, match=f"pools by 'median', expected one of {', '.join(POOLINGS)}"):
-        pooling_of("median")
-
-
-@pytest.mark.parametrize(("ends", "first", "last"), [(1, [1, 2], [5, 1]), (2, [2, 4], [4, 3.5]), (9, [3, 3], [3, 3])])
-def test_both_ends_are_pooled_once_more(ends: int, first: list[float], last: list[float]) -> None:
-    hidden = np.array([[1, 2], [3, 6], [5, 1]], np.float32)
-    assert np.array_equal(pool(hidden, POOLINGS["mean"], ends), np.array([[3, 3], first, last]))
 
 
 @pytest.mark.parametrize("length", [1e-6, 1.0, 1e6])

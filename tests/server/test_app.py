@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
 import socket
 import threading
@@ -13,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import openai
 import pytest
 
@@ -22,7 +19,6 @@ pytest.importorskip("torch", reason="exports need the packages of edgecompose-ex
 
 from edgecompose import Request
 from edgecompose.engine.decoder_state import DecoderState
-from edgecompose.retrieval.embedder import Embedder
 from tests.fixtures_tiny import TASKS
 from tests.server.served import PROMPT, SETTINGS, TALK, Served, serving
 
@@ -75,19 +71,6 @@ def test_completions_through_the_official_client(served: Served) -> None:
     assert texts == alone
 
 
-def test_embeddings_through_the_official_client(served: Served) -> None:
-    result = served.client().embeddings.create(model="any", input=[PROMPT, "hello"])
-    for one, text in zip(result.data, (PROMPT, "hello"), strict=True):
-        np.testing.assert_array_equal(
-            np.asarray(one.embedding, np.float32), served.composer.retriever.embedder.embed(text)
-        )
-    assert result.usage.prompt_tokens == sum(
-        len(served.composer.retriever.embedder.tokens(text)) for text in (PROMPT, "hello")
-    )
-    plain = served.client().embeddings.create(model="any", input=PROMPT, encoding_format="float")
-    assert plain.data[0].embedding == pytest.approx(result.data[0].embedding)
-
-
 def test_models_through_the_official_client(served: Served) -> None:
     client = served.client()
     assert [model.id for model in client.models.list()] == ["auto", "base", *(f"task:{name}" for name in sorted(TASKS))]
@@ -108,13 +91,6 @@ def test_a_model_decides_the_blend(served: Served) -> None:
     assert "animals" not in messages(edgecompose={"exclude": ["animals"]})
     both = served.post("/v1/chat/completions", {"messages": TALK, "model": "base", "adapters": {"animals": 1}})
     assert both.status_code == 400 and "exclude each other" in both.json()["error"]["message"]
-
-
-def test_the_blend_alone(served: Served) -> None:
-    result = served.post("/v1/compose", {"messages": TALK}).json()
-    composition = served.composer.compose(PROMPT)
-    assert result["composition"] == composition.merged.digest
-    assert result["weights"] == dict(composition.retrieval.weights) and result["prompt"] == PROMPT
 
 
 def test_choices_are_scored(served: Served) -> None:
@@ -211,44 +187,9 @@ def test_callers_at_once_get_what_one_gets(bundle: Path) -> None:
         assert [result[index] for index in range(len(prompts))] == alone
 
 
-def test_what_is_counted(bundle: Path) -> None:
-    with serving(bundle, SETTINGS) as served:
-        answer = served.post("/v1/chat/completions", {"messages": TALK, "max_tokens": 3}).json()
-        served.get("/nowhere/at/all")
-        text = served.get("/metrics").text
-        assert 'edgecompose_requests_total{path="/v1/chat/completions",status="200"} 1.0' in text
-        assert 'edgecompose_requests_total{path="other",status="404"} 1.0' in text
-        assert f'edgecompose_tokens_total{{kind="prompt"}} {answer["usage"]["prompt_tokens"]}.0' in text
-        assert 'edgecompose_tokens_total{kind="generated"} 3.0' in text
-        assert served.get("/health").json() == {"status": "ok", "bundle": "tiny", "device": "cpu"}
-
-
 def test_the_page_asks_nothing_of_anyone_else(served: Served) -> None:
     for path, kind in (("/", "text/html"), ("/chat.js", "text/javascript"), ("/chat.css", "text/css")):
         result = served.get(path)
         assert result.status_code == 200 and result.headers["content-type"].startswith(kind)
         assert "default-src 'none'" in result.headers["content-security-policy"]
         assert "://" not in result.text
-
-
-def test_embeddings_are_tokenised_away_from_the_event_loop_and_the_encoder_is_opened_under_its_lock(
-    served: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    opened, tokenised = [], []
-    init, tokens = Embedder.__init__, Embedder.tokens
-
-    def opening(self: Embedder, *arguments: Any) -> None:
-        opened.append(served.composer.retriever._loading._is_owned())  # type: ignore[attr-defined]
-        init(self, *arguments)
-
-    def tokenising(self: Embedder, text: str) -> list[int]:
-        with contextlib.suppress(RuntimeError):
-            tokenised.append(asyncio.get_running_loop())
-        return tokens(self, text)
-
-    monkeypatch.setattr(Embedder, "__init__", opening)
-    monkeypatch.setattr(Embedder, "tokens", tokenising)
-    served.composer.release_embedder()
-    answer = served.post("/v1/embeddings", {"model": "any", "input": ["a cat", "two dogs bark"]})
-    assert answer.status_code == 200 and len(answer.json()["data"]) == 2
-    assert (opened, tokenised) == ([True], [])

@@ -1,0 +1,79 @@
+"""JSON files, and parsed JSON as frozen dataclasses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from edgecompose.bundle.records import read_json, replace_from_json, value_from_json
+from edgecompose.errors import ApiError, ExportError, ManifestInvalid
+
+
+@dataclass(frozen=True)
+class Inner:
+    size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.size < 0:
+            raise ManifestInvalid(f"size is {self.size}; expected 0 or more")
+
+
+@dataclass(frozen=True)
+class Outer:
+    name: str
+    kind: Literal["a", "b"] = "a"
+    share: float | None = None
+    inner: Inner = Inner()
+    many: tuple[Inner, ...] = ()
+    table: dict[str, int] = field(default_factory=dict)
+    free: Any = None
+
+
+def test_a_value_has_the_types_of_its_fields() -> None:
+    value = {"name": "x", "kind": "b", "share": 1, "many": [{"size": 2}], "table": {"k": 3}, "free": [None]}
+    assert value_from_json(Outer, value, "it") == Outer("x", "b", 1.0, Inner(), (Inner(2),), {"k": 3}, [None])
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([], "it is [], expected an object"),
+        ({}, "it lacks fields: name"),
+        ({"name": "x", "colour": 1}, "it has unknown fields: colour"),
+        ({"name": 3}, "it.name is 3; expected str"),
+        ({"name": "x", "kind": "c"}, "it.kind is 'c'; expected one of 'a', 'b'"),
+        ({"name": "x", "share": True}, "it.share is True; expected float"),
+        ({"name": "x", "share": 10**400}, "it.share is an integer beyond float range"),
+        ({"name": "x", "inner": {"size": True}}, "it.inner.size is True; expected int"),
+        ({"name": "x", "inner": {"size": -1}}, "it.inner: size is -1"),
+        ({"name": "x", "many": [{}, {"size": "1"}]}, "it.many[1].size is '1'; expected int"),
+        ({"name": "x", "table": {"k": None}}, "it.table.k is None; expected int"),
+    ],
+)
+def test_a_wrong_value_is_named_by_its_place(value: Any, message: str) -> None:
+    with pytest.raises(ApiError) as raised:
+        value_from_json(Outer, value, "it", ApiError)
+    assert message.replace("[], expected", "[]; expected") in str(raised.value)
+
+
+def test_some_fields_are_replaced() -> None:
+    assert replace_from_json(Outer("x"), {"kind": "b"}, "it") == Outer("x", "b")
+    with pytest.raises(ManifestInvalid, match="it has unknown fields: colour"):
+        replace_from_json(Outer("x"), {"colour": 1}, "it")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "is missing; make it"), (b"{", "cannot be read as JSON: .*; make it"), (b"\xff", "cannot be read as JSON")],
+)
+def test_a_file_that_is_no_json_is_named(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ExportError, match=rf"a\.json' {message}"):
+        read_json(path, ExportError, "make it")
+    with pytest.raises(ExportError, match=f"the list {message}"):
+        read_json(path, ExportError, "make it", place="the list")
