@@ -5,7 +5,6 @@ Telemetry of ONNX Runtime is switched off here, before the import (its Linux whe
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -190,11 +189,13 @@ def usable_cores() -> int:
 
 def installed_packages() -> dict[str, str]:
     """Version of every ONNX Runtime distribution that is installed (two of them is a fault)."""
+    from importlib import metadata  # it takes 10 ms, and only the doctor needs it
+
     versions = {}
     for package in _PACKAGES:
         try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
             continue
     return versions
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib import resources
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,6 +15,7 @@ from edgecompose.engine.device import Device, OrtValue, Session, View, bind, ope
 
 T = TypeVar("T")
 U = TypeVar("U")
+_GRAPHS = Path(__file__).with_name("graphs")
 
 
 class GraphRunner:
@@ -54,6 +55,6 @@ class GraphRunner:
         return [function(item) for item in items] if self._threads is None else list(self._threads.map(function, items))
 
     def _open(self, graph: str) -> Session:
-        content = (resources.files("edgecompose.merging") / "graphs" / f"{graph}.onnx").read_bytes()
+        content = (_GRAPHS / f"{graph}.onnx").read_bytes()
         threads = 1 if self.device.kind == "cpu" else None
         return open_session(content, self.device, name=f"merge {graph}", threads=threads)
