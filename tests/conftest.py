@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,15 @@ from edgecompose.merging.merger import Merger
 pytest_plugins = ("tests.fixtures_tiny",)
 settings.register_profile("edgecompose", deadline=None, max_examples=40, database=None, derandomize=True)
 settings.load_profile("edgecompose")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave slow modules out before they are imported, where `-m "not slow"` deselects all that is in them."""
+    if config.option.markexpr != "not slow" or collection_path.suffix != ".py":
+        return None
+    text = collection_path.read_text(encoding="utf-8")
+    is_slow = re.search(r"^pytestmark = [^=]*pytest\.mark\.slow", text, re.MULTILINE)
+    return True if is_slow else None
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,8 @@
 """What README.md and docs/ say is what happens: command lines and Python run, links lead somewhere.
 
-Each page is followed in a directory of its own, where `models/demo` and `my-bundle` are tiny bundles with tasks of the
-demo's names, and the files stand that a page may take for granted (`Page._furnish`). Blocks of a page share that
-directory, and its Python blocks their names, from top to bottom. A block whose first line names a file
-(```json calls.jsonl) is written to it. Output that a page shows is compared with the real demo bundle's.
+Each page is followed in its own directory, where `models/demo` and `my-bundle` are tiny bundles with the demo's task
+names (`Page._furnish`). Blocks of a page share that directory, and Python blocks their names. A block whose first line
+names a file (```json calls.jsonl) is written to it. Shown output is compared with that of the real demo bundle.
 """
 
 from __future__ import annotations
