@@ -36,13 +36,13 @@ check: $(INSTALLED) ## Lint, types, unit tests and tiny models: under a minute, 
 	@$(MAKE) --no-print-directory --output-sync=target -j 2 lint unit
 
 unit: $(INSTALLED)
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 # The executable and the archive are built when all other tests have passed.
 test: $(BUNDLE) $(FLOAT_BUNDLE) lint ## Lint, types and all tests, on the real models, the executable and the archive too.
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup $(addprefix --ignore=,$(PACKAGED))
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(addprefix --ignore=,$(PACKAGED))
 	@$(MAKE) --no-print-directory $(BINARY) $(AIRGAP)
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup $(PACKAGED)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(PACKAGED)
 
 lint: $(INSTALLED) ## Ruff and mypy.
 	$(BIN)/ruff check .

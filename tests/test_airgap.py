@@ -24,7 +24,7 @@ PROMPT = "Customer review of a business: Great soup.\nPositive or negative?\nAns
 #: Where no proxy listens.
 CLOSED = "http://127.0.0.1:9"
 built = pytest.mark.skipif(not ARCHIVE.is_file(), reason=f"dist/{ARCHIVE.name} is not built; run 'make airgap'")
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("airgap")]
+pytestmark = [pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

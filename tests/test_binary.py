@@ -29,7 +29,6 @@ pytestmark = [
         not all(path.is_file() for path in EXECUTABLES.values()), reason="dist/ is not built; run 'make binary'"
     ),
     pytest.mark.skipif(not (BUNDLE / "manifest.json").is_file(), reason="models/demo is not built; run 'make bundle'"),
-    pytest.mark.xdist_group("demo"),
 ]
 
 

@@ -18,7 +18,6 @@ BUNDLE = ROOT / "models" / "demo"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not (BUNDLE / "manifest.json").is_file(), reason="models/demo is not built; run 'make bundle'"),
-    pytest.mark.xdist_group("demo"),
 ]
 
 PROMPTS = {

@@ -34,7 +34,6 @@ pytestmark = [
     pytest.mark.skipif(
         not (BUNDLE / "manifest.json").is_file(), reason="build/demo-fp32 is not built; run 'make bundle-fp32'"
     ),
-    pytest.mark.xdist_group("demo-fp32"),
 ]
 PROMPTS = calibration_prompts()[:20]
 TOKENS = 16

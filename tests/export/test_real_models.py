@@ -23,7 +23,6 @@ FOLDER = Path(__file__).parents[2] / "build/models/qwen2.5-coder-0.5b-instruct"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not list(FOLDER.glob("*.gguf")), reason="the model is not there; run: make real-models"),
-    pytest.mark.xdist_group("real-model"),
 ]
 _NO_ADAPTER = MergedAdapter({}, "base")
 
