@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from edgecompose.answering import Answering
 from edgecompose.bundle.files import Bundle
+from edgecompose.cancellation import Cancellation
 from edgecompose.closing import Closing
 from edgecompose.engine.device import Device, DeviceRequest, choose_device, usable_cores
 from edgecompose.engine.fusing import require_fusing
@@ -85,10 +86,16 @@ class Composer(Closing):
         """
         return self.retriever.embed(text)
 
-    def compose(self, prompt: Prompt, request: Request | None = None) -> Composition:
-        """The blend for a prompt, on the device (embed, retrieve, weigh, merge)."""
-        request = request or Request()
-        return self._compose(query_text(conversation(prompt), request.route_by), request, Timings())
+    def compose(
+        self, prompt: Prompt, request: Request | None = None, *, cancellation: Cancellation | None = None
+    ) -> Composition:
+        """The blend for a prompt, on the device (embed, retrieve, weigh, merge).
+
+        Raises:
+            Cancelled: another thread ended it through `cancellation`.
+        """
+        request, cancellation = request or Request(), cancellation or Cancellation()
+        return self._compose(query_text(conversation(prompt), request.route_by), request, Timings(), cancellation)
 
     def run(
         self, prompt: Prompt, request: Request | None = None, *, on_text: Callable[[str], None] = lambda text: None
@@ -145,21 +152,26 @@ class Composer(Closing):
         scores = self.run(prompt, dataclasses.replace(request or Request(), choices=tuple(choices))).choices
         return dict(scores or {})
 
-    def generate(self, prompt: Prompt, request: Request | None = None) -> Generation:
+    def generate(
+        self, prompt: Prompt, request: Request | None = None, *, cancellation: Cancellation | None = None
+    ) -> Generation:
         """Compose the blend for a prompt, and return an iterator over the answer.
 
         Args:
             prompt: text, or the messages of a conversation.
+            cancellation: another thread ends every stage through it, those before the first token too.
 
         Raises:
+            Cancelled: another thread ended it.
             EdgeComposeError: of the stage that failed.
         """
         request, messages, timings = request or Request(), conversation(prompt), Timings()
+        cancellation = cancellation or Cancellation()
         if request.attachment == "fuse":
             require_fusing(self.bundle.manifest.base)
         with timings.stage("total"):
             query = query_text(messages, request.route_by)
-            composition = self._compose(query, request, timings)
+            composition = self._compose(query, request, timings, cancellation)
             with timings.stage("load"):
                 tokenizer = self.model.tokenizer
             raw = self.sends_raw(request, composition.retrieval, messages)
@@ -182,7 +194,8 @@ class Composer(Closing):
             in_template=functools.partial(encode, raw=False) if by_default else None,
             timings=timings,
         )
-        return Generation(composition, answering.chunks(), lambda: answering.answer(self.bundle, self.device))
+        described = functools.partial(answering.answer, self.bundle, self.device)
+        return Generation(composition, answering.chunks(), described, cancellation)
 
     def sends_raw(self, request: Request, retrieval: Retrieval, messages: Sequence[Message] = ()) -> bool:
         """Whether a prompt is sent without the chat template.
@@ -204,8 +217,10 @@ class Composer(Closing):
         settings = override(self.bundle.manifest.defaults.retrieval, request.retrieval, RetrievalError)
         return self.retriever.retrieve(query, settings, request.exclude, timings)
 
-    def _compose(self, query: str, request: Request, timings: Timings) -> Composition:
+    def _compose(self, query: str, request: Request, timings: Timings, cancellation: Cancellation) -> Composition:
+        cancellation.check()
         retrieval = self._retrieve(query, request, timings)
+        cancellation.check()
         settings = override(self.default_merge, request.merge, MergeError)
         return Composition(retrieval, settings, self.blends.blend(retrieval.weights, settings, timings))
 

@@ -15,6 +15,7 @@
     ├── DeviceError                     the requested device is not available
     ├── GenerationError                 the prompt or the settings cannot be generated from
     │   └── PromptTooLong               prompt and answer exceed the context of the base
+    ├── Cancelled                       the caller ended the work
     ├── ApiError                        a call to the server is malformed or not supported
     ├── EvaluationError                 examples, cached answers or a report of an evaluation cannot be used
     └── ExportError                     input that cannot be exported, or added to a bundle
@@ -85,6 +86,10 @@ class GenerationError(EdgeComposeError):
 
 class PromptTooLong(GenerationError):
     """Prompt and answer together exceed the context of the base model."""
+
+
+class Cancelled(EdgeComposeError):
+    """The caller ended the work before it was done."""
 
 
 class ApiError(EdgeComposeError):

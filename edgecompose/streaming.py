@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from edgecompose.cancellation import Cancellation
 from edgecompose.closing import Closing
 from edgecompose.errors import EdgeComposeError, GenerationError
 from edgecompose.generation.decode import Chunk
@@ -20,12 +21,18 @@ class Generation(Closing):
     Args:
         chunks: the answer, chunk by chunk.
         answer: describes the whole, once all chunks were read.
+        cancellation: what `chunks` looks at between its steps.
     """
 
     def __init__(
-        self, composition: Composition, chunks: Generator[Chunk, None, None], answer: Callable[[], Answer]
+        self,
+        composition: Composition,
+        chunks: Generator[Chunk, None, None],
+        answer: Callable[[], Answer],
+        cancellation: Cancellation,
     ) -> None:
         self.composition = composition
+        self._cancellation = cancellation
         self._chunks, self._describe = chunks, answer
         self._answer: Answer | None = None
         self._lock = threading.Lock()
@@ -35,20 +42,32 @@ class Generation(Closing):
         return self
 
     def __next__(self) -> str:
-        while not self._closed:  # or a reader would take the lock again before the thread that closes gets it
-            with self._lock:
-                chunk = next(self._chunks, None)
-                if chunk is None:
-                    if self._answer is None and not self._closed:
-                        self._answer = self._describe()
-                    break
+        while (chunk := self.step()) is not None:
             if chunk.text:
                 return chunk.text
         raise StopIteration
 
+    def step(self) -> Chunk | None:
+        """The next chunk, None after the last.
+
+        Its text is empty where a part of the prompt was read, or a token completes no character: a step takes a bounded
+        time, so that several answers can take turns.
+
+        Raises:
+            EdgeComposeError: of the stage that failed.
+        """
+        if self._closed:  # or a reader would take the lock again before the thread that closes gets it
+            return None
+        with self._lock:
+            chunk = next(self._chunks, None)
+            if chunk is None and self._answer is None and not self._closed:
+                self._answer = self._describe()
+            return chunk
+
     def close(self) -> None:
         """Stop, wherever the answer is; returns when the model has stopped."""
         self._closed = True
+        self._cancellation.cancel()
         with self._lock:
             self._chunks.close()
 

@@ -126,7 +126,7 @@ def load_adapter(path: Path, name: str, groups: Iterable[SlotGroup], base: str) 
         raise AdapterError(f"adapter '{name}' cannot be read: {error}; export it again") from error
     if metadata.get("format") != FORMAT or metadata.get("bits") not in [str(b) for b in BITS]:
         raise AdapterError(
-            f"expected adapter '{name}' has format {metadata.get('format')!r}, {FORMAT!r}; "
+            f"adapter '{name}' has the format {metadata.get('format')!r:.80}, expected {FORMAT!r}; "
             "make it with 'edgecompose-export adapter'"
         )
     bits = cast(Bits, int(metadata["bits"]))

@@ -29,6 +29,12 @@ class Bundle:
             if problem is not None:
                 raise FileDamaged(f"bundle '{root}': {problem}; copy or export the bundle again")
         self._checked: set[str] = set()
+        self._opened = _identity(root)
+
+    @property
+    def changed(self) -> bool:
+        """Whether the bundle on disk is another one than was opened, by the identity of its manifest."""
+        return _identity(self.root) != self._opened
 
     def path(self, relative: str) -> Path:
         """Path of one file whose hash has been checked, with the graph data that lies beside it.
@@ -157,6 +163,15 @@ def sha256_of(path: Path, *, advance: Callable[[int], None] = lambda count: None
             digest.update(chunk)
             advance(len(chunk))
     return digest.hexdigest()
+
+
+def _identity(root: Path) -> tuple[int, ...] | None:
+    """What changes when a manifest is replaced or written; None where there is none."""
+    try:
+        status = (root / MANIFEST_FILE).stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _size_problem(root: Path, relative: str, entry: FileEntry) -> str | None:

@@ -151,7 +151,7 @@ def open_index(path: Path, spec: IndexSpec, *, editable: bool = False) -> Index:
     kinds = (described.get("kind_metric"), described.get("kind_scalar"))
     if described and kinds != (MetricKind.Cos, scalars[spec.dtype]):
         raise RetrievalError(
-            f"expected index '{path.name}' is of {kinds[0]} and {kinds[1]}, cosine in {spec.dtype}; "
+            f"index '{path.name}' is of {kinds[0]} and {kinds[1]}, expected cosine in {spec.dtype}; "
             "export the bundle again"
         )
     stored = int(described.get("dimensions", spec.dimension)) if described else -1

@@ -99,7 +99,7 @@ def load_whitening(path: Path, rows: int, columns: int) -> Whitening:
         raise RetrievalError(f"whitening '{path.name}' cannot be read: {error}; export the bundle again") from error
     if whitening.matrix.shape != (rows, columns):
         raise RetrievalError(
-            f"expected whitening '{path.name}' is of shape {whitening.matrix.shape}, ({rows}, {columns}); "
+            f"whitening '{path.name}' is of shape {whitening.matrix.shape}, expected ({rows}, {columns}); "
             "export the bundle again"
         )
     return whitening
