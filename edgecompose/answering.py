@@ -6,10 +6,12 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 
 from edgecompose.bundle.files import Bundle
+from edgecompose.cancellation import Cancellation
 from edgecompose.engine.device import Device
 from edgecompose.engine.fusing import FusedWeights
 from edgecompose.generation.decode import Chunk, Finish
-from edgecompose.generation.language_model import Blend, Encoded, LanguageModel
+from edgecompose.generation.encoding import Encoded
+from edgecompose.generation.language_model import Blend, LanguageModel
 from edgecompose.request import Answer, Composition, Request
 from edgecompose.retrieval.embedder import embedder_device
 from edgecompose.timing import Timings
@@ -32,17 +34,23 @@ class Answering:
     blend: Blend
     encoded: Encoded
     choices: Sequence[Sequence[int]]
-    max_tokens: int
+    max_tokens: int | None
     in_template: Callable[[], Encoded] | None
     timings: Timings
+    cancellation: Cancellation
     _texts: list[str] = field(default_factory=list)
     _tokens: int = 0
     _finish: Finish = "stop"
     _scores: dict[str, float] | None = None
 
     def chunks(self) -> Generator[Chunk, None, None]:
-        """The answer, chunk by chunk; for choices, the most likely one at once."""
-        for chunk in self._chunks():
+        """The answer, chunk by chunk; for choices, the most likely one at the end.
+
+        Raises:
+            Cancelled: another thread ended it.
+        """
+        for chunk in self.timings.each(self._chunks(), "total"):
+            self.cancellation.check()
             self._texts.append(chunk.text)
             self._tokens += chunk.tokens
             self._finish = chunk.finish_reason or self._finish
@@ -73,7 +81,7 @@ class Answering:
 
     def _chunks(self) -> Generator[Chunk, None, None]:
         if self.choices:
-            yield self._best_choice()
+            yield from self._best_choice()
             return
         yield from self._write()
         if not self._tokens and self.in_template is not None:
@@ -81,7 +89,7 @@ class Answering:
             yield from self._write()
 
     def _write(self) -> Generator[Chunk, None, None]:
-        written = self.model.write(
+        return self.model.write(
             self.encoded,
             self.blend,
             self.timings,
@@ -90,10 +98,8 @@ class Answering:
             stop=self.request.stop,
             prompt_cache=self.request.prompt_cache,
         )
-        yield from self.timings.each(written, "total")
 
-    def _best_choice(self) -> Chunk:
-        with self.timings.stage("total"):
-            scores = self.model.choose(self.encoded, self.choices, self.blend, self.timings)
+    def _best_choice(self) -> Generator[Chunk, None, None]:
+        scores = yield from self.model.choose(self.encoded, self.choices, self.blend, self.timings)
         self._scores = dict(zip(self.request.choices, scores, strict=True))
-        return Chunk(max(self._scores, key=self._scores.__getitem__), sum(map(len, self.choices)), "stop")
+        yield Chunk(max(self._scores, key=self._scores.__getitem__), sum(map(len, self.choices)), "stop")

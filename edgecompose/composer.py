@@ -17,6 +17,7 @@ from edgecompose.closing import Closing
 from edgecompose.engine.device import Device, DeviceRequest, choose_device, usable_cores
 from edgecompose.engine.fusing import require_fusing
 from edgecompose.errors import EdgeComposeError, GenerationError, MergeError, RetrievalError
+from edgecompose.generation.encoding import ConversationEncoder, Encoded, longest_prompt
 from edgecompose.generation.language_model import LanguageModel
 from edgecompose.generation.messages import Message, Prompt, conversation, query_text
 from edgecompose.generation.tokenizer import Tokenizer
@@ -174,12 +175,12 @@ class Composer(Closing):
             composition = self._compose(query, request, timings, cancellation)
             with timings.stage("load"):
                 tokenizer = self.model.tokenizer
-            raw = self.sends_raw(request, composition.retrieval, messages)
+            raw = self.sends_raw(messages, request, composition.retrieval)
             choices = _encode_choices(tokenizer, request.choices, raw=raw)
             max_tokens = resolve(request.max_tokens, self.bundle.manifest.defaults.max_tokens)
-            room = max(map(len, choices), default=max_tokens)
-            encode = functools.partial(self.model.encode, messages, room, overflow=request.overflow)
+            encode = functools.partial(self._encode, messages, request, choices, max_tokens, cancellation)
             encoded = encode(raw=raw)
+            cancellation.check()
             blend = self.model.attach(composition.merged, fuse=request.attachment == "fuse", timings=timings)
         by_default = raw and request.raw is None and tokenizer.has_chat_template
         answering = Answering(
@@ -193,28 +194,67 @@ class Composer(Closing):
             max_tokens=max_tokens,
             in_template=functools.partial(encode, raw=False) if by_default else None,
             timings=timings,
+            cancellation=cancellation,
         )
         described = functools.partial(answering.answer, self.bundle, self.device)
         return Generation(composition, answering.chunks(), described, cancellation)
 
-    def sends_raw(self, request: Request, retrieval: Retrieval, messages: Sequence[Message] = ()) -> bool:
+    def sends_raw(self, messages: Sequence[Message], request: Request, retrieval: Retrieval) -> bool:
         """Whether a prompt is sent without the chat template.
 
+        Adapters that were trained on raw prompts get a raw one where it resembles their examples, whatever answers it:
+        the base alone is asked in the form in which the blend is. All else is sent in the chat template. Choices are
+        those of a task, so they are scored in the form of the adapters.
+
         Args:
-            messages: the conversation; one of several messages is sent in the chat template by default.
+            retrieval: that of the request.
         """
         if request.raw is not None:
             return request.raw
         if len(messages) > 1:
             return False
-        alone = request.weights is None and not retrieval.nucleus
-        trained_raw = self.bundle.manifest.defaults.prompt_form == "raw"
-        return (trained_raw and not alone) or not self.model.tokenizer.has_chat_template
+        if not self.model.tokenizer.has_chat_template:
+            return True
+        if self.bundle.manifest.defaults.prompt_form == "chat":
+            return False
+        if request.weights is None or request.choices:
+            return request.weights is not None or bool(retrieval.nucleus)
+        return self._resembles(query_text(messages, request.route_by))
+
+    def _resembles(self, query: str) -> bool:
+        """Whether a text resembles the examples of some task, by the bundle's settings."""
+        try:
+            return bool(self._retrieve(query, Request(), Timings()).nucleus)
+        except RetrievalError:  # white space alone, or no example
+            return False
+
+    def _encode(
+        self,
+        messages: Sequence[Message],
+        request: Request,
+        choices: Sequence[Sequence[int]],
+        max_tokens: int | None,
+        cancellation: Cancellation,
+        *,
+        raw: bool,
+    ) -> Encoded:
+        """The prompt as token ids that leave room for the answer, or the longest choice."""
+        context, longest = self.bundle.manifest.base.context, max(map(len, choices), default=0)
+        encoder = ConversationEncoder(
+            self.model.tokenizer,
+            raw=raw,
+            special_tokens=resolve(request.special_tokens, request.raw is True),
+            cancellation=cancellation,
+        )
+        most = context - longest if choices else longest_prompt(context, max_tokens)
+        return self.model.encode(messages, encoder, room=longest or 1, most=most, overflow=request.overflow)
 
     def _retrieve(self, query: str, request: Request, timings: Timings) -> Retrieval:
         if request.weights is not None:
             return Retrieval((), {}, {}, dict(request.weights))
         settings = override(self.bundle.manifest.defaults.retrieval, request.retrieval, RetrievalError)
+        if request.choices:  # a task, if one that the bundle may not know
+            settings = dataclasses.replace(settings, min_resemblance=0)
         return self.retriever.retrieve(query, settings, request.exclude, timings)
 
     def _compose(self, query: str, request: Request, timings: Timings, cancellation: Cancellation) -> Composition:

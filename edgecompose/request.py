@@ -29,16 +29,19 @@ class Request:
         exclude: tasks that retrieval leaves out.
         retrieval, merge: settings; a mapping changes some of the bundle's, an object replaces all.
         sampling: how tokens are drawn; None is greedy.
-        max_tokens: longest answer.
+        max_tokens: longest answer; without a limit it goes on to the context of the base.
         choices: answers to score instead of generating one.
-        raw: send the prompt as it is (True) or in the chat template (False). None sends it as the bundle's adapters
-            were trained, and in the chat template where the base answers alone or a raw prompt got no answer.
+        raw: send the prompt as it is (True) or in the chat template (False). None sends a prompt that resembles the
+            examples of a task as the bundle's adapters were trained, and any other in the chat template; so is a raw
+            prompt that got no answer.
+        special_tokens: whether special tokens that are written in a message are read as such; by default only with
+            `raw` True, else they are text.
         attachment: how the blend meets the base; 'fuse' needs a float base.
         stop: texts that the answer ends before.
         route_by: the user's message that retrieval reads, the last or the first.
         overflow: 'truncate' leaves out the oldest part of a prompt that does not fit; the answer tells how much.
-        prompt_cache: reuse the keys and values of an earlier sequence under the same blend, as far as the prompt
-            begins with it. Logits may differ in the last bits from those of a prompt that is read at once.
+        prompt_cache: reuse keys and values of an earlier prompt under the same blend, as far as this one begins with
+            it; the answer is the same.
 
     Raises:
         GenerationError, RetrievalError, MergeError: an unknown setting or value, or one out of range.
@@ -52,6 +55,7 @@ class Request:
     sampling: Sampling | None = None
     choices: tuple[str, ...] = ()
     raw: bool | None = None
+    special_tokens: bool | None = None
     attachment: Attachment = "attach"
     stop: tuple[str, ...] = ()
     route_by: RouteBy = "last"

@@ -56,9 +56,10 @@ def answer_json(answer: Answer) -> Json:
 
 
 def retrieval_json(retrieval: Retrieval) -> Json:
-    """Weights, neighbours and distribution."""
+    """Weights, resemblance, neighbours and distribution."""
     return {
         "weights": dict(retrieval.weights),
+        "resemblance": retrieval.resemblance,
         "neighbours": [_neighbour_json(n) for n in retrieval.neighbours],
         "distribution": dict(retrieval.distribution),
     }
@@ -179,6 +180,8 @@ def explain_retrieval(retrieval: Retrieval) -> list[str]:
         lines += [f"              {n.similarity:6.3f}  {n.task} (example {n.key})" for n in nearest]
         lines.append("tasks         share of the neighbours' weight (* kept by the nucleus)")
         lines += _bars(retrieval.distribution, retrieval.nucleus)
+    if retrieval.resemblance is not None:
+        lines.append(f"resemblance   {retrieval.resemblance:.2f} (1 is that of a task's own examples)")
     if retrieval.weights:
         lines.append("adapters      " + ", ".join(f"{name} {weight:.3f}" for name, weight in retrieval.weights.items()))
     else:

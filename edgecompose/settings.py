@@ -29,9 +29,9 @@ class Setting:
     high: float | None = None
 
     def allows(self, value: float) -> bool:
-        """Whether a number is in range; NaN and infinity never are."""
+        """Whether a number is in range, an integer of any size too; NaN and infinity never are."""
         return (
-            math.isfinite(value)
+            (isinstance(value, int) or math.isfinite(value))
             and (self.low is None or value >= self.low)
             and (self.above is None or value > self.above)
             and (self.high is None or value <= self.high)
@@ -42,10 +42,15 @@ class Setting:
         """The range in words, empty where there is none."""
         if self.high is not None:
             closed = self.low is not None
-            return f"{self.low:g} to {self.high:g}" if closed else f"a number in ({self.above:g}, {self.high:g}]"
+            return f"{self.low:g} to {_digits(self.high)}" if closed else f"a number in ({self.above:g}, {self.high:g}]"
         if self.above is not None:
             return f"a number above {self.above:g}"
         return "" if self.low is None else f"{self.low:g} or more"
+
+
+def _digits(value: float) -> str:
+    """A bound as text; a large integer with all its digits."""
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def setting(default: Any, help: str, **bounds: float) -> Any:
@@ -114,6 +119,12 @@ class RetrievalSettings:
     )
     shortcut: float = setting(1.0, "Share of the top task at which it is taken alone.", above=0, high=1)
     fallback: float = setting(0.0, "Share of the top task below which the base answers alone.", low=0, high=1)
+    min_resemblance: float = setting(
+        0.6,
+        "Resemblance below which the base answers alone, in its chat template; 1 is that of a task's own examples.",
+        low=0,
+        high=10,
+    )
 
     def __post_init__(self) -> None:
         _check(self, RetrievalError)
@@ -153,7 +164,7 @@ class Sampling:
 
     temperature: float = setting(0.8, "Divides the logits; 0 is greedy.", low=0)
     top_p: float = setting(0.95, "Draw from the fewest tokens whose probabilities reach it.", above=0, high=1)
-    seed: int = setting(0, "Makes draws reproducible.", low=0)
+    seed: int | None = setting(None, "Makes draws reproducible; without one they differ.", low=0, high=2**63 - 1)
     top_k: int = setting(0, "Draw from the k most likely tokens; 0 is all.", low=0)
     min_p: float = setting(0.0, "Draw from tokens at least that times as likely as the most likely one.", low=0, high=1)
     repetition_penalty: float = setting(

@@ -24,13 +24,14 @@ from edgecompose.bundle.adapter import adapter_metadata, load_adapter
 from edgecompose.bundle.files import Bundle, describe_file, sha256_of, write_manifest
 from edgecompose.bundle.manifest import Manifest, check_name
 from edgecompose.bundle.quantization import Bits
-from edgecompose.bundle.specs import AdapterSpec, BaseSpec, FileEntry, TaskSpec
+from edgecompose.bundle.specs import AdapterSpec, BaseSpec, FileEntry, IndexSpec, TaskSpec
 from edgecompose.engine.device import choose_device
 from edgecompose.errors import ExportError, UnknownAdapter
 from edgecompose.formats.registry import detect_format, unknown_format
 from edgecompose.merging.merger import Merger
 from edgecompose.retrieval.examples import add_vectors, embed_prompts, prompt_lines, read_examples
 from edgecompose.retrieval.index import new_index, open_index
+from edgecompose.retrieval.resemblance import typical_similarities
 from edgecompose.retrieval.retriever import Retriever
 from edgecompose.retrieval.whitening import load_whitening
 
@@ -77,9 +78,12 @@ def add_task(
     if manifest.index.texts is not None:
         texts = bundle.text(manifest.index.texts) + prompt_lines(prompts, first_key)
     adapters = {**manifest.adapters, name: spec}
+    task = TaskSpec({name: 1.0}, first_key, len(prompts))
+    tasks = {**manifest.tasks, name: task}
+    task = replace(task, similarity=typical_similarities(index, tasks).get(name))
     changed = replace(
         manifest,
-        tasks={**manifest.tasks, name: TaskSpec({name: 1.0}, first_key, len(prompts))},
+        tasks={**tasks, name: task},
         adapters=adapters,
         inner_products=pairwise_inner_products(root, adapters, manifest.base, known=manifest.inner_products),
         **_store_index(bundle, index, texts, files={spec.file: describe_file(root / spec.file)}),
@@ -174,6 +178,12 @@ def pairwise_inner_products(
             products = merger.inner_products([load(one), *map(load, others)])[0]
             row.update({n: float(v) for n, v in zip([one, *others], products, strict=True) if row[n] is None})
     return {one: {other: value for other, value in row.items() if value is not None} for one, row in result.items()}
+
+
+def measure_similarities(index: Path, spec: IndexSpec, tasks: Mapping[str, TaskSpec]) -> dict[str, TaskSpec]:
+    """The tasks with the similarity that is typical among the examples of each."""
+    typical = typical_similarities(open_index(index, spec, editable=True), tasks)
+    return {name: replace(task, similarity=typical.get(name)) for name, task in tasks.items()}
 
 
 def index_file_name(path: Path) -> str:

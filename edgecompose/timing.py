@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
 T = TypeVar("T")
+R = TypeVar("R")
 #: In the order of the data flow; `load` is files read on first use, `total` all of it.
 STAGES = ("load", "embed", "retrieve", "weigh", "merge", "fuse", "prefill", "decode", "total")
-_END = object()
 
 
 @dataclass(slots=True)
@@ -29,14 +29,15 @@ class Timings:
         finally:
             self.elapsed_ms[name] += (time.perf_counter() - start) * 1e3
 
-    def each(self, items: Generator[T, None, None], stage: str) -> Generator[T, None, None]:
-        """The same items; the time that each takes to come is added to a stage. Closing this closes them."""
+    def each(self, items: Generator[T, None, R], stage: str) -> Generator[T, None, R]:
+        """The same items and result; the time that each takes to come is added to a stage. Closing this closes them."""
         try:
             while True:
                 with self.stage(stage):
-                    item = next(items, _END)
-                if item is _END:
-                    return
-                yield cast(T, item)
+                    try:
+                        item = next(items)
+                    except StopIteration as end:
+                        return cast(R, end.value)
+                yield item
         finally:
             items.close()

@@ -28,10 +28,10 @@ class Defaults:
     retrieval: RetrievalSettings = RetrievalSettings()
     merge: MergeSettings = MergeSettings()
     prompt_form: PromptForm = "chat"
-    max_tokens: int = 128
+    max_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
+        if self.max_tokens is not None and self.max_tokens < 1:
             raise ManifestInvalid(f"max_tokens is {self.max_tokens}; expected 1 or more")
 
 

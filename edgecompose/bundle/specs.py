@@ -170,12 +170,14 @@ class IndexSpec:
 class TaskSpec:
     """One task: the adapters that it is mapped to, with weights, and the keys [first_key, first_key + examples).
 
-    Usually that is the task's own adapter at weight 1. A task without adapters is answered by the base.
+    Usually that is the task's own adapter at weight 1. A task without adapters is answered by the base. `similarity` is
+    the one that is typical among its examples (see `retrieval.resemblance`), None where it was not measured.
     """
 
     adapters: dict[str, float]
     first_key: int
     examples: int
+    similarity: float | None = None
 
     def __post_init__(self) -> None:
         if self.first_key < 0 or self.examples < 0:

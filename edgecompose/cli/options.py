@@ -120,7 +120,8 @@ def _settings_options(kind: type[Any], *, defaults: bool = False) -> Callable[[F
     def add(command: F) -> F:
         for name, item in reversed(settings_of(kind).items()):
             flag = f"--{name.replace('_', '-')}"
-            shown = f"{item.help}  [default: {getattr(kind(), name)}]" if defaults else item.help
+            value = getattr(kind(), name)
+            shown = f"{item.help}  [default: {value}]" if defaults and value is not None else item.help
             flags = f"{flag}/--no-{flag[2:]}" if hints[name] is bool else flag
             option_type = None if hints[name] is bool else _option_type(name, hints[name], item)
             command = click.option(flags, type=option_type, default=None, help=shown)(command)

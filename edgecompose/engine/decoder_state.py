@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,11 @@ class DecoderState:
         """Number of tokens."""
         return len(self.tokens)
 
+    @property
+    def pass_tokens(self) -> int:
+        """Tokens of a whole pass; a prompt is read in passes of so many, and a shorter last one."""
+        return self._chunk
+
     def forward(self, ids: Sequence[int], *, rows: int = 1) -> Float:
         """Append tokens and return the logits of the last `rows` of them.
 
@@ -49,6 +54,17 @@ class DecoderState:
 
         Raises:
             GenerationError: an id outside the vocabulary, or more tokens than the sequence may have.
+        """
+        parts = [logits if rows == 1 else logits.copy() for logits in self.passes(ids, rows=rows)]
+        return parts[-1] if len(parts) == 1 or rows == 1 else np.concatenate(parts)[-rows:]
+
+    def passes(self, ids: Sequence[int], *, rows: int = 1) -> Generator[Float, None, None]:
+        """The same, a pass of the graph at a time, so that a caller can do other work between the parts of a prompt.
+
+        A sequence that is left between two passes holds the tokens that were read until then.
+
+        Yields:
+            The logits of each pass; the last ends with those of the last of `ids`. Overwritten by the next pass.
         """
         count = len(ids)
         if not 1 <= rows <= count:
@@ -63,14 +79,10 @@ class DecoderState:
             self.rewind(0)
             count = len(ids)
         self._cache.grow(self.length + count, length=self.length)
-        parts = []
         for start in range(0, count, self._chunk):
             chunk = ids[start : start + self._chunk]
             later = count - start - len(chunk)
-            parts.append(self._pass(chunk, min(len(chunk), max(1, rows - later))))
-            if later:
-                parts[-1] = parts[-1].copy()
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)[-rows:]
+            yield self._pass(chunk, min(len(chunk), max(1, rows - later)))
 
     def _turns_long(self, length: int) -> bool:
         """Take the frequencies of a sequence of `length` tokens; tell whether cached keys were made with others.

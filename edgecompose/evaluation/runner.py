@@ -16,6 +16,7 @@ from edgecompose.errors import EvaluationError, GenerationError, MergeError
 from edgecompose.evaluation.answer_cache import AnswerCache, AnswerKey, CachedAnswer, open_answer_cache
 from edgecompose.evaluation.examples import EvalExample, first_line
 from edgecompose.evaluation.results import Evaluation, Result
+from edgecompose.generation.messages import conversation
 from edgecompose.merging.methods import METHODS
 from edgecompose.request import Request
 from edgecompose.retrieval.retriever import Retrieval
@@ -170,7 +171,8 @@ class _Bench:
         weights = self._weights(variant, example, request, retrieval)
         if variant.kind != "retrieved":
             request = dataclasses.replace(request, weights=weights)
-        request = dataclasses.replace(request, raw=self._composer.sends_raw(request, retrieval))
+        raw = self._composer.sends_raw(conversation(example.prompt), request, retrieval)
+        request = dataclasses.replace(request, raw=raw, special_tokens=False)
         cached = self._cached(example, request, weights)
         top = next(iter(retrieval.distribution.items()), (None, None))
         timings = {s: cached.timings_ms.get(s, 0.0) + elapsed_ms.get(s, 0.0) for s in STAGES}

@@ -59,14 +59,20 @@ def query_text(messages: Sequence[Message], which: RouteBy) -> str:
     return questions[-1] if which == "last" else questions[0]
 
 
-def without_oldest_turns(messages: Sequence[Message]) -> list[tuple[Message, ...]]:
-    """The conversation without its oldest turn, without its two oldest turns, and so on until the last turn is left.
+def later_turns(messages: Sequence[Message]) -> list[int]:
+    """Where each turn but the first begins; a turn is a message of the user and what follows until the next."""
+    opening = _opening(messages)
+    return [i for i in range(opening + 1, len(messages)) if messages[i].role == "user"]
 
-    A turn is a message of the user and what follows until the next. The system message stays.
-    """
-    opening = 1 if messages[0].role == "system" else 0
-    starts = [i for i in range(opening + 1, len(messages)) if messages[i].role == "user"]
-    return [(*messages[:opening], *messages[start:]) for start in starts]
+
+def without_turns_before(messages: Sequence[Message], start: int) -> tuple[Message, ...]:
+    """The conversation from the turn that begins at `start`; system messages at the beginning stay."""
+    return (*messages[: _opening(messages)], *messages[start:])
+
+
+def _opening(messages: Sequence[Message]) -> int:
+    """Number of system messages at the beginning."""
+    return next((i for i, message in enumerate(messages) if message.role != "system"), len(messages))
 
 
 def _message(fields: Mapping[str, str]) -> Message:

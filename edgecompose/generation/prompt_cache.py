@@ -1,50 +1,80 @@
-"""The prompt cache: complete sequences, reused by prompts with the same beginning."""
+"""The prompt cache: sequences that were read, reused by prompts with the same beginning.
+
+A prompt is read in passes of a fixed number of tokens, and a reused one has to get the very keys and values that it
+would get alone: a pass of few tokens is computed by other kernels than one of many, and rounding to 8 bits makes that
+visible in the answer. So what is reused are whole passes of the prompt, and, for the same prompt again, all of it with
+its logits; never the tokens of an answer, which were computed one by one.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 from edgecompose.engine.decoder_state import DecoderState
 
-#: Reading fewer tokens again is faster than a sequence is taken from the cache.
-_FEWEST_COMMON = 16
+Float = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CachedPrompt:
+    """A sequence whose first `length` tokens are a prompt that was read in whole passes, and the logits after it.
+
+    `logits` is (vocabulary,).
+    """
+
+    state: DecoderState
+    length: int
+    logits: Float
+
+    def reusable(self, ids: Sequence[int]) -> int:
+        """How many of `ids` have the keys and values that reading them alone would give."""
+        common = common_prefix(self.state.tokens[: self.length], ids)
+        if common == len(ids) == self.length:
+            return common
+        step = self.state.pass_tokens
+        return min(common, len(ids) - 1) // step * step
 
 
 class PromptCache:
-    """The last `limit` sequences. Safe between threads; a sequence that was taken belongs to its taker."""
+    """The last `limit` prompts. Safe between threads; a sequence that was taken belongs to its taker."""
 
     def __init__(self, limit: int = 4) -> None:
         self._limit = limit
-        self._states: list[DecoderState] = []
+        self._prompts: list[CachedPrompt] = []
         self._lock = threading.Lock()
 
-    def take(self, composition: str, ids: Sequence[int]) -> DecoderState | None:
-        """The sequence under the same blend that shares most tokens with `ids`, rewound to those; None where few.
+    def take(self, composition: str, ids: Sequence[int]) -> tuple[DecoderState, Float | None] | None:
+        """The sequence under the same blend of which most can be reused, rewound to that; None where nothing can.
 
-        The last of `ids` is never reused, because its logits are needed.
+        The logits after `ids` come with it where it has read them all.
 
         Args:
             composition: the content hash of the blend.
         """
         with self._lock:
-            fitting = [state for state in self._states if state.composition == composition]
-            longest = max(fitting, key=lambda state: common_prefix(state.tokens, ids), default=None)
-            if longest is None or common_prefix(longest.tokens, ids) < _FEWEST_COMMON:
+            fitting = [prompt for prompt in self._prompts if prompt.state.composition == composition]
+            best = max(fitting, key=lambda prompt: prompt.reusable(ids), default=None)
+            count = 0 if best is None else best.reusable(ids)
+            if best is None or not count:
                 return None
-            self._states.remove(longest)
-        longest.rewind(min(common_prefix(longest.tokens, ids), len(ids) - 1))
-        return longest
+            self._prompts.remove(best)
+        best.state.rewind(count)
+        return best.state, best.logits if count == len(ids) else None
 
-    def put(self, state: DecoderState) -> None:
-        """Store a sequence that is complete."""
+    def put(self, prompt: CachedPrompt) -> None:
+        """Store a prompt with its sequence, which may have gone on with an answer."""
         with self._lock:
-            self._states = [state, *self._states][: self._limit]
+            self._prompts = [prompt, *self._prompts][: self._limit]
 
     def clear(self) -> None:
         """Forget all."""
         with self._lock:
-            self._states = []
+            self._prompts = []
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:

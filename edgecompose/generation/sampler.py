@@ -5,11 +5,13 @@ The operations, their order and meaning are those of transformers: repetition pe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
 
+from edgecompose.errors import GenerationError
 from edgecompose.settings import Sampling
 
 Float = npt.NDArray[np.float32]
@@ -50,8 +52,26 @@ class Sampler:
 
 
 def greedy(logits: Float) -> int:
-    """The token of the largest of `logits` (vocabulary,)."""
-    return int(logits.argmax())
+    """The token of the largest of `logits` (vocabulary,).
+
+    Raises:
+        GenerationError: one of them is no number, or infinite.
+    """
+    token = int(logits.argmax())  # that of a NaN where there is one
+    require_finite(float(logits[token]))
+    return token
+
+
+def require_finite(value: float) -> None:
+    """Make sure that what was computed from logits is a number.
+
+    Raises:
+        GenerationError: it is not finite, as the logits of a blend of enormous weights are.
+    """
+    if not math.isfinite(value):
+        raise GenerationError(
+            f"the model's logits are {value} under this blend; lower the weights of its adapters, or leave some out"
+        )
 
 
 def penalised(logits: Float, seen: Iterable[int], penalty: float) -> Float:
@@ -67,10 +87,15 @@ def candidates(logits: Float, sampling: Sampling) -> tuple[Ids, Double]:
     """The tokens that may be drawn, most likely first, and their probabilities, which sum to 1.
 
     Args:
-        logits: (vocabulary,), of which at least one is finite.
+        logits: (vocabulary,).
         sampling: of a temperature above 0.
+
+    Raises:
+        GenerationError: the largest is not finite.
     """
-    shifted = (logits - logits.max()).astype(np.float64)
+    largest = logits.max()
+    require_finite(float(largest))
+    shifted = (logits - largest).astype(np.float64)
     with np.errstate(over="ignore"):  # a very low temperature: all but the largest vanish
         weights = np.exp(shifted / sampling.temperature)
     count = min(sampling.top_k or len(weights), len(weights))

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from edgecompose.engine.decoder_state import DecoderState
 from edgecompose.errors import GenerationError
+from edgecompose.generation.sampler import require_finite
 
 Float = npt.NDArray[np.float32]
 
 
-def score_choices(state: DecoderState, logits: Float, choices: Sequence[Sequence[int]]) -> list[float]:
-    """Mean log-likelihood (nats a token) of each choice after the prompt.
+def score_choices(state: DecoderState, logits: Float, choices: Sequence[Sequence[int]]) -> Generator[float, None, None]:
+    """Mean log-likelihood (nats a token) of each choice after the prompt, one after another.
 
     Every choice uses the prompt's KV cache: it is appended, scored, and taken back.
 
@@ -24,20 +25,20 @@ def score_choices(state: DecoderState, logits: Float, choices: Sequence[Sequence
         choices: token ids of each, at least one id each.
 
     Raises:
-        GenerationError: a choice without tokens.
+        GenerationError: a choice without tokens, or logits that are not finite.
     """
     if any(len(choice) == 0 for choice in choices):
         raise GenerationError("an empty choice cannot be scored; give some text for each")
     prompt, first = state.length, logits.copy()
-    scores = []
     for choice in choices:
         rows = first[None]
         if len(choice) > 1:
             rows = np.concatenate([rows, state.forward(choice[:-1], rows=len(choice) - 1)])
             state.rewind(prompt)
         likelihoods = log_softmax(rows)[np.arange(len(choice)), np.asarray(choice)]
-        scores.append(float(likelihoods.mean()))
-    return scores
+        score = float(likelihoods.mean())
+        require_finite(score)
+        yield score
 
 
 def log_softmax(logits: Float) -> Float:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import re
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,13 +14,16 @@ from edgecompose.errors import GenerationError
 from edgecompose.generation.chat_template import ChatTemplate
 
 Message = dict[str, str]
+#: The private use area, whose characters no template changes, and how many of them make a mark that no text holds.
+_PRIVATE, _MARK_LENGTH = range(0xE000, 0xF900), 8
 
 
 class Tokenizer:
     """A `tokenizer.json`, and the chat template beside it.
 
-    There are three ways to encode: `encode_prompt` adds the first token to a raw prompt, `encode` adds nothing to a
-    prompt that a chat template rendered, and `encode_continuation` encodes text that follows a prompt.
+    There are four ways to encode: `encode_prompt` adds the first token to a raw prompt, `encode_chat` renders the chat
+    template, `encode` adds nothing, and `encode_continuation` encodes text that follows a prompt. With `special_tokens`
+    false, special tokens that are written in a text are text: they are cut in two, and the parts encoded on their own.
     """
 
     def __init__(self, path: Path, *, chat_template: str | None = None) -> None:
@@ -36,15 +41,16 @@ class Tokenizer:
         """Whether `chat` can be called."""
         return self._template is not None
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, special tokens written in it being recognised, none added.
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`, none added.
 
         Raises:
             GenerationError: `text` is not valid Unicode.
         """
-        return self._encode(text, add_special_tokens=False)
+        mark = _new_mark()
+        return self._encode_parts([text] if special_tokens else self._marked(text, mark).split(mark))
 
-    def encode_prompt(self, text: str) -> list[int]:
+    def encode_prompt(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """Token ids of a raw prompt, those of transformers' `tokenizer(text)`: with a first token if the base has one.
 
         A text that begins with that token already keeps one.
@@ -52,11 +58,26 @@ class Tokenizer:
         Raises:
             GenerationError: `text` is not valid Unicode.
         """
+        first, last = self._added_tokens
+        if not special_tokens:
+            return [*first, *self.encode(text, special_tokens=False), *last]
         ids = self._encode(text, add_special_tokens=True)
-        first = self.first_tokens
         return ids[len(first) :] if first and ids[len(first) : 2 * len(first)] == first else ids
 
-    def encode_continuation(self, text: str) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message], *, special_tokens: bool = True) -> list[int]:
+        """Token ids of a conversation in the chat template, which ends where the assistant's answer begins.
+
+        Raises:
+            GenerationError: the base has no chat template, the template refuses these messages, or one is not Unicode.
+            BundleError: the template is not valid.
+        """
+        if special_tokens:
+            return self.encode(self.chat(messages))
+        mark = _new_mark()
+        marked = [{**message, "content": self._marked(message["content"], mark)} for message in messages]
+        return self._encode_parts(self.chat(marked).split(mark))
+
+    def encode_continuation(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """Token ids of text that continues other text, such as an answer; no special token is added.
 
         A tokenizer of SentencePiece puts a space before every text by itself; a space that `text` begins with is then
@@ -65,18 +86,48 @@ class Tokenizer:
         Raises:
             GenerationError: `text` is not valid Unicode.
         """
-        return self.encode(text[1:] if self._prefixes_a_space and text.startswith(" ") else text)
+        text = text[1:] if self._prefixes_a_space and text.startswith(" ") else text
+        return self.encode(text, special_tokens=special_tokens)
 
-    @functools.cached_property
+    @property
     def first_tokens(self) -> list[int]:
         """Ids that the tokenizer puts before a raw prompt: one or none in the bases we know."""
+        return self._added_tokens[0]
+
+    @functools.cached_property
+    def _added_tokens(self) -> tuple[list[int], list[int]]:
+        """Ids that the tokenizer puts before and after a raw prompt."""
         encoded = self._tokenizer.encode("a", add_special_tokens=True)
-        first = []
-        for token, added in zip(encoded.ids, encoded.special_tokens_mask, strict=True):
-            if not added:
-                break
-            first.append(int(token))
-        return first
+        added = [bool(flag) for flag in encoded.special_tokens_mask]
+        first, last = added.index(False), len(added) - added[::-1].index(False)
+        return list(encoded.ids[:first]), list(encoded.ids[last:])
+
+    @functools.cached_property
+    def _special(self) -> re.Pattern[str] | None:
+        """Matches special tokens as they are written, the longest first; None where there is none."""
+        tokens = self._tokenizer.get_added_tokens_decoder().values()
+        texts = sorted({t.content for t in tokens if t.special and len(t.content) > 1}, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, texts))) if texts else None
+
+    def _marked(self, text: str, mark: str) -> str:
+        """A text with `mark` inside of every special token that is written in it."""
+        while self._special is not None and self._special.search(text):
+            text = self._special.sub(lambda match: match[0][0] + mark + match[0][1:], text)
+        return text
+
+    def _encode_parts(self, parts: Sequence[str]) -> list[int]:
+        """Token ids of a text that is cut in parts, each encoded on its own."""
+        ids = self._encode(parts[0], add_special_tokens=False)
+        for part in parts[1:]:
+            ids += self._encode_inside(part)
+        return ids
+
+    def _encode_inside(self, text: str) -> list[int]:
+        """Token ids of a part that other text precedes: behind a special token, no space is put before it."""
+        anchor = self._tokenizer.id_to_token(self.first_tokens[0]) if self.first_tokens else ""
+        if not (anchor and self._prefixes_a_space):
+            return self._encode(text, add_special_tokens=False)
+        return self._encode(anchor + text, add_special_tokens=False)[1:]
 
     @functools.cached_property
     def _prefixes_a_space(self) -> bool:
@@ -115,6 +166,10 @@ class Tokenizer:
     def stream(self) -> TokenStream:
         """A fresh incremental decoder."""
         return TokenStream(self)
+
+
+def _new_mark() -> str:
+    return "".join(chr(secrets.choice(_PRIVATE)) for _ in range(_MARK_LENGTH))
 
 
 class TokenStream:

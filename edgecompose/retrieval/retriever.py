@@ -16,6 +16,7 @@ from edgecompose.engine.device import Device
 from edgecompose.engine.memory import release_freed_memory
 from edgecompose.retrieval.embedder import Embedder
 from edgecompose.retrieval.index import ExampleIndex, Neighbour
+from edgecompose.retrieval.resemblance import resemblance
 from edgecompose.retrieval.routing import adapter_weights, weigh
 from edgecompose.retrieval.whitening import load_whitening
 from edgecompose.settings import RetrievalSettings
@@ -34,6 +35,7 @@ class Retrieval:
     distribution: Mapping[str, float]
     nucleus: Mapping[str, float]
     weights: Mapping[str, float]
+    resemblance: float | None = None
 
 
 class Retriever(LazyParts):
@@ -118,8 +120,11 @@ class Retriever(LazyParts):
         with timings.stage("weigh"):
             sizes = {name: task.examples for name, task in self._manifest.tasks.items()}
             distribution, nucleus = weigh(neighbours, settings, sizes)
+            alike = resemblance(neighbours, self._typical)
+            if alike is not None and alike < settings.min_resemblance:
+                nucleus = {}
             weights = self.adapters_for(nucleus, exclude)
-        retrieval = Retrieval(tuple(neighbours), distribution, nucleus, weights)
+        retrieval = Retrieval(tuple(neighbours), distribution, nucleus, weights, alike)
         self._retrievals.put(key, retrieval)
         return retrieval
 
@@ -140,6 +145,11 @@ class Retriever(LazyParts):
             query, _ = self.embed(text)
             self._queries.put(key, query)
         return query
+
+    @functools.cached_property
+    def _typical(self) -> Mapping[str, float]:
+        """The typical similarity of each task that has one."""
+        return {name: task.similarity for name, task in self._manifest.tasks.items() if task.similarity}
 
     @functools.cached_property
     def _hurting(self) -> frozenset[str]:

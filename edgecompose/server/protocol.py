@@ -121,9 +121,10 @@ def parse_call(kind: Kind, body: object, *, defaults: Defaults, max_tokens: int)
     prompts: tuple[Prompt, ...] = (_messages(fields),) if kind == "chat" else _texts(fields, "prompt")
     present = {name: _without_null(value) for name, value in fields.items() if value is not None}
     call = value_from_json(_Fields, _some(present, names_of(_Fields)), "request", ApiError)
-    length = resolve(call.max_completion_tokens, resolve(call.max_tokens, min(defaults.max_tokens, max_tokens)))
-    if not 1 <= length <= max_tokens:
-        raise ApiError(f"max_tokens is {length}; expected 1 to {max_tokens}", param="max_tokens")
+    length = resolve(call.max_completion_tokens, resolve(call.max_tokens, resolve(defaults.max_tokens, max_tokens)))
+    length = min(length, max_tokens)
+    if length < 1:
+        raise ApiError(f"max_tokens is {length}; expected 1 or more", param="max_tokens")
     request = Request(
         weights=call.adapters,
         max_tokens=length,

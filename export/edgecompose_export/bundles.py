@@ -20,7 +20,7 @@ from edgecompose.errors import ExportError
 from edgecompose.retrieval.embedder import embedder_identity
 from edgecompose.retrieval.examples import read_examples
 from edgecompose.retrieval.index import open_index
-from edgecompose.tasks import index_file_name, pairwise_inner_products, place_adapter
+from edgecompose.tasks import index_file_name, measure_similarities, pairwise_inner_products, place_adapter
 from edgecompose_export import __version__
 from edgecompose_export.base.spec import read_base_spec
 from edgecompose_export.embedder import open_embedder, read_embedder_spec
@@ -68,6 +68,7 @@ def build_bundle(
         advance("examples")
         table = _place_examples(recipe, root, work)
         index, tasks = _take_index(work, table, recipe, embedder)
+        tasks = measure_similarities(work / index.file, index, tasks)
         advance("hashing")
         files = {p.relative_to(work).as_posix(): describe_file(p) for p in sorted(work.rglob("*")) if p.is_file()}
         manifest = Manifest(

@@ -46,7 +46,8 @@ def test_ctrl_c_inside_a_pass_leaves_a_cache_that_agrees_with_its_tokens(
     with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
         context.setattr(DecoderState, "_pass", interrupting)
         chat.say(" ".join(PROMPTS))
-    (cached,) = opened.model._prompts._states
+    (prompt,) = opened.model._prompts._prompts
+    cached = prompt.state
     cached._session = session
     fresh = opened.model.decoder.start(opened.compose(PROMPTS[0], Request(weights={"animals": 1.0})).merged, 200)
     tokens = list(cached.tokens)

@@ -8,13 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="exports need the packages of edgecompose-export")
 
 from edgecompose import Composer, Message, Request, Sampling, open_bundle
+from edgecompose.cancellation import Cancellation
 from edgecompose.engine.decoder_state import DecoderState
-from edgecompose.errors import GenerationError, PromptTooLong
+from edgecompose.errors import Cancelled, GenerationError, PromptTooLong
+from edgecompose.timing import Timings
 from tests.generation.models import PROMPTS
 
 
@@ -26,15 +29,15 @@ def opened(bundle: Path) -> Iterator[Composer]:
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many tokens each pass of the model read."""
+    """How many tokens were read at a time: those of a prompt, then each of the answer."""
     counts: list[int] = []
-    forward = DecoderState.forward
+    passes = DecoderState.passes
 
     def counting(self: DecoderState, ids: Sequence[int], **settings: Any) -> Any:
         counts.append(len(ids))
-        return forward(self, ids, **settings)
+        return passes(self, ids, **settings)
 
-    monkeypatch.setattr(DecoderState, "forward", counting)
+    monkeypatch.setattr(DecoderState, "passes", counting)
     return counts
 
 
@@ -74,9 +77,10 @@ def test_a_full_context_is_refused_or_shortened_by_choice(opened: Composer) -> N
     assert answer.dropped_tokens == len(whole) - answer.prompt_tokens
     remaining = opened.model.tokenizer.decode(whole[answer.dropped_tokens :])
     assert opened.run(remaining, Request(weights=weights, max_tokens=5, raw=True)).text == answer.text
-    for raw in (True, False):  # no prompt leaves room for such an answer
-        with pytest.raises(PromptTooLong):
-            opened.run("hello", Request(weights=weights, max_tokens=context, overflow="truncate", raw=raw))
+    for most in (context, 10 * context):  # an answer goes on to the context at most
+        answer = opened.run("hello", Request(weights=weights, max_tokens=most, raw=True))
+        written = answer.prompt_tokens + answer.generated_tokens
+        assert written == context if answer.finish == "length" else written < context
 
 
 def test_a_conversation_loses_its_oldest_turns_first(opened: Composer) -> None:
@@ -106,32 +110,66 @@ def test_a_conversation_is_sent_in_the_chat_template(opened: Composer) -> None:
         opened.run(talk, Request(raw=True))
 
 
-def test_a_chat_reads_only_what_is_new(opened: Composer, read: list[int]) -> None:
+def test_a_chat_reads_only_passes_that_are_new(opened: Composer, read: list[int]) -> None:
+    step = opened.model.decoder.start(opened.blends.blend({}, opened.default_merge, Timings()), 8).pass_tokens
     request = Request(weights={"animals": 1.0}, max_tokens=8, prompt_cache=True)
-    talk: list[Message] = []
-    plain: list[Message] = []
+    talk = [Message("user", " ".join(PROMPTS * 4))]
+    known = 0
     for prompt in PROMPTS:
-        talk.append(Message("user", prompt))
-        plain.append(Message("user", prompt))
         read.clear()
         answer = opened.run(talk, request)
-        first = read[0]
-        assert (first < answer.prompt_tokens / 2) == (len(talk) > 3), "later turns go on from the one before"
-        alone = opened.run(plain, Request(weights={"animals": 1.0}, max_tokens=8))
-        assert answer.text == alone.text
-        talk.append(Message("assistant", answer.text))
-        plain.append(Message("assistant", alone.text))
+        assert read[0] == answer.prompt_tokens - known, "whole passes of the prompt before were not read again"
+        known = answer.prompt_tokens // step * step
+        assert known > 0
+        assert answer.text == opened.run(talk, Request(weights={"animals": 1.0}, max_tokens=8)).text
+        talk += [Message("assistant", answer.text), Message("user", prompt)]
 
 
-def test_a_prefix_is_not_shared_between_blends(opened: Composer, read: list[int]) -> None:
-    long = " ".join(PROMPTS)
-    requests = [
-        Request(weights={name: 1.0}, max_tokens=4, prompt_cache=True, raw=True) for name in ("animals", "colours")
-    ]
-    for request, known in itertools.product(requests, (False, True)):
+def test_the_same_prompt_again_is_not_read_and_a_prefix_is_not_shared_between_blends(
+    opened: Composer, read: list[int]
+) -> None:
+    texts = []
+    for name, known in itertools.product(("animals", "colours"), (False, True)):
         read.clear()
-        opened.run(long, request)
+        request = Request(weights={name: 1.0}, max_tokens=4, prompt_cache=True, raw=True)
+        texts.append(opened.run(" ".join(PROMPTS), request).text)
         assert (read[0] == 1) == known
+    assert texts[0] == texts[1] and texts[2] == texts[3]
+
+
+def test_a_prompt_is_read_a_pass_at_a_time_and_every_step_looks_at_the_flag(opened: Composer) -> None:
+    cancellation = Cancellation()
+    request = Request(weights={}, raw=True, max_tokens=8)
+    long = " ".join(PROMPTS * 4)
+    with opened.generate(long, request) as generation:
+        steps = []
+        while (chunk := generation.step()) is not None:
+            steps.append(chunk)
+        passes = next(i for i, step in enumerate(steps) if step.tokens or step.text)
+        assert passes == -(-generation.answer.prompt_tokens // 128) - 1 > 0
+    for count in range(passes + 3):
+        cancellation = Cancellation()
+        with opened.generate(long, request, cancellation=cancellation) as generation:
+            for _ in range(count):
+                assert generation.step() is not None
+            cancellation.cancel()
+            with pytest.raises(Cancelled):
+                generation.step()
+    cancellation.cancel()
+    for start in (opened.generate, opened.compose):
+        with pytest.raises(Cancelled):
+            start(long, request, cancellation=cancellation)
+    choices = Request(weights={}, choices=("yes", "no", "maybe"))
+    with opened.generate(PROMPTS[0], choices) as scored:
+        assert [len(step.text) > 0 for step in iter(scored.step, None)] == [False, False, False, True]
+
+
+def test_logits_that_are_not_finite_are_an_error(opened: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
+    passed = DecoderState._pass
+    monkeypatch.setattr(DecoderState, "_pass", lambda *arguments: passed(*arguments) * np.float32(np.nan))
+    for request in (Request(max_tokens=3), Request(choices=("a", "b")), Request(sampling=Sampling())):
+        with pytest.raises(GenerationError, match="logits are nan"):
+            opened.run(PROMPTS[0], request)
 
 
 def test_threads_get_what_one_gets(bundle: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from edgecompose.errors import GenerationError
-from edgecompose.generation.messages import Message, conversation, query_text, without_oldest_turns
+from edgecompose.generation.messages import Message, conversation, later_turns, query_text, without_turns_before
 
 TALK = [
     ("system", "be brief"),
@@ -49,6 +49,7 @@ def test_retrieval_reads_a_message_of_the_user() -> None:
 
 
 def test_the_oldest_turn_goes_first_and_the_system_message_stays() -> None:
-    assert without_oldest_turns(MESSAGES) == [(MESSAGES[0], *MESSAGES[3:]), (MESSAGES[0], MESSAGES[5])]
-    assert without_oldest_turns((MESSAGES[0], MESSAGES[5])) == []
-    assert without_oldest_turns(MESSAGES[5:]) == []
+    assert later_turns(MESSAGES) == [3, 5]
+    assert without_turns_before(MESSAGES, 3) == (MESSAGES[0], *MESSAGES[3:])
+    assert without_turns_before(MESSAGES, 5) == (MESSAGES[0], MESSAGES[5])
+    assert later_turns((MESSAGES[0], MESSAGES[5])) == later_turns(MESSAGES[5:]) == []

@@ -1,20 +1,25 @@
-"""Which earlier sequence a prompt continues."""
+"""Which earlier prompt a new one continues, and how much of it is the same computation."""
 
 from __future__ import annotations
 
 from typing import cast
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from edgecompose.engine.decoder_state import DecoderState
-from edgecompose.generation.prompt_cache import PromptCache, common_prefix
+from edgecompose.generation.prompt_cache import CachedPrompt, PromptCache, common_prefix
 
 LONG = list(range(40))
+PASS = 8
+ANSWER = [900, 901]
 
 
 class Sequence:
-    """What a prefix cache sees of a sequence."""
+    """What a prompt cache sees of a sequence."""
+
+    pass_tokens = PASS
 
     def __init__(self, composition: str, tokens: list[int]) -> None:
         self.composition, self.tokens = composition, list(tokens)
@@ -23,10 +28,16 @@ class Sequence:
         del self.tokens[length:]
 
 
+def cached(composition: str, tokens: list[int]) -> CachedPrompt:
+    """A prompt that was answered."""
+    state = cast(DecoderState, Sequence(composition, tokens + ANSWER))
+    return CachedPrompt(state, len(tokens), np.array([len(tokens)], np.float32))
+
+
 def stored(cache: PromptCache, composition: str, tokens: list[int]) -> DecoderState:
-    made = cast(DecoderState, Sequence(composition, tokens))
-    cache.put(made)
-    return made
+    prompt = cached(composition, tokens)
+    cache.put(prompt)
+    return prompt.state
 
 
 @given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)))
@@ -36,26 +47,40 @@ def test_a_common_prefix_is_common_and_the_longest(one: list[int], other: list[i
     assert count == min(len(one), len(other)) or one[count] != other[count]
 
 
+@given(st.lists(st.integers(0, 1), min_size=1, max_size=40), st.lists(st.integers(0, 1), min_size=1, max_size=40))
+def test_whole_passes_of_the_prompt_are_reused_or_all_of_it(prompt: list[int], ids: list[int]) -> None:
+    count = cached("a", prompt).reusable(ids)
+    assert ids[:count] == prompt[:count] and count <= len(prompt)
+    if ids == prompt:
+        assert count == len(prompt)
+    else:
+        assert count % PASS == 0 and count < len(ids)
+        assert count + PASS > min(common_prefix(prompt, ids), len(ids) - 1)
+
+
 def test_the_longest_prefix_under_the_same_blend_is_taken_once() -> None:
     cache = PromptCache()
     short, long, foreign = stored(cache, "a", LONG[:20]), stored(cache, "a", LONG[:30]), stored(cache, "b", LONG)
-    assert cache.take("a", LONG) is long and long.tokens == LONG[:30]
-    assert cache.take("a", [*LONG[:18], 99]) is short and short.tokens == LONG[:18]
+    assert cache.take("a", LONG) == (long, None) and long.tokens == LONG[:24]
+    assert cache.take("a", [*LONG[:18], 99]) == (short, None) and short.tokens == LONG[:16]
     assert cache.take("a", LONG) is None
-    assert cache.take("b", LONG) is foreign
+    taken = cache.take("b", LONG)
+    assert taken is not None and taken[0] is foreign
 
 
-def test_the_last_token_is_left_to_be_read() -> None:
+def test_the_same_prompt_again_is_not_read_again() -> None:
     cache = PromptCache()
-    whole = stored(cache, "a", LONG)
-    assert cache.take("a", LONG[:25]) is whole and whole.tokens == LONG[:24]
+    whole = stored(cache, "a", LONG[:21])
+    taken = cache.take("a", LONG[:21])
+    assert taken is not None and taken[0] is whole and whole.tokens == LONG[:21]
+    assert taken[1] is not None and taken[1].tolist() == [21]
 
 
-def test_few_tokens_in_common_are_not_worth_a_sequence() -> None:
+def test_the_tokens_of_an_answer_are_read_again() -> None:
     cache = PromptCache()
-    stored(cache, "a", LONG)
-    assert cache.take("a", [*LONG[:5], *range(100, 150)]) is None
-    assert cache.take("a", LONG) is not None
+    state = stored(cache, "a", LONG[:PASS])
+    assert cache.take("a", [*LONG[:PASS], *ANSWER, 5, 6, 7, 8, 9, 10, 11]) == (state, None)
+    assert state.tokens == LONG[:PASS]
 
 
 def test_the_oldest_are_forgotten() -> None:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgecompose.generation.sampler import Sampler, candidates, penalised
+from edgecompose.errors import GenerationError
+from edgecompose.generation.sampler import Sampler, candidates, greedy, penalised
 from edgecompose.settings import Sampling
 
 Float = npt.NDArray[np.float32]
@@ -93,3 +94,23 @@ def test_draws_do_not_depend_on_how_many_tokens_were_sorted_first() -> None:
     expected = order[: int(np.searchsorted(np.cumsum(weights[order]), 0.9 * weights.sum())) + 1]
     np.testing.assert_array_equal(remaining, expected)
     assert shares == pytest.approx(weights[expected] / weights[expected].sum())
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_logits_that_are_not_finite_are_an_error(bad: float) -> None:
+    logits = np.array([1, bad, 2], np.float32)
+    for draw in (greedy, Sampler(Sampling()), Sampler(Sampling(temperature=0, repetition_penalty=2))):
+        with pytest.raises(GenerationError, match=r"logits are (nan|inf) under this blend; lower the weights"):
+            draw(logits)
+    with pytest.raises(GenerationError, match="logits are nan"):
+        draw(np.full(3, np.nan, np.float32))
+    with pytest.raises(GenerationError, match="logits are -inf"):
+        greedy(np.full(3, -np.inf, np.float32))
+
+
+def test_without_a_seed_draws_differ() -> None:
+    flat = np.zeros(1000, np.float32)
+    draws = [
+        tuple(draw(flat) for _ in range(8)) for draw in (Sampler(Sampling(seed=seed)) for seed in (None, None, 7, 7))
+    ]
+    assert draws[0] != draws[1] and draws[2] == draws[3]

@@ -18,7 +18,7 @@ from tests.generation.fakes import FakeState, Float, random_logits
 
 
 def _score(fake: FakeState, choices: Sequence[Sequence[int]]) -> list[float]:
-    return score_choices(cast(DecoderState, fake), fake.logits(), choices)
+    return list(score_choices(cast(DecoderState, fake), fake.logits(), choices))
 
 
 @given(arrays.arrays(np.float32, (3, 5), elements=st.floats(-100, 100, width=32)), st.floats(-1000, 1000, width=16))
@@ -49,7 +49,7 @@ def test_a_choice_scores_its_mean_log_likelihood_and_leaves_no_trace() -> None:
 def test_logits_in_the_buffer_of_the_sequence_are_scored_as_they_were() -> None:
     fake = FakeState(random_logits, ())
     buffer = fake.forward([1, 2, 3])[0]  # one row, as the second choice makes the sequence write again
-    scores = score_choices(cast(DecoderState, fake), buffer, [[4, 5], [4, 5]])
+    scores = list(score_choices(cast(DecoderState, fake), buffer, [[4, 5], [4, 5]]))
     assert scores[0] == scores[1] == pytest.approx(_score(FakeState(random_logits), [[4, 5]])[0])
 
 

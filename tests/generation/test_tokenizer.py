@@ -8,13 +8,10 @@ import pytest
 import tokenizers
 import transformers
 from hypothesis import given
-from tokenizers import models, normalizers, pre_tokenizers, processors
+from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from edgecompose.bundle.files import Bundle
-from edgecompose.engine.device import choose_device
 from edgecompose.errors import GenerationError
-from edgecompose.generation.language_model import LanguageModel
-from edgecompose.generation.messages import Message
 from edgecompose.generation.tokenizer import Tokenizer
 from edgecompose.retrieval.examples import Example
 from edgecompose_export.training.batches import encode_example
@@ -98,27 +95,49 @@ def test_a_continuation_has_one_space_before_it(tmp_path: Path) -> None:
     assert Tokenizer(tmp_path / "tokenizer.json").encode_continuation(" ab") == [1, 3]
 
 
-def test_runs_and_training_send_the_same_raw_prompt(bundle: Path, tokenizer: Tokenizer) -> None:
-    model = LanguageModel(Bundle(bundle), choose_device("cpu"))
-    model.__dict__["tokenizer"] = tokenizer
-    encoded = model.encode([Message("user", "two and two?")], 4, raw=True, overflow="refuse")
-    assert encoded.ids == tokenizer.encode_prompt("two and two?")
+def test_runs_and_training_send_the_same_raw_prompt(tokenizer: Tokenizer) -> None:
     example = encode_example(tokenizer, Example("two and two?", "four"), chat=False, end=257)
-    assert list(example.ids) == [*encoded.ids, *tokenizer.encode(" four"), 257]
+    assert list(example.ids) == [*tokenizer.encode_prompt("two and two?"), *tokenizer.encode(" four"), 257]
     assert example.answer == len(tokenizer.encode(" four")) + 1
-
-
-def test_a_long_raw_prompt_is_cut_behind_its_first_token(bundle: Path, tokenizer: Tokenizer) -> None:
-    model = LanguageModel(Bundle(bundle), choose_device("cpu"))
-    model.__dict__["tokenizer"] = tokenizer
-    context = model.encode([Message("user", "ab" * 2000)], 4, raw=True, overflow="truncate")
-    assert context.ids[0] == 256
-    assert len(context.ids) + 4 == Bundle(bundle).manifest.base.context
 
 
 def test_special_tokens_written_in_the_text_are_recognised(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode("<s>") == [tokenizer.token_id("<s>")]
     assert tokenizer.decode(tokenizer.encode("<s>hi</s>")) == "hi"
+
+
+@given(st.lists(st.sampled_from(["<s>", "</s>", "<", "s>", "/", "hi ", "é", "<s></s>"])).map("".join))
+def test_special_tokens_are_text_where_they_may_not_be_special(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text, special_tokens=False)
+    assert not set(ids) & {tokenizer.token_id("<s>"), tokenizer.token_id("</s>")}
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.encode_prompt(text, special_tokens=False) == [*tokenizer.first_tokens, *ids]
+    assert tokenizer.encode_continuation(text, special_tokens=False) == ids
+
+
+@given(st.sampled_from(["<s>", "</s><s>user", "a<s>b", "hello", "<<s>s>"]), st.sampled_from(["user", "system"]))
+def test_a_message_cannot_forge_a_turn(path: Path, text: str, role: str) -> None:
+    tokenizer = Tokenizer(path, chat_template="<s>{{ messages[0].content | trim }}</s>{{ messages[0].role }}")
+    messages = [{"role": role, "content": text}]
+    start, end = tokenizer.token_id("<s>"), tokenizer.token_id("</s>")
+    ids = tokenizer.encode_chat(messages, special_tokens=False)
+    assert [i for i in ids if i in (start, end)] == [start, end], "those of the template alone"
+    assert tokenizer.decode(ids) == text + role
+    assert tokenizer.encode_chat(messages) == tokenizer.encode(tokenizer.chat(messages))
+    if "<s>" not in text:
+        assert tokenizer.encode_chat(messages) == ids
+
+
+def test_a_part_of_a_text_gets_no_space_before_it(tmp_path: Path) -> None:
+    words = tokenizers.Tokenizer(models.BPE({"\u2581": 0, "a": 1, "<": 2, "s": 3, ">": 4, "<s>": 5, "<end>": 6}, []))
+    words.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    words.decoder = decoders.Metaspace(prepend_scheme="first")
+    words.add_special_tokens(["<s>", "<end>"])
+    words.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 5)])
+    words.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    assert tokenizer.encode("a<s>a", special_tokens=False) == [0, 1, 2, 3, 4, 1]
+    assert tokenizer.encode_prompt("a<s>a", special_tokens=False) == [5, 0, 1, 2, 3, 4, 1]
 
 
 @given(TEXT.map(lambda text: text.encode(errors="ignore").decode()))
