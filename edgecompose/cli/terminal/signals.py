@@ -1,0 +1,100 @@
+"""Ends a command on SIGINT, SIGTERM and SIGHUP with 128 plus the signal's number, and without a traceback.
+
+Until a command begins to work a signal ends the process at once: there is nothing to clean up. While it works the first
+signal unwinds it, so that temporary files go and lines are whole; a second one, or GRACE seconds, end it at once, also
+where native code does not return.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+#: Seconds that a command has to unwind.
+GRACE = 10.0
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+_NUMBERS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+_SHOW_CURSOR = b"\x1b[?25h"
+
+
+def exit_at_once() -> None:
+    """Let signals end the process at once. One that the parent ignores, as nohup does, stays ignored."""
+    for number in _NUMBERS:
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, _exit)
+
+
+@contextmanager
+def unwinding() -> Iterator[None]:
+    """Let the first signal unwind the work inside; does nothing unless `exit_at_once` was called.
+
+    Raises:
+        KeyboardInterrupt: on SIGINT.
+        SystemExit: on the others, with 128 plus the number.
+    """
+    numbers = [number for number in _NUMBERS if signal.getsignal(number) is _exit]
+    if numbers and hasattr(os, "set_blocking"):
+        _watch()
+    for number in numbers:
+        signal.signal(number, _unwind)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, _exit)
+
+
+@contextmanager
+def handling(number: int, handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Deal with a signal by `handler` inside, unless the parent lets it be ignored."""
+    previous = signal.getsignal(number)
+    if previous is not signal.SIG_IGN:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, previous)
+
+
+def exit_code(number: int) -> int:
+    """The exit code that a signal leads to, as shells count."""
+    return 128 + number
+
+
+def _exit(number: int, frame: FrameType | None = None) -> NoReturn:
+    with contextlib.suppress(OSError):
+        if os.isatty(2):
+            os.write(2, _SHOW_CURSOR)  # which a progress bar hides
+    os._exit(exit_code(number))
+
+
+def _unwind(number: int, frame: FrameType | None) -> NoReturn:
+    for each in _NUMBERS:
+        if signal.getsignal(each) is _unwind:
+            signal.signal(each, _exit)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(exit_code(number))
+
+
+def _watch() -> None:
+    """Watch for signals in a thread: the main thread sees none while it is in native code."""
+    import threading
+
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=_exit_after_grace, args=(reader,), name="edgecompose-signals", daemon=True).start()
+
+
+def _exit_after_grace(reader: int) -> None:
+    while number := os.read(reader, 1)[0]:
+        if signal.getsignal(number) in (_unwind, _exit):  # and not one that a chat or a server deals with itself
+            select.select([reader], [], [], GRACE)
+            _exit(number)
