@@ -14,7 +14,6 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
 
 #: Seconds that a command has to unwind.
 GRACE = 10.0
@@ -67,14 +66,14 @@ def exit_code(number: int) -> int:
     return 128 + number
 
 
-def _exit(number: int, frame: FrameType | None = None) -> NoReturn:
+def _exit(number: int, frame: FrameType | None = None) -> None:
     with contextlib.suppress(OSError):
         if os.isatty(2):
             os.write(2, _SHOW_CURSOR)  # which a progress bar hides
     os._exit(exit_code(number))
 
 
-def _unwind(number: int, frame: FrameType | None) -> NoReturn:
+def _unwind(number: int, frame: FrameType | None) -> None:
     for each in _NUMBERS:
         if signal.getsignal(each) is _unwind:
             signal.signal(each, _exit)
