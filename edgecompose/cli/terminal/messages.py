@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 import re
@@ -125,10 +126,10 @@ class TerminalMessages:
 
     def _message(self) -> str:
         line = self._line(_PROMPT)
-        self._keep(_PASTE_GAP)
+        is_pasted = self._keep(_PASTE_GAP)
         if self._is_command(line):
             return line
-        if self._begun:  # a pasted text whose last line has no end is edited before it is sent
+        if is_pasted and self._begun:  # a pasted text whose last line has no end is edited before it is sent
             self._begun = "\n".join([line, *self._lines, self._begun])
             self._lines.clear()
             return self._message()
@@ -166,8 +167,7 @@ class TerminalMessages:
 
     def _edited_line(self, prompt: str, begun: str) -> str:
         if begun and self._readline is not None:
-            insert = self._readline.insert_text
-            self._readline.set_startup_hook(lambda: insert(begun))
+            self._readline.set_startup_hook(functools.partial(self._readline.insert_text, begun))
             begun = ""
         try:
             return begun + input(f"{prompt}{begun}")
@@ -188,19 +188,24 @@ class TerminalMessages:
         with signals.handling(signal.SIGINT, interrupt):
             yield
 
-    def _keep(self, gap: float) -> None:
-        """Take what was typed, or pasted without brackets, and not read; `gap` is in seconds."""
+    def _keep(self, gap: float) -> bool:
+        """Take what was typed, or pasted without brackets, and not read; whether there was any.
+
+        Args:
+            gap: seconds to wait for it.
+        """
         if self._termios is None:
-            return
+            return False
         content = b""
         with self._unseen():
             while select.select([0], [], [], gap)[0] and (more := os.read(0, 1 << 16)):
                 content += more
         if not content:
-            return
+            return False
         text, self._ended = _typed(self._begun + content.decode(errors="replace"))
         *lines, self._begun = text.split("\n")
         self._lines.extend(lines)
+        return True
 
     @contextmanager
     def _unseen(self) -> Iterator[None]:

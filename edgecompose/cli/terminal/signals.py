@@ -11,6 +11,7 @@ import contextlib
 import os
 import select
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -94,6 +95,14 @@ def _watch() -> None:
 
 def _exit_after_grace(reader: int) -> None:
     while number := os.read(reader, 1)[0]:
-        if signal.getsignal(number) in (_unwind, _exit):  # and not one that a chat or a server deals with itself
-            select.select([reader], [], [], GRACE)
+        if _is_ours(number):
+            end = time.monotonic() + GRACE
+            while (left := end - time.monotonic()) > 0 and select.select([reader], [], [], left)[0]:
+                if _is_ours(os.read(reader, 1)[0]):
+                    break
             _exit(number)
+
+
+def _is_ours(number: int) -> bool:
+    """Whether a signal ends the command: a chat or a server may deal with it by itself."""
+    return signal.getsignal(number) in (_unwind, _exit)
