@@ -11,6 +11,7 @@ import contextlib
 import os
 import select
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ def exit_at_once() -> None:
     for number in _NUMBERS:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, _exit)
+    sys.unraisablehook = _not_lost
 
 
 @contextmanager
@@ -81,6 +83,15 @@ def _unwind(number: int, frame: FrameType | None) -> None:
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(exit_code(number))
+
+
+def _not_lost(unraisable: sys.UnraisableHookArgs) -> None:
+    """End the process where what a signal raised cannot go on, as in a destructor."""
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        _exit(signal.SIGINT)
+    if isinstance(unraisable.exc_value, SystemExit):
+        _exit(int(unraisable.exc_value.code or 0) - exit_code(0))
+    sys.__unraisablehook__(unraisable)
 
 
 def _watch() -> None:

@@ -1,0 +1,174 @@
+"""A signal ends a command with 128 plus its number, at any moment, and without a traceback."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.calls import PROMPT
+from tests.cli.processes import PATIENCE, Terminal, environment, hear_signals
+
+#: Runs a package as a program, and sends itself a signal at one of the events that Python reports to auditors: imports,
+#: opened files, and the like. Their number does not depend on the speed of the machine.
+AT_EVENT = """
+import itertools, os, runpy, signal, sys
+number, moment, package, *sys.argv[1:] = [int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]]
+events = itertools.count()
+def count(name, arguments):
+    if next(events) == moment:
+        os.kill(os.getpid(), number)
+def begin(name, arguments):
+    if arguments and arguments[0] == "edgecompose.errors":
+        global begin
+        begin = count
+sys.addaudithook(lambda name, arguments: begin(name, arguments))
+runpy.run_module(package, run_name="__main__", alter_sys=True)
+"""
+
+
+def at_event(number: int, moment: int, package: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-c", AT_EVENT, str(int(number)), str(moment), package, *map(str, arguments)]
+    return subprocess.run(
+        line, capture_output=True, text=True, env=environment(), preexec_fn=hear_signals, check=False, timeout=PATIENCE
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("moment", [0, 30, 400])
+def test_a_signal_while_the_command_starts(number: int, moment: int) -> None:
+    done = at_event(number, moment, "edgecompose", "inspect", "absent")
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (128 + number, "", "")
+
+
+@pytest.mark.parametrize("moment", [0, 100])
+def test_a_signal_while_the_export_starts(moment: int) -> None:
+    done = at_event(signal.SIGINT, moment, "edgecompose_export", "fetch", "--list")
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", [700, 1100, 1400])
+def test_a_signal_while_the_command_works(bundle: Path, moment: int) -> None:
+    done = at_event(signal.SIGINT, moment, "edgecompose", "run", bundle, PROMPT, "--max-tokens", 200)
+    assert (done.returncode, done.stderr.strip()) == (130, "")
+
+
+#: A command whose work is a body of code.
+WORK = """
+import contextlib, ctypes, os, signal, sys, time
+import click
+from edgecompose.cli.terminal import signals
+signals.exit_at_once()
+from edgecompose.cli.terminal.errors import ErrorGroup
+main = ErrorGroup("main")
+@main.command()
+def work():
+    {body}
+main(["work"])
+"""
+
+
+def work(body: str, *numbers: int, grace: float | None = None) -> tuple[int, str, str]:
+    """Exit code and output of a command that gets signals once it printed a line."""
+    code = WORK.format(body="\n    ".join(body.splitlines()))
+    if grace is not None:
+        code = code.replace("main([", f"signals.GRACE = {grace}\nmain([")
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        preexec_fn=hear_signals,
+    )
+    assert process.stdout is not None
+    begun = process.stdout.readline()
+    for number in numbers:
+        process.send_signal(number)
+    out, err = process.communicate(timeout=PATIENCE)
+    return process.returncode, begun + out, err.strip()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_first_signal_unwinds_the_work(number: int) -> None:
+    body = """
+try:
+    print("begun", flush=True)
+    time.sleep(60)
+finally:
+    print("cleaned up", flush=True)
+"""
+    assert work(body, number) == (128 + number, "begun\ncleaned up\n", "")
+
+
+def test_the_second_signal_ends_a_clean_up_that_lasts() -> None:
+    body = """
+try:
+    print("begun", flush=True)
+    time.sleep(60)
+finally:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+"""
+    assert work(body, signal.SIGINT) == (130, "begun\n", "")
+
+
+def test_native_code_that_does_not_return_is_ended_after_the_grace() -> None:
+    body = """
+libc = ctypes.CDLL(None)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # the thread that watches gets it, and sleep goes on
+print("begun", flush=True)
+libc.sleep(60)
+"""
+    assert work(body, signal.SIGINT, grace=0.2) == (130, "begun\n", "")
+
+
+def test_a_signal_in_a_destructor_is_not_lost() -> None:
+    body = """
+class Trap:
+    def __del__(self):
+        print("begun", flush=True)
+        time.sleep(60)
+del (trap := [Trap()])[0]
+time.sleep(60)
+"""
+    assert work(body, signal.SIGINT) == (130, "begun\n", "")
+
+
+def test_a_signal_that_the_parent_ignores_stays_ignored() -> None:
+    code = "from edgecompose.cli.terminal import signals as s; import signal as g; s.exit_at_once(); "
+    code += "print(g.getsignal(g.SIGHUP) is g.SIG_IGN, g.getsignal(g.SIGTERM) is s._exit)\n"
+    code += "with s.handling(g.SIGHUP, s._exit): print(g.getsignal(g.SIGHUP) is g.SIG_IGN)"
+    line = ["sh", "-c", 'trap "" HUP; exec "$0" -c "$1"', sys.executable, code]
+    done = subprocess.run(line, capture_output=True, text=True, env=environment(), check=True, preexec_fn=hear_signals)
+    assert done.stdout == "True True\nTrue\n"
+
+
+def test_control_c_at_a_question_ends_the_command() -> None:
+    code = WORK.format(body="click.confirm('Do you agree?')")
+    for keys, expected in (("\x03", 130), ("\x04", 1)):
+        with Terminal([sys.executable, "-c", code]) as terminal:
+            terminal.wait_for("Do you agree?")
+            terminal.type(keys)
+            assert terminal.exit_code() == expected
+            assert "Traceback" not in terminal.shown
+
+
+def test_progress_leaves_a_cursor() -> None:
+    """A bar hides it; a signal in the middle shows it again."""
+    body = """
+from edgecompose.cli.console import counting
+with counting("working", 2):
+    print("begun", flush=True)
+    time.sleep(60)
+"""
+    with Terminal([sys.executable, "-c", WORK.format(body="\n    ".join(body.splitlines()))]) as terminal:
+        terminal.wait_for("begun")
+        terminal.type("\x03")
+        assert terminal.exit_code() == 130
+        assert terminal.shown.rindex("\x1b[?25h") > terminal.shown.rindex("\x1b[?25l")
+        assert "Traceback" not in terminal.shown
