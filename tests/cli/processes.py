@@ -79,7 +79,7 @@ class Terminal:
         end = time.monotonic() + PATIENCE
         while text not in self.shown[self._seen :]:
             assert time.monotonic() < end, f"{text!r} was not shown after {self.shown!r}"
-            if not self._read():
+            if not self.read():
                 assert text in self.shown[self._seen :], f"{text!r} was not shown in {self.shown!r}"
         begin, self._seen = self._seen, self.shown.index(text, self._seen) + len(text)
         return self.shown[begin : self._seen]
@@ -87,13 +87,13 @@ class Terminal:
     def exit_code(self) -> int:
         """Wait for the end of the process."""
         end = time.monotonic() + PATIENCE
-        while self._read():
+        while self.read():
             assert time.monotonic() < end, f"the process did not end: {self.shown!r}"
         _, status = os.waitpid(self.pid, 0)
         self.pid = 0
         return os.waitstatus_to_exitcode(status)
 
-    def _read(self) -> bool:
+    def read(self) -> bool:
         """Read what is shown; whether there may be more."""
         if select.select([self.descriptor], [], [], 0.1)[0]:
             try:

@@ -98,14 +98,17 @@ def _interrupted(error: BaseException) -> bool:
 
 
 def _described(error: BaseException) -> str:
-    if isinstance(error, (EdgeComposeError, ImportError)):
+    if isinstance(error, EdgeComposeError):
         return str(error)
+    if isinstance(error, ImportError):
+        return f"{error}; install edgecompose again" if isinstance(error, ModuleNotFoundError) else str(error)
     if isinstance(error, click.Abort):
         return "the input ended before the question was answered"
     if isinstance(error, OSError):
-        place = f"'{os.fsdecode(error.filename)}': " if isinstance(error.filename, (str, bytes)) else ""
-        advice = _ADVICE.get(error.errno)
-        return f"{place}{error.strerror or error}" + (f"; {advice}" if advice else "")
+        names = [name for name in (error.filename, error.filename2) if isinstance(name, (str, bytes, os.PathLike))]
+        place = " -> ".join(f"'{os.fsdecode(name)}'" for name in names)
+        text = error.strerror or str(error) or type(error).__name__
+        return "; ".join(filter(None, [f"{place}: {text}" if place else text, _ADVICE.get(error.errno)]))
     if isinstance(error, MemoryError):
         return f"out of memory; {_ADVICE[errno.ENOMEM]}"
     return f"internal error: {type(error).__name__}: {error}; please report it ({_VARIABLE}=1 shows where it happened)"

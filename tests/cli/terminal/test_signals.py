@@ -38,13 +38,13 @@ def at_event(number: int, moment: int, package: str, *arguments: object) -> subp
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("moment", [0, 30, 400])
+@pytest.mark.parametrize("moment", [0, 200, 2200])
 def test_a_signal_while_the_command_starts(number: int, moment: int) -> None:
     done = at_event(number, moment, "edgecompose", "inspect", "absent")
     assert (done.returncode, done.stdout, done.stderr.strip()) == (128 + number, "", "")
 
 
-@pytest.mark.parametrize("moment", [0, 100])
+@pytest.mark.parametrize("moment", [0, 3000])
 def test_a_signal_while_the_export_starts(moment: int) -> None:
     done = at_event(signal.SIGINT, moment, "edgecompose_export", "fetch", "--list")
     assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", "")

@@ -1,0 +1,134 @@
+"""The command `chat`, by a pipe and at a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from edgecompose import Chat, Message, Request, open_bundle
+from edgecompose.cancellation import Cancellation
+from edgecompose.errors import Cancelled, GenerationError
+from tests.cli.calls import PROMPT, call, fault_of
+from tests.cli.processes import Terminal, command, run_in_shell
+
+TALK = b"the cat sat on a mat\ntwo and two is four\n/new\n\n  \ntwo and two is four\n/exit\nnever read\n"
+
+
+def test_a_chat_remembers_what_was_said(bundle: Path) -> None:
+    done = call("chat", bundle, "--json", "--adapter", "animals=1", "--system", "be brief", stdin=TALK)
+    assert (done.exit_code, done.stderr) == (0, "")
+    first, second, alone = map(json.loads, done.stdout.splitlines())
+    assert second["tokens"]["prompt"] > first["tokens"]["prompt"] > 0
+    assert alone["prompt"] == second["prompt"] and alone["tokens"]["prompt"] < second["tokens"]["prompt"]
+    shown = call("chat", bundle, "--explain", stdin=TALK)
+    assert shown.exit_code == 0 and shown.stderr.count("composition") == 3
+    assert fault_of("chat", bundle, stdin=b"caf\xe9\n").startswith("standard input is not UTF-8")
+
+
+def test_commands_are_explained_and_not_sent(bundle: Path) -> None:
+    done = call("chat", bundle, "--json", stdin=b"/help\n/?\n/model big\n /new\n/etc/passwd?\n/bye\n")
+    assert done.exit_code == 0
+    assert [json.loads(line)["prompt"] for line in done.stdout.splitlines()] == ["/new", "/etc/passwd?"]
+    assert done.stderr.count("begin another conversation") == 2
+    assert "'/model' is no command; /help lists them" in done.stderr
+
+
+def test_an_answer_that_was_cut_is_told(bundle: Path) -> None:
+    done = call("chat", bundle, "--max-tokens", 1, stdin=b"hello\n")
+    assert "edgecompose: the answer was cut at 1 tokens; see --max-tokens" in done.stderr
+
+
+def test_an_interruption_of_a_piped_chat_ends_it(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(self: Chat, text: str, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Chat, "say", interrupt)
+    assert call("chat", bundle, stdin=b"hello\n").exit_code == 130
+
+
+def test_a_chat_survives_an_answer_that_was_ended(bundle: Path) -> None:
+    with open_bundle(bundle, device="cpu") as composer:
+        talk, cancellation = Chat(composer, Request(max_tokens=8), system="be brief"), Cancellation()
+        with pytest.raises(Cancelled):
+            talk.say(PROMPT, on_text=lambda text: cancellation.cancel(), cancellation=cancellation)
+        assert roles(talk) == ["system", "user", "assistant"]
+        with pytest.raises(GenerationError):
+            talk.say("x " * 2000)
+        assert roles(talk) == ["system", "user", "assistant"]
+        talk.say("and then?")
+        assert roles(talk) == ["system", "user", "assistant", "user", "assistant"]
+        assert talk.messages[3].content == "and then?"
+        talk.reset()
+        assert list(talk.messages) == [Message("system", "be brief")]
+
+
+def roles(talk: Chat) -> list[str]:
+    return [message.role for message in talk.messages]
+
+
+@pytest.fixture
+def terminal(bundle: Path) -> Iterator[Terminal]:
+    with Terminal(command("chat", bundle, "--device", "cpu")) as opened:
+        opened.wait_for("/exit or Ctrl-D leaves.")
+        opened.wait_for("> ")
+        yield opened
+
+
+def test_a_person_talks_at_a_terminal(terminal: Terminal) -> None:
+    terminal.type("/help\r")
+    assert "begin another conversation" in terminal.wait_for("> ")
+    terminal.type("\r")
+    terminal.wait_for("> ")
+    terminal.type("helo\x1b[Dl\r")
+    assert "helo" in terminal.wait_for("> ")
+    terminal.type("\x1b[200~the cat sat\r\ron a mat\x1b[201~\r")
+    terminal.wait_for("> ")
+    terminal.type("/new\r")
+    terminal.wait_for("> ")
+    terminal.type("/xyz\r")
+    assert "'/xyz' is no command" in terminal.wait_for("> ")
+    terminal.type("x " * 600 + "\r")
+    assert "edgecompose: " in terminal.wait_for("> ")
+    terminal.type("\x04")
+    assert terminal.exit_code() == 0
+    assert "Traceback" not in terminal.shown
+
+
+def test_control_c_leaves_at_the_second_time(terminal: Terminal) -> None:
+    terminal.type("\x03")
+    assert "Ctrl-C once more" in terminal.wait_for("> ")
+    terminal.type("\x03")
+    assert terminal.exit_code() == 130
+    assert "Traceback" not in terminal.shown
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_other_signals_end_a_chat_at_its_prompt(terminal: Terminal, number: int) -> None:
+    os.kill(terminal.pid, number)
+    assert terminal.exit_code() == 128 + number
+    assert "Traceback" not in terminal.shown
+
+
+def test_control_c_ends_an_answer_and_keeps_the_conversation(bundle: Path) -> None:
+    options = ("--device", "cpu", "--max-tokens", 400, "--sample", "--temperature", 9)
+    with Terminal(command("chat", bundle, *options)) as terminal:
+        terminal.wait_for("> ")
+        terminal.type("the cat sat on a mat\r")
+        terminal.wait_for("\x1b[?2004l")
+        while "the answer was ended" not in terminal.shown:
+            terminal.type("\x03")
+            terminal.read()
+        terminal.wait_for("the answer was ended")
+        terminal.wait_for("> ")
+        terminal.type("/exit\r")
+        assert terminal.exit_code() == 0
+        assert "Traceback" not in terminal.shown
+
+
+def test_a_chat_without_input_ends(bundle: Path) -> None:
+    assert run_in_shell("</dev/null", "chat", bundle) == (0, "", "")
