@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -114,17 +115,33 @@ def test_other_signals_end_a_chat_at_its_prompt(terminal: Terminal, number: int)
     assert "Traceback" not in terminal.shown
 
 
+#: The command, with a pause after each chunk of an answer.
+SLOW = """
+import sys, time
+from edgecompose.chat import Chat
+say = Chat.say
+def slow(self, text, *, on_text, cancellation):
+    return say(self, text, on_text=lambda chunk: (on_text(chunk), time.sleep(0.1)), cancellation=cancellation)
+Chat.say = slow
+from edgecompose.__main__ import main
+main()
+"""
+
+
 def test_control_c_ends_an_answer_and_keeps_the_conversation(bundle: Path) -> None:
-    options = ("--device", "cpu", "--max-tokens", 400, "--sample", "--temperature", 9)
-    with Terminal(command("chat", bundle, *options)) as terminal:
+    options = ("--device", "cpu", "--max-tokens", "400", "--sample", "--temperature", "9")
+    with Terminal([sys.executable, "-c", SLOW, "chat", str(bundle), *options]) as terminal:
         terminal.wait_for("> ")
-        terminal.type("the cat sat on a mat\r")
-        terminal.wait_for("\x1b[?2004l")
-        while "the answer was ended" not in terminal.shown:
+        for _ in range(2):
+            terminal.type("the cat sat on a mat\r")
+            terminal.wait_for("\x1b[?2004l\r")
+            length = len(terminal.shown)
+            while len(terminal.shown) == length:
+                terminal.read()
+            terminal.type("typed")
             terminal.type("\x03")
-            terminal.read()
-        terminal.wait_for("the answer was ended")
-        terminal.wait_for("> ")
+            assert "typed" not in terminal.wait_for("edgecompose: the answer was ended")
+            terminal.wait_for("> ")
         terminal.type("/exit\r")
         assert terminal.exit_code() == 0
         assert "Traceback" not in terminal.shown
