@@ -7,9 +7,10 @@ def main() -> None:
     """Run the command; signals are dealt with before anything large is imported."""
     signals.exit_at_once()
     from edgecompose.cli.terminal.streams import prepare_streams
-    from edgecompose_export.cli import main as command
 
     prepare_streams()
+    from edgecompose_export.cli import main as command
+
     command()
 
 

@@ -11,10 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from edgecompose import Chat, Message, Request, open_bundle
-from edgecompose.cancellation import Cancellation
-from edgecompose.errors import Cancelled, GenerationError
-from tests.cli.calls import PROMPT, call, fault_of
+from edgecompose import Chat
+from tests.cli.calls import call, fault_of
 from tests.cli.processes import Terminal, command, run_in_shell
 
 TALK = b"the cat sat on a mat\ntwo and two is four\n/new\n\n  \ntwo and two is four\n/exit\nnever read\n"
@@ -50,26 +48,6 @@ def test_an_interruption_of_a_piped_chat_ends_it(bundle: Path, monkeypatch: pyte
 
     monkeypatch.setattr(Chat, "say", interrupt)
     assert call("chat", bundle, stdin=b"hello\n").exit_code == 130
-
-
-def test_a_chat_survives_an_answer_that_was_ended(bundle: Path) -> None:
-    with open_bundle(bundle, device="cpu") as composer:
-        talk, cancellation = Chat(composer, Request(max_tokens=8), system="be brief"), Cancellation()
-        with pytest.raises(Cancelled):
-            talk.say(PROMPT, on_text=lambda text: cancellation.cancel(), cancellation=cancellation)
-        assert roles(talk) == ["system", "user", "assistant"]
-        with pytest.raises(GenerationError):
-            talk.say("x " * 2000)
-        assert roles(talk) == ["system", "user", "assistant"]
-        talk.say("and then?")
-        assert roles(talk) == ["system", "user", "assistant", "user", "assistant"]
-        assert talk.messages[3].content == "and then?"
-        talk.reset()
-        assert list(talk.messages) == [Message("system", "be brief")]
-
-
-def roles(talk: Chat) -> list[str]:
-    return [message.role for message in talk.messages]
 
 
 @pytest.fixture

@@ -111,6 +111,7 @@ class TerminalMessages:
                 if self._line_was_empty:
                     click.echo("(Ctrl-C once more, Ctrl-D or /exit leaves)", err=True)
                 was_interrupted = self._line_was_empty
+                self._lines.clear()
                 continue
             if message.strip():
                 return message
