@@ -60,7 +60,7 @@ class Terminal:
         self.pid, self.descriptor = pty.fork()
         if self.pid == 0:  # pragma: no cover - the child
             hear_signals()
-            os.execve(arguments[0], arguments, environment(TERM="xterm", **(variables or {})))
+            os.execve(arguments[0], arguments, environment(**{"TERM": "xterm", **(variables or {})}))
 
     def __enter__(self) -> Terminal:
         return self

@@ -43,11 +43,11 @@ def test_an_answer_that_nobody_can_get_is_an_error(bundle: Path) -> None:
 @pytest.mark.parametrize("arguments", [("--help",), ("inspect", "{bundle}")])
 def test_a_pipe_that_nobody_reads_ends_the_command_in_silence(bundle: Path, arguments: tuple[str, ...]) -> None:
     line = [sys.executable, "-m", "edgecompose", *(a.format(bundle=bundle) for a in arguments)]
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
-    assert process.stdout is not None and process.stderr is not None
-    process.stdout.close()
-    assert process.stderr.read() == b""
-    assert process.wait() == 141
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
 
 
 @pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full"])
