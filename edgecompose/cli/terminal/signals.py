@@ -8,6 +8,7 @@ where native code does not return.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import signal
@@ -21,6 +22,8 @@ from types import FrameType
 GRACE = 10.0
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 _NUMBERS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+#: What wakes the main thread, how often after each signal, and the seconds between.
+_POKE, _POKES, _POKE_PAUSE = getattr(signal, "SIGURG", 0), 10, 0.1
 _SHOW_CURSOR = b"\x1b[?25h"
 
 
@@ -41,7 +44,7 @@ def unwinding() -> Iterator[None]:
         SystemExit: on the others, with 128 plus the number.
     """
     numbers = [number for number in _NUMBERS if signal.getsignal(number) is _exit]
-    if numbers and hasattr(os, "set_blocking"):
+    if numbers and os.name == "posix":
         _watch()
     for number in numbers:
         signal.signal(number, _unwind)
@@ -101,19 +104,31 @@ def _watch() -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=_exit_after_grace, args=(reader,), name="edgecompose-signals", daemon=True).start()
+    signal.signal(_POKE, lambda number, frame: None)
+    main = threading.main_thread().ident
+    threading.Thread(target=_attend, args=(reader, main), name="edgecompose-signals", daemon=True).start()
 
 
-def _exit_after_grace(reader: int) -> None:
-    while number := os.read(reader, 1)[0]:
-        if _is_ours(number):
-            end = time.monotonic() + GRACE
-            while (left := end - time.monotonic()) > 0 and select.select([reader], [], [], left)[0]:
-                if _is_ours(os.read(reader, 1)[0]):
-                    break
-            _exit(number)
+def _attend(reader: int, main: int) -> None:
+    """Read numbers of signals, until one that ends the command comes twice or its grace is over.
 
-
-def _is_ours(number: int) -> bool:
-    """Whether a signal ends the command: a chat or a server may deal with it by itself."""
-    return signal.getsignal(number) in (_unwind, _exit)
+    A signal that comes right before the main thread waits for input does not end that wait. A few signals that do
+    nothing else make sure of it.
+    """
+    ending, end, pokes = 0, math.inf, 0
+    while (now := time.monotonic()) < end:
+        wait = min(end - now, _POKE_PAUSE if pokes else math.inf)
+        if not select.select([reader], [], [], None if wait == math.inf else wait)[0]:
+            if pokes:
+                signal.pthread_kill(main, _POKE)
+                pokes -= 1
+            continue
+        number = os.read(reader, 1)[0]
+        if number == _POKE:
+            continue
+        pokes = _POKES
+        if signal.getsignal(number) in (_unwind, _exit):  # and not one that a chat or a server deals with itself
+            if ending:
+                break
+            ending, end = number, now + GRACE
+    _exit(ending)

@@ -120,11 +120,24 @@ finally:
 def test_native_code_that_does_not_return_is_ended_after_the_grace() -> None:
     body = """
 libc = ctypes.CDLL(None)
-signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # the thread that watches gets it, and sleep goes on
+# the thread that watches gets the signal, and the sleep goes on
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGURG])
 print("begun", flush=True)
 libc.sleep(60)
 """
     assert work(body, signal.SIGINT, grace=0.2) == (130, "begun\n", "")
+
+
+def test_a_signal_that_does_not_end_a_wait_is_heard_all_the_same() -> None:
+    body = """
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # the wait goes on, as if the signal came right before it
+try:
+    print("begun", flush=True)
+    ctypes.CDLL(None).sleep(60)
+finally:
+    print("cleaned up", flush=True)
+"""
+    assert work(body, signal.SIGINT) == (130, "begun\ncleaned up\n", "")
 
 
 def test_a_signal_in_a_destructor_is_not_lost() -> None:
