@@ -6,7 +6,6 @@ import errno
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -82,6 +81,8 @@ def _report(error: BaseException, program: str) -> int:
     if isinstance(error, BrokenPipeError):
         return _BROKEN_PIPE
     if os.environ.get(_VARIABLE):
+        import traceback
+
         traceback.print_exception(error)
     if isinstance(error, click.ClickException):
         error.show()
