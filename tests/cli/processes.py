@@ -15,7 +15,7 @@ from types import TracebackType
 
 ROOT = Path(__file__).parents[2]
 #: Seconds that anything may take on a busy machine.
-PATIENCE = 10.0
+PATIENCE = 60.0
 
 
 def environment(**variables: str) -> dict[str, str]:

@@ -50,7 +50,7 @@ class ErrorGroup(click.Group):
 
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
         """Run the command and exit; see click's method."""
-        run = super().main
+        run: Callable[..., Any] = super().main
         if not standalone_mode:
             return run(*args, standalone_mode=False, **extra)
         sys.exit(self._exit_code(lambda: run(*args, standalone_mode=False, **extra)))
