@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import signal
 import subprocess
 import sys
@@ -13,19 +14,20 @@ from tests.cli.calls import PROMPT
 from tests.cli.processes import PATIENCE, Terminal, environment, hear_signals
 
 #: Runs a package as a program, and sends itself a signal at one of the events that Python reports to auditors: imports,
-#: opened files, and the like. Their number does not depend on the speed of the machine.
+#: opened files, and the like. Their number does not depend on the speed of the machine; for moment -1 it is printed.
 AT_EVENT = """
-import itertools, os, runpy, signal, sys
+import atexit, itertools, os, runpy, sys
 number, moment, package, *sys.argv[1:] = [int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]]
 events = itertools.count()
-def count(name, arguments):
-    if next(events) == moment:
+counting = False
+def see(name, arguments):
+    global counting
+    counting = counting or arguments[:1] == ("edgecompose.errors",)  # the first that is imported after signals are set
+    if counting and next(events) == moment:
         os.kill(os.getpid(), number)
-def begin(name, arguments):
-    if arguments and arguments[0] == "edgecompose.errors":
-        global begin
-        begin = count
-sys.addaudithook(lambda name, arguments: begin(name, arguments))
+if moment < 0:
+    atexit.register(lambda: print(next(events), file=sys.stderr))
+sys.addaudithook(see)
 runpy.run_module(package, run_name="__main__", alter_sys=True)
 """
 
@@ -37,24 +39,34 @@ def at_event(number: int, moment: int, package: str, *arguments: object) -> subp
     )
 
 
+def moments(count: int, package: str, *arguments: object) -> list[int]:
+    """Some moments of a command, the first and one that is near its end among them."""
+    total = int(at_event(0, -1, package, *arguments).stderr.splitlines()[-1])
+    return [0, *random.Random(0).sample(range(1, total * 9 // 10), count - 2), total * 9 // 10]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("moment", [0, 200, 2200])
-def test_a_signal_while_the_command_starts(number: int, moment: int) -> None:
-    done = at_event(number, moment, "edgecompose", "inspect", "absent")
-    assert (done.returncode, done.stdout, done.stderr.strip()) == (128 + number, "", "")
+def test_a_signal_while_a_command_starts(number: int) -> None:
+    for moment in moments(4, "edgecompose", "inspect", "absent"):
+        done = at_event(number, moment, "edgecompose", "inspect", "absent")
+        assert (done.returncode, done.stdout, done.stderr.strip()) == (128 + number, "", ""), moment
 
 
-@pytest.mark.parametrize("moment", [0, 3000])
-def test_a_signal_while_the_export_starts(moment: int) -> None:
-    done = at_event(signal.SIGINT, moment, "edgecompose_export", "fetch", "--list")
-    assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", "")
+def test_a_signal_while_the_export_starts() -> None:
+    for moment in moments(3, "edgecompose_export", "fetch", "--list"):
+        done = at_event(signal.SIGINT, moment, "edgecompose_export", "fetch", "--list")
+        assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", ""), moment
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", [700, 1100, 1400])
-def test_a_signal_while_the_command_works(bundle: Path, moment: int) -> None:
-    done = at_event(signal.SIGINT, moment, "edgecompose", "run", bundle, PROMPT, "--max-tokens", 200)
-    assert (done.returncode, done.stderr.strip()) == (130, "")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_command_works(bundle: Path, tmp_path: Path, number: int) -> None:
+    arguments = ("compose", bundle, PROMPT, "--format", "peft", "-o")
+    for moment in moments(6, "edgecompose", *arguments, tmp_path / "whole"):
+        output = tmp_path / f"at-{moment}"
+        done = at_event(number, moment, "edgecompose", *arguments, output)
+        assert (done.returncode, done.stderr.strip()) == (128 + number, ""), moment
+        assert not list(tmp_path.glob(f"{output.name}*")) or "written" in done.stdout, moment
 
 
 #: A command whose work is a body of code.
