@@ -25,6 +25,8 @@ _NUMBERS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, nam
 #: What wakes the main thread, how often after each signal, and the seconds between.
 _POKE, _POKES, _POKE_PAUSE = getattr(signal, "SIGURG", 0), 10, 0.1
 _SHOW_CURSOR = b"\x1b[?25h"
+#: A signal that unwinds the work when the present import has ended, 0 for none.
+_deferred = 0
 
 
 def exit_at_once() -> None:
@@ -53,6 +55,8 @@ def unwinding() -> Iterator[None]:
     finally:
         for number in numbers:
             signal.signal(number, _exit)
+        if _deferred:
+            _exit(_deferred)
 
 
 @contextmanager
@@ -80,12 +84,33 @@ def _exit(number: int, frame: FrameType | None = None) -> None:
 
 
 def _unwind(number: int, frame: FrameType | None) -> None:
+    global _deferred
+    if _deferred:
+        _exit(number)
+    _deferred = number
+    _unwind_now(0, frame)
+
+
+def _unwind_now(poke: int, frame: FrameType | None) -> None:
+    """Raise what the signal leads to, unless a module is imported: extension modules abort the process at that."""
+    global _deferred
+    if not _deferred or _is_importing(frame):
+        return
+    number, _deferred = _deferred, 0
     for each in _NUMBERS:
         if signal.getsignal(each) is _unwind:
             signal.signal(each, _exit)
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise SystemExit(exit_code(number))
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _not_lost(unraisable: sys.UnraisableHookArgs) -> None:
@@ -104,7 +129,7 @@ def _watch() -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    signal.signal(_POKE, lambda number, frame: None)
+    signal.signal(_POKE, _unwind_now)
     main = threading.main_thread().ident
     threading.Thread(target=_attend, args=(reader, main), name="edgecompose-signals", daemon=True).start()
 
@@ -112,10 +137,10 @@ def _watch() -> None:
 def _attend(reader: int, main: int) -> None:
     """Read numbers of signals, until one that ends the command comes twice or its grace is over.
 
-    A signal that comes right before the main thread waits for input does not end that wait. A few signals that do
-    nothing else make sure of it.
+    The main thread is poked after each: a signal that comes right before a wait for input does not end that wait, and
+    one that comes during an import is deferred.
     """
-    ending, end, pokes = 0, math.inf, 0
+    ending, end, pokes = 0, math.inf, 0.0
     while (now := time.monotonic()) < end:
         wait = min(end - now, _POKE_PAUSE if pokes else math.inf)
         if not select.select([reader], [], [], None if wait == math.inf else wait)[0]:
@@ -126,9 +151,9 @@ def _attend(reader: int, main: int) -> None:
         number = os.read(reader, 1)[0]
         if number == _POKE:
             continue
-        pokes = _POKES
+        pokes = max(pokes, _POKES)
         if signal.getsignal(number) in (_unwind, _exit):  # and not one that a chat or a server deals with itself
             if ending:
                 break
-            ending, end = number, now + GRACE
+            ending, end, pokes = number, now + GRACE, math.inf
     _exit(ending)

@@ -152,6 +152,24 @@ finally:
     assert work(body, signal.SIGINT) == (130, "begun\ncleaned up\n", "")
 
 
+def test_an_import_is_not_interrupted(tmp_path: Path) -> None:
+    """Extension modules abort the process where an exception comes out of what they import."""
+    (tmp_path / "slow.py").write_text("import time\nprint('begun', flush=True)\ntime.sleep(0.5)\nprint('imported')")
+    body = f"""
+sys.path.insert(0, {str(tmp_path)!r})
+try:
+    import slow
+    print("goes on", flush=True)
+    time.sleep(60)
+finally:
+    print("cleaned up", flush=True)
+"""
+    code, out, err = work(body, signal.SIGINT)
+    assert (code, err) == (130, "")
+    assert out in ("begun\nimported\ncleaned up\n", "begun\nimported\ngoes on\ncleaned up\n")
+    assert work(body, signal.SIGINT, signal.SIGTERM)[1] == "begun\n"
+
+
 def test_a_signal_in_a_destructor_is_not_lost() -> None:
     body = """
 class Trap:
