@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-#: Seconds that a command has to unwind.
-GRACE = 10.0
+#: Seconds that a command has to unwind, and those that an import has to end before.
+GRACE, IMPORT_GRACE = 10.0, 1.0
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 _NUMBERS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 #: What wakes the main thread, how often after each signal, and the seconds between.
@@ -141,7 +141,7 @@ def _attend(reader: int, main: int) -> None:
     one that comes during an import is deferred.
     """
     ending, end, pokes = 0, math.inf, 0.0
-    while (now := time.monotonic()) < end:
+    while (now := time.monotonic()) < (end - GRACE + IMPORT_GRACE if _deferred else end):
         wait = min(end - now, _POKE_PAUSE if pokes else math.inf)
         if not select.select([reader], [], [], None if wait == math.inf else wait)[0]:
             if pokes:

@@ -168,6 +168,8 @@ finally:
     assert (code, err) == (130, "")
     assert out in ("begun\nimported\ncleaned up\n", "begun\nimported\ngoes on\ncleaned up\n")
     assert work(body, signal.SIGINT, signal.SIGTERM)[1] == "begun\n"
+    (tmp_path / "slow.py").write_text("import time\nprint('begun', flush=True)\ntime.sleep(60)")
+    assert work(body, signal.SIGINT) == (130, "begun\n", "")
 
 
 def test_a_signal_in_a_destructor_is_not_lost() -> None:
