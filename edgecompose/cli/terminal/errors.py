@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -55,11 +56,20 @@ class ErrorGroup(click.Group):
             return run(*args, standalone_mode=False, **extra)
         sys.exit(self._exit_code(lambda: run(*args, standalone_mode=False, **extra)))
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; warnings are lines of the program."""
+        with warnings.catch_warnings():
+            warnings.showwarning = self._show_warning
+            return super().invoke(ctx)
+
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         """Find the command, whose work can then be interrupted."""
         resolved = super().resolve_command(ctx, args)
         ctx.with_resource(signals.unwinding())
         return resolved
+
+    def _show_warning(self, message: Warning | str, *_: object, **__: object) -> None:
+        click.echo(f"{self.program}: warning: {one_line(str(message))}", err=True)
 
     def _exit_code(self, run: Callable[[], Any]) -> int:
         try:

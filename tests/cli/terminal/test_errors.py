@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -147,6 +148,18 @@ def test_a_missing_library_is_named(failing: Callable[[BaseException], Result]) 
         1,
         "edgecompose: No module named 'safetensors'; install edgecompose again\n",
     )
+
+
+def test_a_warning_is_a_line_of_the_program(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def warn(path: Path) -> None:
+        warnings.warn("mind\nthis", UserWarning, stacklevel=1)
+        raise BundleError("done")
+
+    monkeypatch.setattr("edgecompose.bundle.files.read_manifest", warn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        done = call("inspect", bundle)
+    assert done.stderr == "edgecompose: warning: mind this\nedgecompose: done\n"
 
 
 def test_errors_of_programs_that_call_the_commands_are_theirs(bundle: Path) -> None:

@@ -8,6 +8,7 @@ import signal
 import sys
 import termios
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -147,6 +148,37 @@ def test_no_message_goes_to_the_program_that_comes_after() -> None:
         terminal.wait_for("> ")
         terminal.type("/first\r\x04echo run me\r")
         terminal.wait_for("LEFT []")
+
+
+def test_without_readline_a_paste_is_one_message_and_nothing_is_lost() -> None:
+    code = f"import sys; sys.modules['readline'] = None\n{CHILD}"
+    with Terminal([sys.executable, "-c", code]) as terminal:
+        terminal.wait_for("> ")
+        terminal.type("First paragraph.\r\rSecond.\r")
+        assert got(terminal) == r"First paragraph.\n\nSecond."
+        terminal.wait_for("> ")
+        terminal.type("slow\r")
+        terminal.wait_for("BEGUN")
+        terminal.type("one\rtw")
+        assert [got(terminal), got(terminal)] == ["slow", "one"]
+        terminal.wait_for("> tw")
+        terminal.type("o\r")
+        assert got(terminal) == "two"
+        terminal.type("\x04")
+        terminal.wait_for("END")
+
+
+def test_an_output_that_goes_elsewhere_holds_no_prompt(tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    with Terminal(["/bin/sh", "-c", f'exec "$0" -c "$1" >{output}', sys.executable, CHILD]) as terminal:
+        terminal.wait_for("> ")
+        terminal.type("one\rtwo\r")
+        terminal.wait_for("> ")
+        terminal.type("\x03")
+        terminal.wait_for("> ")
+        terminal.type("\x04")
+        assert terminal.exit_code() == 0
+    assert output.read_text(encoding="utf-8") == "GOT 'one\\ntwo'\nEND\n"
 
 
 def test_a_window_of_another_size_changes_nothing(terminal: Terminal) -> None:
