@@ -8,9 +8,7 @@ where native code does not return.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
-import select
 import signal
 import sys
 import time
@@ -24,6 +22,7 @@ _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 _NUMBERS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 #: What wakes the main thread, how often after each signal, and the seconds between.
 _POKE, _POKES, _POKE_PAUSE = getattr(signal, "SIGURG", 0), 10, 0.1
+_NEVER = float("inf")
 _SHOW_CURSOR = b"\x1b[?25h"
 #: A signal that unwinds the work when the present import has ended, 0 for none.
 _deferred = 0
@@ -140,10 +139,12 @@ def _attend(reader: int, main: int) -> None:
     The main thread is poked after each: a signal that comes right before a wait for input does not end that wait, and
     one that comes during an import is deferred.
     """
-    ending, end, pokes = 0, math.inf, 0.0
+    import select
+
+    ending, end, pokes = 0, _NEVER, 0.0
     while (now := time.monotonic()) < (end - GRACE + IMPORT_GRACE if _deferred else end):
-        wait = min(end - now, _POKE_PAUSE if pokes else math.inf)
-        if not select.select([reader], [], [], None if wait == math.inf else wait)[0]:
+        wait = min(end - now, _POKE_PAUSE if pokes else _NEVER)
+        if not select.select([reader], [], [], None if wait == _NEVER else wait)[0]:
             if pokes:
                 signal.pthread_kill(main, _POKE)
                 pokes -= 1
@@ -155,5 +156,5 @@ def _attend(reader: int, main: int) -> None:
         if signal.getsignal(number) in (_unwind, _exit):  # and not one that a chat or a server deals with itself
             if ending:
                 break
-            ending, end, pokes = number, now + GRACE, math.inf
+            ending, end, pokes = number, now + GRACE, _NEVER
     _exit(ending)
