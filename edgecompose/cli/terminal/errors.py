@@ -22,6 +22,8 @@ _VARIABLE = "EDGECOMPOSE_TRACEBACK"
 _INTERRUPTED = signals.exit_code(signal.SIGINT)
 #: What SIGPIPE would lead to, had Python not replaced it by an error; Windows has no such signal.
 _BROKEN_PIPE = signals.exit_code(getattr(signal, "SIGPIPE", 13))
+#: Of a name in a message.
+_MOST_CHARACTERS = 300
 #: What to do about errors of the system.
 _ADVICE: Mapping[int | None, str] = MappingProxyType(
     {
@@ -117,7 +119,7 @@ def _described(error: BaseException) -> str:
         return "the input ended before the question was answered"
     if isinstance(error, OSError):
         names = [name for name in (error.filename, error.filename2) if isinstance(name, (str, bytes, os.PathLike))]
-        place = " -> ".join(f"'{os.fsdecode(name)}'" for name in names)
+        place = " -> ".join(f"'{os.fsdecode(name):.{_MOST_CHARACTERS}}'" for name in names)
         text = error.strerror or str(error) or type(error).__name__
         return "; ".join(filter(None, [f"{place}: {text}" if place else text, _ADVICE.get(error.errno)]))
     if isinstance(error, MemoryError):

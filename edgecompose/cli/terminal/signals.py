@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import sys
 import time
@@ -23,9 +24,13 @@ _NUMBERS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, nam
 #: What wakes the main thread, how often after each signal, and the seconds between.
 _POKE, _POKES, _POKE_PAUSE = getattr(signal, "SIGURG", 0), 10, 0.1
 _NEVER = float("inf")
+#: Where a process may open fewer files, all are left to its work.
+_SCARCE = 32
 _SHOW_CURSOR = b"\x1b[?25h"
 #: A signal that unwinds the work when the present import has ended, 0 for none.
 _deferred = 0
+#: Whether a thread pokes the main thread.
+_watched = False
 
 
 def exit_at_once() -> None:
@@ -45,7 +50,7 @@ def unwinding() -> Iterator[None]:
         SystemExit: on the others, with 128 plus the number.
     """
     numbers = [number for number in _NUMBERS if signal.getsignal(number) is _exit]
-    if numbers and os.name == "posix":
+    if numbers and os.name == "posix" and os.sysconf("SC_OPEN_MAX") >= _SCARCE:
         _watch()
     for number in numbers:
         signal.signal(number, _unwind)
@@ -93,7 +98,7 @@ def _unwind(number: int, frame: FrameType | None) -> None:
 def _unwind_now(poke: int, frame: FrameType | None) -> None:
     """Raise what the signal leads to, unless a module is imported: extension modules abort the process at that."""
     global _deferred
-    if not _deferred or _is_importing(frame):
+    if not _deferred or (_watched and _is_importing(frame)):
         return
     number, _deferred = _deferred, 0
     for each in _NUMBERS:
@@ -125,6 +130,8 @@ def _watch() -> None:
     """Watch for signals in a thread: the main thread sees none while it is in native code."""
     import threading
 
+    global _watched
+    _watched = True
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -139,8 +146,6 @@ def _attend(reader: int, main: int) -> None:
     The main thread is poked after each: a signal that comes right before a wait for input does not end that wait, and
     one that comes during an import is deferred.
     """
-    import select
-
     ending, end, pokes = 0, _NEVER, 0.0
     while (now := time.monotonic()) < (end - GRACE + IMPORT_GRACE if _deferred else end):
         wait = min(end - now, _POKE_PAUSE if pokes else _NEVER)

@@ -84,11 +84,9 @@ main(["work"])
 """
 
 
-def work(body: str, *numbers: int, grace: float | None = None) -> tuple[int, str, str]:
+def work(body: str, *numbers: int, before: str = "") -> tuple[int, str, str]:
     """Exit code and output of a command that gets signals once it printed a line."""
-    code = WORK.format(body="\n    ".join(body.splitlines()))
-    if grace is not None:
-        code = code.replace("main([", f"signals.GRACE = {grace}\nmain([")
+    code = WORK.format(body="\n    ".join(body.splitlines())).replace("main([", f"{before}\nmain([")
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         stdout=subprocess.PIPE,
@@ -137,7 +135,7 @@ signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGURG])
 print("begun", flush=True)
 libc.sleep(60)
 """
-    assert work(body, signal.SIGINT, grace=0.2) == (130, "begun\n", "")
+    assert work(body, signal.SIGINT, before="signals.GRACE = 0.2") == (130, "begun\n", "")
 
 
 def test_a_signal_that_does_not_end_a_wait_is_heard_all_the_same() -> None:
@@ -170,6 +168,19 @@ finally:
     assert work(body, signal.SIGINT, signal.SIGTERM)[1] == "begun\n"
     (tmp_path / "slow.py").write_text("import time\nprint('begun', flush=True)\ntime.sleep(60)")
     assert work(body, signal.SIGINT) == (130, "begun\n", "")
+
+
+def test_few_files_are_left_to_the_work(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text("import time\nprint('begun', flush=True)\ntime.sleep(60)", encoding="utf-8")
+    body = f"""
+import threading
+sys.path.insert(0, {str(tmp_path)!r})
+print(threading.active_count(), end=" ")
+import slow
+"""
+    assert work(body, signal.SIGINT) == (130, "2 begun\n", "")
+    limited = work(body, signal.SIGINT, before="import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (8, 8))")
+    assert limited == (130, "1 begun\n", "")
 
 
 def test_a_signal_in_a_destructor_is_not_lost() -> None:
