@@ -50,7 +50,7 @@ def test_a_pipe_that_nobody_reads_ends_the_command_in_silence(bundle: Path, argu
     assert process.returncode == 141
 
 
-@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full"])
+@pytest.mark.parametrize("redirection", ["2>&-", pytest.param("2>/dev/full", marks=pytest.mark.slow)])
 def test_an_error_that_cannot_be_said_keeps_its_exit_code(bundle: Path, redirection: str) -> None:
     assert run_in_shell(redirection, "inspect", "absent") == (1, "", "")
     assert run_in_shell(redirection, "inspect") == (2, "", "")
@@ -75,7 +75,10 @@ def test_no_file_gets_the_descriptor_of_a_closed_stream() -> None:
     assert subprocess.run(line, env=environment(), check=False).returncode > 2
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp1252", "utf-8", "cp437:strict"])
+@pytest.mark.parametrize(
+    "encoding",
+    ["latin-1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ascii", "cp1252", "utf-8", "cp437:strict"))],
+)
 def test_any_encoding_of_the_output_gets_an_answer(bundle: Path, encoding: str) -> None:
     def text(*arguments: object) -> str:
         code, out, err = run_in_shell("", *arguments, PYTHONIOENCODING=encoding)
