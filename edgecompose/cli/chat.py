@@ -39,8 +39,8 @@ from edgecompose.request import Answer
 _COMMANDS: Mapping[str, str] = MappingProxyType(
     {"/new": "new", "/clear": "new", "/help": "help", "/?": "help", "/exit": "exit", "/quit": "exit", "/bye": "exit"}
 )
-#: A line that begins like this is a command, known or not; a path is none.
-_COMMAND = re.compile(r"/[\w?-]+(\s|$)")
+#: A line like this is a command, known or not; a path is none, nor is a text of several lines.
+_COMMAND = re.compile(r"/[\w?-]+( .*)?\s*")
 _WELCOME = "Type a message. /help lists commands, /exit or Ctrl-D leaves."
 _HELP = """\
 /new     begin another conversation (also /clear)
@@ -86,7 +86,7 @@ def chat(bundle: Path, system: str | None, explain: bool, device: str, as_json: 
         click.echo(_WELCOME, err=True)
         with (
             signals.handling(signal.SIGINT, lambda number, frame: None),  # beside answers and the prompt
-            TerminalMessages(lambda line: _COMMAND.match(line) is not None) as messages,
+            TerminalMessages(lambda line: _COMMAND.fullmatch(line) is not None) as messages,
         ):
             _TerminalSession(talk, messages, explain=explain, as_json=as_json).run()
 
@@ -101,7 +101,7 @@ class _Session:
     def run(self) -> None:
         """Read and answer."""
         while (message := self.messages.read()) is not None:
-            if not _COMMAND.match(message):
+            if not _COMMAND.fullmatch(message):
                 self.answer(message.strip(), Cancellation())
             elif not self.command(message.split()[0]):
                 return
@@ -176,4 +176,5 @@ def _ended_by_interrupt(cancellation: Cancellation) -> Iterator[None]:
 
 def _say_whether_it_was_cut(answer: Answer) -> None:
     if answer.finish == "length":
-        click.echo(f"edgecompose: the answer was cut at {answer.generated_tokens} tokens; see --max-tokens", err=True)
+        tokens = answer.generated_tokens
+        click.echo(f"edgecompose: the answer was cut at {tokens} tokens, by --max-tokens or the context", err=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from edgecompose import Chat
+from edgecompose.cli.chat import _COMMAND
 from tests.cli.calls import call, fault_of
 from tests.cli.processes import Terminal, command, run_in_shell
 
@@ -37,9 +38,27 @@ def test_commands_are_explained_and_not_sent(bundle: Path) -> None:
     assert "'/model' is no command; /help lists them" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("text", "is_command"),
+    [
+        ("/new", True),
+        ("/new ", True),
+        ("/model big", True),
+        ("/?", True),
+        (" /new", False),
+        ("/etc/passwd", False),
+        ("/", False),
+        ("/new\nand more", False),
+        ("a /new", False),
+    ],
+)
+def test_a_line_is_a_command_or_a_message(text: str, is_command: bool) -> None:
+    assert (_COMMAND.fullmatch(text) is not None) == is_command
+
+
 def test_an_answer_that_was_cut_is_told(bundle: Path) -> None:
     done = call("chat", bundle, "--max-tokens", 1, stdin=b"hello\n")
-    assert "edgecompose: the answer was cut at 1 tokens; see --max-tokens" in done.stderr
+    assert "edgecompose: the answer was cut at 1 tokens, by --max-tokens or the context" in done.stderr
 
 
 def test_an_interruption_of_a_piped_chat_ends_it(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,7 +161,10 @@ class TerminalMessages:
             if sys.stdout.isatty():
                 return self._edited_line(prompt, begun)
             click.echo(f"{prompt}{begun}", nl=False, err=True)
-            line = read_input_line()
+            try:
+                line = read_input_line()
+            except EdgeComposeError as error:  # nobody can try again where the terminal is gone
+                raise error.__cause__ if isinstance(error.__cause__, OSError) else error
         if line is None:
             raise EOFError
         return begun + line
