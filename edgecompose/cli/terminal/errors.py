@@ -41,7 +41,7 @@ _ADVICE: Mapping[int | None, str] = MappingProxyType(
         errno.ENOSPC: "free space on the disk and run the command again",
         errno.EDQUOT: "free space in the quota and run the command again",
         errno.EBADF: "it is closed; give a file, a pipe or a terminal",
-        errno.EIO: "check the disk",
+        errno.EIO: "check the device",
     }
 )
 

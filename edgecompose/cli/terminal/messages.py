@@ -164,7 +164,7 @@ class TerminalMessages:
             try:
                 line = read_input_line()
             except EdgeComposeError as error:  # nobody can try again where the terminal is gone
-                raise error.__cause__ if isinstance(error.__cause__, OSError) else error
+                raise (error.__cause__ if isinstance(error.__cause__, OSError) else error) from None
         if line is None:
             raise EOFError
         return begun + line
