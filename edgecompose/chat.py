@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+from edgecompose.cancellation import Cancellation
 from edgecompose.composer import Composer
 from edgecompose.generation.messages import Message
 from edgecompose.request import Answer, Request
@@ -27,25 +28,35 @@ class Chat:
         self._opening = () if system is None else (Message("system", system),)
         self.messages: tuple[Message, ...] = self._opening
 
-    def say(self, text: str, *, on_text: Callable[[str], None] = lambda text: None) -> Answer:
+    def say(
+        self,
+        text: str,
+        *,
+        on_text: Callable[[str], None] = lambda text: None,
+        cancellation: Cancellation | None = None,
+    ) -> Answer:
         """Answer the user's next message; both become part of the conversation.
 
-        An exception out of `on_text`, such as a KeyboardInterrupt, ends the answer where it is; what was written of it
-        stays in the conversation.
+        A cancellation, or an exception out of `on_text`, ends the answer where it is; what was written of it stays in
+        the conversation.
 
         Args:
             on_text: called with each chunk of the answer as it becomes certain.
+            cancellation: another thread, or the handler of a signal, ends the answer through it.
 
         Raises:
+            Cancelled: it was ended through `cancellation`.
             EdgeComposeError: of the stage that failed; the conversation is as it was.
         """
+        cancellation = cancellation or Cancellation()
         messages = (*self.messages, Message("user", text))
         chunks: list[str] = []
-        with self._composer.generate(messages, self._request) as generation:
+        with self._composer.generate(messages, self._request, cancellation=cancellation) as generation:
             try:
                 for chunk in generation:
                     chunks.append(chunk)
                     on_text(chunk)
+                    cancellation.check()
                 return generation.answer
             finally:
                 if chunks:

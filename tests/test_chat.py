@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from edgecompose import Chat, Composer, Request, open_bundle
+from edgecompose.cancellation import Cancellation
+from edgecompose.errors import Cancelled, GenerationError
 from tests.recipes import PROMPT
 
 
@@ -43,6 +45,25 @@ def test_an_interruption_keeps_what_was_written(composer: Composer) -> None:
     with pytest.raises(KeyboardInterrupt):
         chat.say(PROMPT, on_text=stop)
     assert [(m.role, m.content) for m in chat.messages] == [("user", PROMPT), ("assistant", seen[0])]
+
+
+def test_a_cancellation_keeps_what_was_written(composer: Composer) -> None:
+    chat, cancellation = Chat(composer, Request(max_tokens=8)), Cancellation()
+    seen: list[str] = []
+
+    def cancel(chunk: str) -> None:
+        seen.append(chunk)
+        cancellation.cancel()
+
+    with pytest.raises(Cancelled):
+        chat.say(PROMPT, on_text=cancel, cancellation=cancellation)
+    assert [(m.role, m.content) for m in chat.messages] == [("user", PROMPT), ("assistant", "".join(seen))]
+    with pytest.raises(Cancelled):
+        chat.say("again", cancellation=cancellation)
+    with pytest.raises(GenerationError):
+        Chat(composer, Request(max_tokens=8)).say("x " * 2000)
+    chat.say("and then?")
+    assert [m.role for m in chat.messages] == ["user", "assistant"] * 2
 
 
 def test_a_stage_that_fails_leaves_the_conversation(composer: Composer) -> None:

@@ -58,7 +58,7 @@ _WITH_WEIGHTS = ", ".join(row.name for row in WRITABLE if row.write_into is not 
 @json_option
 def compose(
     bundle: Path,
-    prompt: str,
+    prompt: str | None,
     output: Path,
     format_name: str,
     checkpoint: Path | None,

@@ -1,50 +1,24 @@
-"""What both commands share: errors as one line and an exit code, and progress on stderr."""
+"""Progress on standard error."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
-
-import click
-
-from edgecompose.errors import EdgeComposeError
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # rich takes a tenth of the time that a command needs to start, and few commands show progress
     from rich.progress import Progress, ProgressColumn
 
 
-class ErrorGroup(click.Group):
-    """A command group that prints our errors, and those of the file system, as one line after the program's name."""
-
-    program = "edgecompose"
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command."""
-        try:
-            return super().invoke(ctx)
-        except BrokenPipeError:
-            sys.stderr.close()
-            ctx.exit(EdgeComposeError.exit_code)
-        except (EdgeComposeError, OSError) as error:
-            click.echo(f"{self.program}: {_one_line(str(error))}", err=True)
-            ctx.exit(getattr(error, "exit_code", EdgeComposeError.exit_code))
-
-
-def _one_line(text: str) -> str:
-    """Text in one line without control characters, because names in damaged files may hold any."""
-    line = " ".join(text.split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-
-
 def progress(*columns: ProgressColumn) -> Progress:
-    """A progress display on stderr; it disappears at the end, and is silent where stderr is no terminal."""
+    """A progress display on stderr; it disappears at the end, and is silent where stderr cannot be redrawn."""
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    can_redraw = sys.stderr.isatty() and console.is_terminal and not console.is_dumb_terminal
+    return Progress(*columns, console=console, transient=True, disable=not can_redraw)
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import click
 
-from edgecompose import serialize
 from edgecompose.bundle import files as bundles
 from edgecompose.cli.console import counting_bytes
 from edgecompose.cli.options import bundle_argument, json_option, open_composer, print_json, print_lines
@@ -25,6 +24,8 @@ def inspect(bundle: Path, compatibility: bool, as_json: bool) -> None:
     edgecompose inspect models/demo
     edgecompose inspect models/demo --compatibility
     """
+    from edgecompose import serialize
+
     manifest = bundles.read_manifest(bundle)
     shown, lines = serialize.manifest_json(manifest), serialize.describe_manifest(manifest)
     if compatibility:
@@ -67,6 +68,8 @@ def doctor(as_json: bool) -> None:
     \b
     edgecompose doctor --json
     """
+    from edgecompose import serialize
+
     report = serialize.doctor_json()
     if as_json:
         print_json(report)

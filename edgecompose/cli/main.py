@@ -9,7 +9,7 @@ from types import MappingProxyType
 import click
 
 from edgecompose import __version__
-from edgecompose.cli.console import ErrorGroup
+from edgecompose.cli.terminal.errors import ErrorGroup
 
 #: Command -> its module in this folder, and the beginning of its help. A module is imported when its command
 #: runs.
@@ -17,7 +17,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "batch": ("serve", "Answer CALLS, a file of OpenAI API calls"),
         "bundle": ("bundle", "Change a bundle: add and remove tasks, convert an older one"),
-        "chat": ("run", "Talk: each line of standard input is a message"),
+        "chat": ("chat", "Talk: each line of standard input is a message"),
         "compose": ("compose", "Write the blend for PROMPT for another program"),
         "doctor": ("inspect", "Show versions, providers, the device that is chosen and why, and what is wrong"),
         "eval": ("evaluate", "Measure how often answers are right on your own examples"),

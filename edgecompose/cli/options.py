@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import click
 
-from edgecompose.composer import Composer, open_bundle
-from edgecompose.engine.device import DeviceRequest, has_cuda_provider
-from edgecompose.errors import EdgeComposeError, MergeError
+from edgecompose.cli.terminal.streams import json_line, read_input
+from edgecompose.errors import MergeError
 from edgecompose.merging.methods import METHODS, require_parameters
-from edgecompose.request import Request
 from edgecompose.settings import MergeSettings, RetrievalSettings, Sampling, Setting, names_of, settings_of
+
+if TYPE_CHECKING:  # the commands that only read a bundle work where ONNX Runtime does not
+    from edgecompose.composer import Composer
+    from edgecompose.engine.device import DeviceRequest
+    from edgecompose.request import Request
 
 F = TypeVar("F", bound=Callable[..., Any])
 _STANDARD_INPUT = "-"
 
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path, exists=False))
-prompt_argument = click.argument("prompt")
+prompt_argument = click.argument("prompt", required=False)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 device_option = click.option(
     "--device",
@@ -143,7 +145,10 @@ def _option_type(name: str, hint: Any, item: Setting) -> click.ParamType[Any]:
 
 def open_composer(bundle: Path, device: str) -> Composer:
     """The bundle on the device; a note on stderr says where auto fell back to the CPU."""
-    composer = open_bundle(bundle, device=cast(DeviceRequest, device))
+    from edgecompose.composer import open_bundle
+    from edgecompose.engine.device import has_cuda_provider
+
+    composer = open_bundle(bundle, device=cast("DeviceRequest", device))
     if device == "auto" and composer.device.kind == "cpu" and has_cuda_provider():
         click.echo(f"edgecompose: {composer.device.reason}", err=True)
     return composer
@@ -158,6 +163,8 @@ def request_of(composer: Composer, options: Mapping[str, Any], *, methods: Colle
     Raises:
         click.UsageError: an option has no effect beside the others.
     """
+    from edgecompose.request import Request
+
     defaults = composer.bundle.manifest.defaults
     retrieval, merge, sampling = (_used(options, kind) for kind in (RetrievalSettings, MergeSettings, Sampling))
     weights = parse_weights(options.get("adapters", ()))
@@ -238,19 +245,20 @@ def _parse_choices(text: str | None) -> tuple[str, ...]:
     return choices
 
 
-def read_prompt(prompt: str) -> str:
-    """The prompt of the argument, or of standard input."""
-    if prompt != _STANDARD_INPUT:
+def read_prompt(prompt: str | None) -> str:
+    """The prompt of the argument, or of standard input where that is '-' or missing.
+
+    Raises:
+        click.UsageError: there is no argument, and standard input is a terminal or empty.
+    """
+    if prompt is not None and prompt != _STANDARD_INPUT:
         return prompt
-    return text_of(sys.stdin.buffer.read()).rstrip("\n")
-
-
-def text_of(content: bytes) -> str:
-    """The text of standard input."""
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise EdgeComposeError(f"standard input is not UTF-8 ({error}); give UTF-8 text") from error
+    if prompt is None and sys.stdin.isatty():
+        raise click.UsageError("PROMPT is missing; give it as an argument, or pipe text into the command")
+    text = read_input()
+    if prompt is None and not text:
+        raise click.UsageError("PROMPT is missing and standard input is empty; give the prompt as an argument")
+    return text
 
 
 def print_lines(lines: list[str]) -> None:
@@ -261,4 +269,4 @@ def print_lines(lines: list[str]) -> None:
 
 def print_json(value: dict[str, Any]) -> None:
     """Print a result as one line of JSON."""
-    click.echo(json.dumps(value, ensure_ascii=False))
+    click.echo(json_line(value))

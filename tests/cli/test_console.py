@@ -1,57 +1,37 @@
-"""Errors of commands: one line and an exit code."""
+"""Progress shows at a terminal that can be redrawn, and nowhere else."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import re
+import subprocess
+import sys
 
 import pytest
 
-from tests.cli.calls import PROMPT, fault_of
+from tests.cli.processes import Terminal, environment
 
-FAULTS: dict[str, tuple[tuple[str, ...], str]] = {
-    "no bundle": (("run", "{bundle}/absent", PROMPT), "is not a directory"),
-    "no manifest": (("inspect", "{bundle}/base"), "has no manifest.json"),
-    "no manifest to verify": (("verify", "{bundle}/base"), "has no manifest.json"),
-    "empty prompt": (("run", "{bundle}", " "), "an empty prompt"),
-    "empty prompt by hand": (("run", "{bundle}", "", "--adapter", "animals=1", "--raw"), "the prompt is empty"),
-    "not Unicode": (("run", "{bundle}", "a\udcff"), "not valid Unicode"),
-    "unknown task": (("retrieve", "{bundle}", PROMPT, "--exclude", "birds"), "no task 'birds'"),
-    "unknown adapter": (("run", "{bundle}", PROMPT, "--adapter", "birds=1"), "'birds' is not in the bundle"),
-    "adapter twice": (
-        ("run", "{bundle}", PROMPT, "--adapter", "animals=1", "--adapter", "animals=2"),
-        "'animals' is named twice",
-    ),
-    "infinite weight": (("run", "{bundle}", PROMPT, "--adapter", "animals=inf"), "not finite"),
-    "too long": (("run", "{bundle}", PROMPT, "--max-tokens", "512"), "the base has a context of 512"),
-    "unlike ranks": (
-        ("run", "{bundle}", PROMPT, "--method", "linear", "--adapter", "animals=1", "--adapter", "numbers=1"),
-        "ranks [2, 4]",
-    ),
-    "choice twice": (("run", "{bundle}", PROMPT, "--choices", "a,a"), "appears twice"),
-    "nothing left": (
-        ("retrieve", "{bundle}", PROMPT, "--exclude", "animals", "--exclude", "numbers", "--exclude", "colours"),
-        "no example is left",
-    ),
-    "nothing to compose": (("compose", "{bundle}", PROMPT, "-o", "out", "--exclude", "birds"), "no task 'birds'"),
-}
+CHILD = """
+from edgecompose.cli.console import counting, counting_bytes
+with counting("answering", 2) as advance:
+    advance(1)
+with counting_bytes("hashing", 2) as advance:
+    advance(2)
+print("END")
+"""
 
 
-@pytest.mark.parametrize("case", FAULTS)
-def test_a_fault_is_one_line_and_exit_code_1(bundle: Path, case: str) -> None:
-    arguments, message = FAULTS[case]
-    assert message in fault_of(*(a.format(bundle=bundle) for a in arguments))
+@pytest.mark.parametrize(("variables", "shows"), [({}, True), ({"TERM": "dumb"}, False), ({"NO_COLOR": "1"}, True)])
+def test_progress_shows_at_a_terminal(variables: dict[str, str], shows: bool) -> None:
+    with Terminal([sys.executable, "-c", CHILD], variables) as terminal:
+        terminal.wait_for("END")
+        assert terminal.exit_code() == 0
+        assert ("answering" in terminal.shown) == ("hashing" in terminal.shown) == ("\x1b[" in terminal.shown) == shows
+        has_colours = re.search(r"\x1b\[[39]\d[;m]", terminal.shown) is not None
+        assert has_colours == (shows and "NO_COLOR" not in variables)
 
 
-def test_a_damaged_bundle_is_one_line_and_exit_code_1(bundle_copy: Path) -> None:
-    path = bundle_copy / "base/decoder.onnx.data"
-    path.write_bytes(bytes(path.stat().st_size))
-    assert "base/decoder.onnx.data' has sha256" in fault_of("run", bundle_copy, PROMPT)
-    assert "base/decoder.onnx.data' has sha256" in fault_of("run", bundle_copy, PROMPT, "--json")
-    (bundle_copy / "manifest.json").write_text("{", encoding="utf-8")
-    for command in (("run", bundle_copy, PROMPT), ("inspect", bundle_copy), ("verify", bundle_copy)):
-        assert "is not JSON" in fault_of(*command)
-
-
-def test_a_folder_that_cannot_be_made_is_a_fault(bundle: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way", encoding="utf-8")
-    assert str(tmp_path / "file") in fault_of("compose", bundle, PROMPT, "-o", tmp_path / "file" / "blend")
+def test_progress_is_silent_in_a_file_even_where_colours_are_forced() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD], capture_output=True, text=True, env=environment(FORCE_COLOR="1"), check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "END\n", "")

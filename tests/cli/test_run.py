@@ -1,16 +1,18 @@
-"""The commands `run`, `chat` and `retrieve`."""
+"""The commands `run` and `retrieve`."""
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
 from unittest.mock import ANY
 
+import click
 import pytest
 
-from edgecompose import Chat, Message, Request, Sampling, open_bundle
-from edgecompose.errors import GenerationError
+from edgecompose import Request, Sampling, open_bundle
+from edgecompose.cli.options import read_prompt
 from edgecompose.settings import RetrievalSettings
 from edgecompose.timing import STAGES
 from tests.cli.calls import PROMPT, RETRIEVAL_KEYS, call, fault_of, result_of
@@ -100,6 +102,24 @@ def test_standard_input_is_read(bundle: Path) -> None:
     assert "standard input is not UTF-8" in fault_of("run", bundle, "-", stdin=b"caf\xe9")
 
 
+def test_a_prompt_is_piped_into_the_commands(bundle: Path, tmp_path: Path) -> None:
+    for command in ("run", "retrieve"):
+        assert result_of(command, bundle, stdin=f"{PROMPT}\r\n".encode())["prompt"] == PROMPT
+    result_of("compose", bundle, "-o", tmp_path / "blend", stdin=PROMPT.encode())
+    assert result_of("run", bundle, PROMPT, stdin=b"something else")["prompt"] == PROMPT
+    assert result_of("run", bundle, stdin=b"\xef\xbb\xbfhello")["prompt"] == "hello"
+
+
+def test_a_prompt_that_is_missing_is_a_wrong_call(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for command in ("run", "retrieve"):
+        done = call(command, bundle, stdin=b"\n")
+        assert done.exit_code == 2 and "standard input is empty; give the prompt as an argument" in done.stderr
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    with pytest.raises(click.UsageError, match="give it as an argument, or pipe text into the command"):
+        read_prompt(None)
+
+
 def test_every_option_reaches_the_composer(bundle: Path) -> None:
     retrieval = ("--neighbours", 9, "--nucleus", 1, "--routing-temperature", 0.05, "--exclude", "animals")
     result = result_of("run", bundle, PROMPT, *retrieval, "--max-tokens", 3)
@@ -139,42 +159,6 @@ def test_a_long_prompt_is_refused_or_cut_and_that_is_said(bundle: Path) -> None:
     assert done.exit_code == 0
     left_out = json.loads(done.stdout)["tokens"]["dropped"]
     assert left_out > 0 and f"the first {left_out} tokens did not fit and were left out" in done.stderr
-
-
-def test_a_chat_remembers_what_was_said(bundle: Path) -> None:
-    talk = b"the cat sat on a mat\ntwo and two is four\n/new\ntwo and two is four\n\nnever read\n"
-    done = call("chat", bundle, "--json", "--adapter", "animals=1", "--system", "be brief", stdin=talk)
-    assert (done.exit_code, done.stderr) == (0, "")
-    first, second, alone = map(json.loads, done.stdout.splitlines())
-    assert second["tokens"]["prompt"] > first["tokens"]["prompt"] > 0
-    assert alone["prompt"] == second["prompt"] and alone["tokens"]["prompt"] < second["tokens"]["prompt"]
-    shown = call("chat", bundle, "--explain", stdin=talk)
-    assert shown.exit_code == 0 and shown.stderr.count("composition") == 3
-    assert fault_of("chat", bundle, stdin=b"caf\xe9\n").startswith("standard input is not UTF-8")
-
-
-def test_a_chat_survives_an_answer_that_was_ended(bundle: Path) -> None:
-    with open_bundle(bundle, device="cpu") as composer:
-        talk = Chat(composer, Request(max_tokens=8), system="be brief")
-
-        def interrupt(text: str) -> None:
-            raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            talk.say(PROMPT, on_text=interrupt)
-        assert roles(talk) == ["system", "user", "assistant"]
-        with pytest.raises(GenerationError):
-            talk.say("x " * 2000)
-        assert roles(talk) == ["system", "user", "assistant"]
-        talk.say("and then?")
-        assert roles(talk) == ["system", "user", "assistant", "user", "assistant"]
-        assert talk.messages[3].content == "and then?"
-        talk.reset()
-        assert list(talk.messages) == [Message("system", "be brief")]
-
-
-def roles(talk: Chat) -> list[str]:
-    return [message.role for message in talk.messages]
 
 
 def test_retrieve_shows_the_tasks(bundle: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from edgecompose.cli.console import ErrorGroup
+from edgecompose.cli.terminal.errors import ErrorGroup
 
 PathArgument = click.Path(path_type=Path)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from rich.progress import (
 )
 
 from edgecompose.cli.console import progress
+from edgecompose.cli.terminal.streams import json_line
 
 
 @contextmanager
@@ -82,4 +82,4 @@ def print_result(text: str, value: Any, as_json: bool) -> None:
     if not as_json:
         click.echo(text)
     else:
-        click.echo(json.dumps(value if isinstance(value, dict) else dataclasses.asdict(value), ensure_ascii=False))
+        click.echo(json_line(value if isinstance(value, dict) else dataclasses.asdict(value)))
