@@ -36,7 +36,13 @@ device_option = click.option(
 form_option = click.option(
     "--raw/--chat",
     default=None,
-    help="Send the prompt as it is, or in the chat template; by default as the bundle's adapters were trained.",
+    help="Send the prompt as it is, or in the chat template; by default as the bundle's adapters were trained, where the "
+    "prompt resembles their examples.",
+)
+special_tokens_option = click.option(
+    "--special-tokens/--no-special-tokens",
+    default=None,
+    help="Read special tokens that are written in the prompt as such, or as text; by default as such with --raw.",
 )
 
 
@@ -194,6 +200,7 @@ def request_of(composer: Composer, options: Mapping[str, Any], *, methods: Colle
         overflow="truncate" if options.get("truncate") else "refuse",
         choices=choices,
         raw=options.get("raw"),
+        special_tokens=options.get("special_tokens"),
         attachment="fuse" if options.get("fuse") else "attach",
     )
 

@@ -24,6 +24,7 @@ from edgecompose.cli.options import (
     read_prompt,
     request_of,
     retrieval_options,
+    special_tokens_option,
 )
 from edgecompose.request import Answer
 
@@ -39,6 +40,7 @@ from edgecompose.request import Answer
 @generation_options
 @click.option("--truncate", is_flag=True, help="Leave out the beginning of a prompt that is too long, and say so.")
 @form_option
+@special_tokens_option
 @click.option("--fuse", "--fold", is_flag=True, help="Fuse the blend into a copy of the base's weights (float bases).")
 @click.option("--explain", is_flag=True, help="Explain the answer on standard error.")
 @device_option
