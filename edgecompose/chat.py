@@ -62,6 +62,13 @@ class Chat:
                 if chunks:
                     self.messages = (*messages, Message("assistant", "".join(chunks)))
 
+    def read_ahead(self) -> bool:
+        """Read a part of the last answer as the next turn will read it; False where all is read.
+
+        Call it while the user types: the next answer then begins sooner, and is the same.
+        """
+        return self._composer.model.read_ahead()
+
     def reset(self) -> None:
         """Start again; the system message stays."""
         self.messages = self._opening

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -100,11 +101,15 @@ class _Session:
 
     def run(self) -> None:
         """Read and answer."""
-        while (message := self.messages.read()) is not None:
+        while (message := self.next_message()) is not None:
             if not _COMMAND.fullmatch(message):
                 self.answer(message.strip(), Cancellation())
             elif not self.command(message.split()[0]):
                 return
+
+    def next_message(self) -> str | None:
+        """The next message, None after the last."""
+        return self.messages.read()
 
     def command(self, name: str) -> bool:
         """Do what a command says; whether the conversation goes on."""
@@ -151,6 +156,23 @@ class _TerminalSession(_Session):
             except EdgeComposeError as error:
                 click.echo(f"edgecompose: {one_line(str(error))}", err=True)
 
+    def next_message(self) -> str | None:
+        """The next message; the last answer is read again while it is typed."""
+        typed = threading.Event()
+
+        def read_ahead() -> None:
+            with contextlib.suppress(EdgeComposeError):  # the next turn reads all by itself then
+                while not typed.is_set() and self.talk.read_ahead():
+                    pass
+
+        reader = threading.Thread(target=read_ahead, name="edgecompose-read-ahead", daemon=True)
+        reader.start()
+        try:
+            return self.messages.read()
+        finally:
+            typed.set()
+            reader.join()
+
     def answer(self, text: str, cancellation: Cancellation) -> None:
         """Answer a message; what is typed meanwhile does not show."""
         try:
@@ -161,7 +183,7 @@ class _TerminalSession(_Session):
             click.echo("edgecompose: the answer was ended", err=True)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _ended_by_interrupt(cancellation: Cancellation) -> Iterator[None]:
     """End an answer at the first SIGINT between its steps, at the next one wherever it is."""
 

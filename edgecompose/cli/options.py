@@ -36,8 +36,8 @@ device_option = click.option(
 form_option = click.option(
     "--raw/--chat",
     default=None,
-    help="Send the prompt as it is, or in the chat template; by default as the bundle's adapters were trained, where the "
-    "prompt resembles their examples.",
+    help="Send the prompt as it is, or in the chat template; by default as the bundle's adapters were trained, where "
+    "the prompt resembles their examples.",
 )
 special_tokens_option = click.option(
     "--special-tokens/--no-special-tokens",

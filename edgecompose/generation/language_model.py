@@ -129,18 +129,28 @@ class LanguageModel(LazyParts):
         limit = room if max_tokens is None else min(max_tokens, room)
         cached = prompt_cache and isinstance(blend, MergedAdapter)
         state, logits = yield from self._read(encoded.ids, blend, limit, timings, cached=cached)
-        read = CachedPrompt(state, len(encoded.ids), logits.copy()) if cached else None
+        after = logits.copy()
         draw = greedy if sampling is None else Sampler(sampling, encoded.ids)
         text = AnswerText(self.tokenizer, stop)
         chunks = decode(state, logits, text, max_tokens=limit, end_tokens=self._spec.end_tokens, draw=draw)
         try:
             yield from timings.each(chunks, "decode")
         except Exception:
-            read = None  # the KV cache of a sequence that failed may not match its tokens
+            cached = False  # the KV cache of a sequence that failed may not match its tokens
             raise
         finally:
-            if read is not None:
-                self._prompts.put(read)
+            if cached:
+                self._prompts.put(CachedPrompt(state, len(encoded.ids), list(state.tokens), after))
+
+    def read_ahead(self) -> bool:
+        """Read a pass of what an answer wrote as a later prompt will read it; False where nothing is left to read.
+
+        A conversation's next turn then has less to read. Call it while nobody waits for an answer.
+        """
+        prompt = self._prompts.take_behind()
+        if prompt is not None:
+            self._prompts.put(prompt.read_pass())
+        return prompt is not None
 
     def choose(
         self, encoded: Encoded, choices: Sequence[Sequence[int]], blend: Blend, timings: Timings

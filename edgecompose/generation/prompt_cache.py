@@ -3,7 +3,8 @@
 A prompt is read in passes of a fixed number of tokens, and a reused one has to get the very keys and values that it
 would get alone: a pass of few tokens is computed by other kernels than one of many, and rounding to 8 bits makes that
 visible in the answer. So what is reused are whole passes of the prompt, and, for the same prompt again, all of it with
-its logits; never the tokens of an answer, which were computed one by one.
+its logits; never the tokens of an answer, which were computed one by one. `take_behind` is for reading those again
+while nobody waits.
 """
 
 from __future__ import annotations
@@ -22,22 +23,37 @@ Float = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CachedPrompt:
-    """A sequence whose first `length` tokens are a prompt that was read in whole passes, and the logits after it.
+    """A sequence whose first `length` tokens were read in whole passes.
 
-    `logits` is (vocabulary,).
+    Attributes:
+        tokens: all that were read and written, of which a longer prompt may begin with more.
+        logits: (vocabulary,), those after the first `length`, where these are a prompt; None elsewhere.
     """
 
     state: DecoderState
     length: int
-    logits: Float
+    tokens: Sequence[int]
+    logits: Float | None
 
     def reusable(self, ids: Sequence[int]) -> int:
         """How many of `ids` have the keys and values that reading them alone would give."""
-        common = common_prefix(self.state.tokens[: self.length], ids)
-        if common == len(ids) == self.length:
+        common = common_prefix(self.tokens[: self.length], ids)
+        if self.logits is not None and common == len(ids) == self.length:
             return common
         step = self.state.pass_tokens
         return min(common, len(ids) - 1) // step * step
+
+    @property
+    def read_passes(self) -> int:
+        """Whole passes that were read."""
+        return self.length // self.state.pass_tokens
+
+    def read_pass(self) -> CachedPrompt:
+        """Read the next whole pass of `tokens` as a prompt's."""
+        step, start = self.state.pass_tokens, self.read_passes * self.state.pass_tokens
+        self.state.rewind(start)
+        self.state.forward(self.tokens[start : start + step])
+        return CachedPrompt(self.state, start + step, self.tokens, None)
 
 
 class PromptCache:
@@ -65,6 +81,14 @@ class PromptCache:
             self._prompts.remove(best)
         best.state.rewind(count)
         return best.state, best.logits if count == len(ids) else None
+
+    def take_behind(self) -> CachedPrompt | None:
+        """The latest prompt with whole passes that were written and not read; None where there is none."""
+        with self._lock:
+            behind = (p for p in self._prompts if len(p.tokens) // p.state.pass_tokens > p.read_passes)
+            prompt = next(behind, None)
+            self._prompts = [other for other in self._prompts if other is not prompt]
+            return prompt
 
     def put(self, prompt: CachedPrompt) -> None:
         """Store a prompt with its sequence, which may have gone on with an answer."""

@@ -27,11 +27,15 @@ class Sequence:
     def rewind(self, length: int) -> None:
         del self.tokens[length:]
 
+    def forward(self, ids: list[int]) -> None:
+        assert len(self.tokens) % PASS == 0 and len(ids) == PASS
+        self.tokens += ids
+
 
 def cached(composition: str, tokens: list[int]) -> CachedPrompt:
     """A prompt that was answered."""
     state = cast(DecoderState, Sequence(composition, tokens + ANSWER))
-    return CachedPrompt(state, len(tokens), np.array([len(tokens)], np.float32))
+    return CachedPrompt(state, len(tokens), tokens + ANSWER, np.array([len(tokens)], np.float32))
 
 
 def stored(cache: PromptCache, composition: str, tokens: list[int]) -> DecoderState:
@@ -81,6 +85,27 @@ def test_the_tokens_of_an_answer_are_read_again() -> None:
     state = stored(cache, "a", LONG[:PASS])
     assert cache.take("a", [*LONG[:PASS], *ANSWER, 5, 6, 7, 8, 9, 10, 11]) == (state, None)
     assert state.tokens == LONG[:PASS]
+
+
+@given(st.integers(1, 40))
+def test_what_an_answer_wrote_is_read_again_a_pass_at_a_time(length: int) -> None:
+    cache = PromptCache()
+    prompt = CachedPrompt(cast(DecoderState, Sequence("a", LONG)), length, LONG, np.zeros(1, np.float32))
+    cache.put(prompt)
+    for done in range(length // PASS, len(LONG) // PASS):
+        assert cached_count(cache) == done
+        taken = cache.take_behind()
+        assert taken is not None and cache.take("a", LONG) is None
+        cache.put(taken.read_pass())
+    assert cache.take_behind() is None
+    assert cache.take("a", [*LONG, 99]) == (prompt.state, None)
+    assert prompt.state.tokens == LONG
+
+
+def cached_count(cache: PromptCache) -> int:
+    """Whole passes of LONG that the only prompt of a cache has read."""
+    (prompt,) = cache._prompts
+    return prompt.reusable([*LONG, 99]) // PASS
 
 
 def test_the_oldest_are_forgotten() -> None:
