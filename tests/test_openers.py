@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from edgecompose import Composer, Message, Request, open_bundle
+from tests.openers import OPENERS, begins_an_answer
 
 DEMO = Path(__file__).parents[1] / "models" / "demo"
 pytestmark = [
@@ -17,48 +17,6 @@ pytestmark = [
         not (DEMO / "manifest.json").is_file(), reason="the demo bundle is not built: run `make bundle`"
     ),
 ]
-OPENERS = (
-    "hello",
-    "hi",
-    "Hey",
-    "hello there",
-    "Good morning!",
-    "how are you?",
-    "Who are you?",
-    "What can you do?",
-    "Thanks!",
-    "ok",
-    "yes",
-    "test",
-    "help",
-    "Tell me a joke.",
-    "What is the capital of France?",
-    "What is 2+2?",
-    "Name a famous painter.",
-    "Name three colours.",
-    "Why do cats purr?",
-    "What is machine learning?",
-    "What's the weather like today?",
-    "Can you recommend a book?",
-    "I feel sad today.",
-    "Write a short poem about the sea.",
-    "Write a haiku about autumn leaves on a quiet pond.",
-    "Write a Python function that reverses a string.",
-    "Help me write an email to my boss.",
-    "Summarize the plot of Romeo and Juliet.",
-    "Give me a recipe for chocolate chip cookies.",
-    "I'm planning a trip to Japan in April. What should I see?",
-    "Rewrite this to sound more formal: gimme the report asap.",
-    "Bonjour",
-    "Peux-tu m'aider ?",
-    "Hola, ¿cómo estás?",
-    "Guten Tag",
-    "Was ist die Hauptstadt von Deutschland?",
-    "Ciao, come stai?",
-    "Привет",
-    "你好",
-    "こんにちは",
-)
 #: Prompts of tasks that the demo has adapters for.
 TASKS = (
     "Customer review of a business: The staff were rude and my room was dirty.\n"
@@ -83,9 +41,7 @@ def test_there_are_forty() -> None:
 def test_an_opener_is_answered_by_the_base_in_its_template(composer: Composer, text: str) -> None:
     answer = composer.run([Message("user", text)], Request(max_tokens=12, prompt_cache=True))
     assert (answer.prompt_form, dict(answer.retrieval.weights)) == ("chat", {})
-    first = answer.text[:1]
-    assert first and unicodedata.category(first)[0] in "LNS" or first in "\"'`*¡¿", f"no beginning: {answer.text!r}"
-    assert not first.islower(), f"goes on with the prompt: {answer.text!r}"
+    assert begins_an_answer(answer.text), answer.text
     base = composer.run([Message("user", text)], Request(weights={}, max_tokens=12))
     assert (base.text, base.prompt_form) == (answer.text, "chat"), "the base alone is asked in the same form"
     task = composer.run([Message("user", text)], Request(weights={"yelp": 1.0}, max_tokens=2))
