@@ -144,7 +144,7 @@ def write_bundle(root: Path) -> Manifest:
             pooling="mean",
             normalize=True,
         ),
-        index=IndexSpec("index.usearch", 5, 8, "e" * 64, texts="index.jsonl"),
+        index=IndexSpec("index.usearch", 5, 8, f"{'e' * 64}/int8/mean/64/unit", texts="index.jsonl"),
         tasks={"alpha": TaskSpec({"one": 1.0}, 0, 2), "beta": TaskSpec({"two": 1.0}, 2, 3)},
         adapters={
             "one": AdapterSpec("adapters/one.safetensors", 4, 8, BASE, 0.005, {"task": "alpha"}),

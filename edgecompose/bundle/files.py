@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
 from edgecompose.bundle.atomic import sync, write_text
 from edgecompose.bundle.manifest import MANIFEST_FILE, Manifest, check_path, manifest_from_json, manifest_to_json
+from edgecompose.bundle.records import named
 from edgecompose.bundle.specs import FileEntry
 from edgecompose.errors import FileDamaged, ManifestInvalid, UnknownAdapter, UnsupportedSchema
 
 _CHUNK = 1 << 20
 _MANIFEST_LIMIT = 64 << 20
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
 
 class Bundle:
@@ -92,17 +96,33 @@ def read_manifest_text(root: Path) -> str:
     Raises:
         ManifestInvalid: no such directory, no manifest, or one that is too large or no UTF-8.
     """
-    path = root / MANIFEST_FILE
     if not root.is_dir():
         raise ManifestInvalid(f"bundle '{root}' is not a directory; give the directory that holds {MANIFEST_FILE}")
+    if not os.path.lexists(root / MANIFEST_FILE):
+        raise ManifestInvalid(f"bundle '{root}' has no {MANIFEST_FILE}; is it an edgecompose bundle?")
+    problem, _ = _place_problem(root, MANIFEST_FILE)
+    if problem is not None:
+        raise ManifestInvalid(f"bundle '{root}' cannot be read: {problem}; copy or export the bundle again")
     try:
-        if path.stat().st_size > _MANIFEST_LIMIT:
+        content = read_plain(root / MANIFEST_FILE, _MANIFEST_LIMIT)
+        if len(content) > _MANIFEST_LIMIT:
             raise ManifestInvalid(f"bundle '{root}': {MANIFEST_FILE} is larger than {_MANIFEST_LIMIT >> 20} MiB")
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise ManifestInvalid(f"bundle '{root}' has no {MANIFEST_FILE}; is it an edgecompose bundle?") from error
+        return content.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ManifestInvalid(f"bundle '{root}': {MANIFEST_FILE} cannot be read: {error}") from error
+        raise ManifestInvalid(f"bundle '{root}': {MANIFEST_FILE} cannot be read: {error!s:.300}") from error
+
+
+def read_plain(path: Path, limit: int) -> bytes:
+    """The first `limit` + 1 bytes of a plain file; a pipe or a device is neither waited for nor read.
+
+    Raises:
+        OSError: it cannot be opened, or is no plain file.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    with open(os.open(path, flags), "rb") as stream:  # noqa: PTH123 - a descriptor
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            raise OSError(f"'{path}' is no plain file")
+        return stream.read(limit + 1)
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
@@ -175,15 +195,24 @@ def _identity(root: Path) -> tuple[int, ...] | None:
 
 
 def _size_problem(root: Path, relative: str, entry: FileEntry) -> str | None:
-    path = root / check_path(relative)
+    problem, size = _place_problem(root, check_path(relative))
+    if problem is None and size != entry.bytes:
+        return f"file '{relative}' has {size} bytes, the manifest says {entry.bytes}"
+    return problem
+
+
+def _place_problem(root: Path, relative: str) -> tuple[str | None, int]:
+    """What is wrong with where a file lies, or with what it is; and its size in bytes."""
+    path = root / relative
     try:
         if not path.resolve().is_relative_to(root.resolve()):
-            return f"file '{relative}' is a link that leaves the bundle"
-        if not path.is_file():
-            return f"file '{relative}' is missing"
-        size = path.stat().st_size
+            return f"file '{relative}' is a link that leaves the bundle", 0
+        status = path.stat()
+    except FileNotFoundError:
+        return f"file '{relative}' is missing", 0
     except (OSError, RuntimeError, ValueError) as error:  # no such name can be; links in a circle (RuntimeError)
-        return f"file {relative!r:.200} cannot be read: {error!s:.200}"
-    if size != entry.bytes:
-        return f"file '{relative}' has {size} bytes, the manifest says {entry.bytes}"
-    return None
+        return f"file '{named(relative)}' cannot be read: {error!s:.200}", 0
+    kind = stat.S_IFMT(status.st_mode)
+    if kind != stat.S_IFREG:
+        return f"file '{relative}' is {_KINDS.get(kind, 'no plain file')}, expected a plain file", 0
+    return None, status.st_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import types
 import typing
@@ -14,6 +15,7 @@ from edgecompose.errors import EdgeComposeError, ManifestInvalid
 
 _T = TypeVar("_T")
 _Error = type[EdgeComposeError]
+_LONGEST_NAME = 120
 
 
 class _Mismatch(Exception):
@@ -57,13 +59,35 @@ def value_from_json(kind: type[_T], value: Any, place: str, error: _Error = Mani
 
 def replace_from_json(record: _T, values: Mapping[str, Any], place: str, error: _Error = ManifestInvalid) -> _T:
     """A frozen dataclass with some fields set from parsed JSON, checked as `value_from_json` checks them."""
-    hints = typing.get_type_hints(type(record))
+    hints = _hints(type(record))
     try:
         _refuse_unknown(values, hints, place)
         changes = {name: _convert(hints[name], value, f"{place}.{name}") for name, value in values.items()}
     except _Mismatch as mismatch:
         raise error(str(mismatch)) from mismatch
     return dataclasses.replace(record, **changes)  # type: ignore[type-var]
+
+
+def named(name: str) -> str:
+    """A name from outside as it may stand in a message: short, printable, in one line."""
+    return name if name.isprintable() and len(name) <= _LONGEST_NAME else f"{name!r:.{_LONGEST_NAME}}"
+
+
+@functools.cache
+def _hints(kind: type[Any]) -> dict[str, Any]:
+    """Types of the fields of a dataclass; to find them out takes longer than to check a value."""
+    return typing.get_type_hints(kind)
+
+
+def depth_exceeds(value: Any, levels: int) -> bool:
+    """Whether objects and arrays of parsed JSON are nested deeper than so many levels."""
+    layer = [value]
+    for _ in range(levels + 1):
+        holders = [item for item in layer if isinstance(item, (dict, list))]
+        if not holders:
+            return False
+        layer = [item for holder in holders for item in (holder.values() if isinstance(holder, dict) else holder)]
+    return True
 
 
 def _convert(kind: Any, value: Any, place: str) -> Any:
@@ -81,7 +105,7 @@ def _convert(kind: Any, value: Any, place: str) -> Any:
     if origin is tuple and isinstance(value, list):
         return tuple(_convert(arguments[0], item, f"{place}[{i}]") for i, item in enumerate(value))
     if origin is dict and isinstance(value, dict):
-        return {key: _convert(arguments[1], item, f"{place}.{key}") for key, item in value.items()}
+        return {key: _convert(arguments[1], item, f"{place}.{named(key)}") for key, item in value.items()}
     if kind is Any:
         return value
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -97,7 +121,7 @@ def _convert(kind: Any, value: Any, place: str) -> Any:
 def _convert_dataclass(kind: type[Any], value: Any, place: str) -> Any:
     if not isinstance(value, dict):
         raise _Mismatch(f"{place} is {value!r:.80}; expected an object")
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     _refuse_unknown(value, hints, place)
     required = {
         item.name
@@ -117,4 +141,4 @@ def _convert_dataclass(kind: type[Any], value: Any, place: str) -> Any:
 def _refuse_unknown(value: Mapping[str, Any], fields: Mapping[str, Any], place: str) -> None:
     unknown = sorted(set(value) - set(fields))
     if unknown:
-        raise _Mismatch(f"{place} has unknown fields: {', '.join(unknown)}")
+        raise _Mismatch(f"{place} has unknown fields: {', '.join(map(named, unknown))}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -12,6 +11,49 @@ from edgecompose.errors import ManifestInvalid
 PromptForm = Literal["chat", "raw"]
 Verdict = Literal["helps", "unproven", "hurts"]
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+#: Numbers up to here are exact in every language that reads JSON.
+MOST_COUNT = 1 << 53
+#: Bounds that no model comes near; they keep products of sizes within 64 bits.
+MOST_TOKENS, MOST_VOCABULARY, MOST_WIDTH, MOST_LAYERS, MOST_HEADS = 1 << 24, 1 << 24, 1 << 20, 4096, 4096
+MOST_DIMENSION, MOST_RANK = 1 << 16, 1 << 14
+#: Weights of adapters, and whatever else is measured, in magnitude.
+LARGEST_WEIGHT, LARGEST_VALUE = 1e6, 1e12
+_LONGEST_WORD, _LONGEST_TEXT = 200, 2000
+
+
+def check_integers(place: str, low: int, high: int, **values: int | None) -> None:
+    """Make sure that named integers are in a range; None is passed over.
+
+    Raises:
+        ManifestInvalid: one is not.
+    """
+    for name, value in values.items():
+        if value is not None and not low <= value <= high:
+            raise ManifestInvalid(f"{name} of {place} is {value!r:.40}; expected {low} to {high}")
+
+
+def check_floats(place: str, low: float, high: float, **values: float | None) -> None:
+    """Make sure that named numbers are finite and in a range; None is passed over.
+
+    Raises:
+        ManifestInvalid: one is not.
+    """
+    for name, value in values.items():
+        if value is not None and not low <= value <= high:  # NaN is in no range
+            raise ManifestInvalid(f"{name} of {place} is {value!r:.40}; expected {low:g} to {high:g}")
+
+
+def check_words(place: str, longest: int = _LONGEST_WORD, **values: str | None) -> None:
+    """Make sure that named texts are short and printable, since they reach terminals; None is passed over.
+
+    Raises:
+        ManifestInvalid: one is not.
+    """
+    for name, value in values.items():
+        if value is not None and not (len(value) <= longest and value.isprintable()):
+            raise ManifestInvalid(
+                f"{name} of {place} is {value!r:.60}, {len(value)} characters; expected up to {longest}, all printable"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +65,8 @@ class FileEntry:
 
     def __post_init__(self) -> None:
         if not _SHA256.fullmatch(self.sha256):
-            raise ManifestInvalid(f"sha256 '{self.sha256}' is not 64 hexadecimal digits")
-        if self.bytes < 0:
-            raise ManifestInvalid(f"a file size of {self.bytes} bytes is negative")
+            raise ManifestInvalid(f"sha256 {self.sha256!r:.80} is not 64 hexadecimal digits")
+        check_integers("a file", 0, MOST_COUNT, bytes=self.bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +79,10 @@ class SlotGroup:
     n_out: int
 
     def __post_init__(self) -> None:
-        if min(self.layers, self.n_in, self.n_out) < 1:
-            raise ManifestInvalid(f"slot group '{self.name}' has a size below 1")
-        if not self.name.isidentifier():
-            raise ManifestInvalid(f"slot group {self.name!r} is not a plain name")
+        if not self.name.isidentifier() or len(self.name) > _LONGEST_WORD:
+            raise ManifestInvalid(f"slot group {self.name!r:.80} is not a plain name")
+        check_integers(f"slot group '{self.name}'", 1, MOST_LAYERS, layers=self.layers)
+        check_integers(f"slot group '{self.name}'", 1, MOST_WIDTH, n_in=self.n_in, n_out=self.n_out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +101,18 @@ class Distance:
     nll: float | None = None
     nll_float: float | None = None
 
+    def __post_init__(self) -> None:
+        check_floats(
+            "distance",
+            -LARGEST_VALUE,
+            LARGEST_VALUE,
+            kl=self.kl,
+            top1=self.top1,
+            nll=self.nll,
+            nll_float=self.nll_float,
+        )
+        check_integers("distance", 0, MOST_COUNT, prompts=self.prompts, positions=self.positions)
+
 
 @dataclass(frozen=True, slots=True)
 class FusingSpec:
@@ -77,7 +130,11 @@ class FusingSpec:
     def __post_init__(self) -> None:
         bad = [name for name, shape in self.weights.items() if len(shape) != 3 or min(shape) < 1]
         if bad or not self.weights:
-            raise ManifestInvalid(f"fusing names no weight, or one without panels: {', '.join(bad[:4])}")
+            raise ManifestInvalid(f"fusing names no weight, or one without panels: {', '.join(bad[:4])!r:.200}")
+        for name, shape in self.weights.items():
+            check_words("fusing", weights=name)
+            for size in shape:
+                check_integers("a fused weight", 1, MOST_WIDTH, size=size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +167,14 @@ class BaseSpec:
     def __post_init__(self) -> None:
         names = [group.name for group in self.slots]
         if not names or len(set(names)) != len(names):
-            raise ManifestInvalid(f"the base has no adapter slots, or one twice: {', '.join(names)}")
-        if min(self.context, self.kv_heads, self.head_size, self.vocabulary) < 1:
-            raise ManifestInvalid("context, kv_heads, head_size and vocabulary of the base must be at least 1")
+            raise ManifestInvalid(f"the base has no adapter slots, or one twice: {', '.join(names):.200}")
+        check_integers("the base", 1, MOST_TOKENS, context=self.context, long_from=self.long_from)
+        check_integers("the base", 1, MOST_HEADS, kv_heads=self.kv_heads, head_size=self.head_size)
+        check_integers("the base", 1, MOST_VOCABULARY, vocabulary=self.vocabulary)
+        for token in self.end_tokens:
+            check_integers("the base", 0, self.vocabulary - 1, end_tokens=token)
+        check_words("the base", identity=self.identity, precision=self.precision, architecture=self.architecture)
+        check_words("the base", _LONGEST_TEXT, source=self.source)
 
     @property
     def layers(self) -> int:
@@ -142,18 +204,27 @@ class EmbedderSpec:
     source: str = ""
 
     def __post_init__(self) -> None:
-        if self.dimension < 1 or self.max_length < 8 or self.ends < 0:
-            raise ManifestInvalid(
-                "the embedder is out of range; expected dimension >= 1, max_length >= 8 and ends >= 0"
-            )
+        check_integers("the embedder", 1, MOST_DIMENSION, dimension=self.dimension)
+        check_integers("the embedder", 8, MOST_TOKENS, max_length=self.max_length)
+        check_integers("the embedder", 0, MOST_TOKENS, ends=self.ends)
+        check_floats("the embedder", -1.01, 1.01, cosine=self.cosine)
+        check_words("the embedder", identity=self.identity, precision=self.precision, pooling=self.pooling)
+        check_words("the embedder", _LONGEST_TEXT, source=self.source)
         if self.ends and self.dimension % 3:
             raise ManifestInvalid(f"an embedder with ends has {self.dimension} dimensions; expected a multiple of 3")
+
+    @property
+    def space(self) -> str:
+        """What vectors depend on: the encoder's weights, precision, pooling and ends, window and normalisation."""
+        pooling = f"{self.pooling}+{self.ends}" if self.ends else self.pooling
+        return f"{self.identity}/{self.precision}/{pooling}/{self.max_length}/{'unit' if self.normalize else 'free'}"
 
 
 @dataclass(frozen=True, slots=True)
 class IndexSpec:
     """The USearch file: `vectors` cosine vectors of `dimension` in `dtype`, made by one embedder.
 
+    `embedder` is the `space` of the `EmbedderSpec` whose vectors it holds.
     `whitening` is the file of the map from the embedder's vectors to those of the index, None where they are the same.
     """
 
@@ -164,6 +235,10 @@ class IndexSpec:
     dtype: Literal["f16", "f32"] = "f16"
     texts: str | None = None
     whitening: str | None = None
+
+    def __post_init__(self) -> None:
+        check_integers("the index", 0, MOST_COUNT, vectors=self.vectors)
+        check_integers("the index", 1, MOST_DIMENSION, dimension=self.dimension)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,10 +255,10 @@ class TaskSpec:
     similarity: float | None = None
 
     def __post_init__(self) -> None:
-        if self.first_key < 0 or self.examples < 0:
-            raise ManifestInvalid("first_key and examples of a task must not be negative")
-        if not all(math.isfinite(weight) for weight in self.adapters.values()):
-            raise ManifestInvalid("a weight of a task's adapter is not finite")
+        check_integers("a task", 0, MOST_COUNT, first_key=self.first_key, examples=self.examples)
+        check_integers("a task", 0, MOST_COUNT, last_key=self.first_key + self.examples)
+        for weight in self.adapters.values():
+            check_floats("a task's adapter", -LARGEST_WEIGHT, LARGEST_WEIGHT, weight=weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,8 +275,18 @@ class Validation:
     ci95: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if len(self.ci95) != 2 or self.examples < 1:
-            raise ManifestInvalid("validation lacks two ends of an interval, or at least one example")
+        if len(self.ci95) != 2 or not self.ci95[0] <= self.ci95[1]:
+            raise ManifestInvalid(f"validation has the interval {self.ci95!r:.80}; expected two ends in order")
+        check_integers("validation", 1, MOST_COUNT, examples=self.examples)
+        for value in (self.base, self.accuracy, *self.ci95):
+            check_floats("validation", -LARGEST_VALUE, LARGEST_VALUE, value=value)
+        if self.verdict != verdict_of(*self.ci95):
+            raise ManifestInvalid(f"validation says '{self.verdict}' of the interval {self.ci95}; validate it again")
+
+
+def verdict_of(low: float, high: float) -> Verdict:
+    """What an interval of the gain in accuracy says."""
+    return "helps" if low > 0 else "hurts" if high < 0 else "unproven"
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,3 +300,8 @@ class AdapterSpec:
     error: float
     source: dict[str, Any] = field(default_factory=dict)
     validation: Validation | None = None
+
+    def __post_init__(self) -> None:
+        check_integers("an adapter", 1, MOST_RANK, rank=self.rank)
+        check_floats("an adapter", 0, LARGEST_VALUE, error=self.error)
+        check_words("an adapter", base=self.base)

@@ -69,12 +69,6 @@ class Embedder:
             raise RetrievalError("the prompt is not valid Unicode; give UTF-8 text") from error
 
 
-def embedder_identity(spec: EmbedderSpec) -> str:
-    """What vectors depend on: the encoder's weights, precision, pooling and ends, window and normalisation."""
-    pooling = f"{spec.pooling}+{spec.ends}" if spec.ends else spec.pooling
-    return f"{spec.identity}/{spec.precision}/{pooling}/{spec.max_length}/{'unit' if spec.normalize else 'free'}"
-
-
 def embedder_device(spec: EmbedderSpec, device: Device) -> Device:
     """Where an encoder runs: a float one on the device, an int8 one on the CPU.
 

@@ -17,7 +17,6 @@ from edgecompose.bundle.files import Bundle, describe_file, write_manifest
 from edgecompose.bundle.manifest import MANIFEST_FILE, Defaults, Manifest
 from edgecompose.bundle.specs import AdapterSpec, BaseSpec, EmbedderSpec, IndexSpec, TaskSpec
 from edgecompose.errors import ExportError
-from edgecompose.retrieval.embedder import embedder_identity
 from edgecompose.retrieval.examples import read_examples
 from edgecompose.retrieval.index import open_index
 from edgecompose.tasks import index_file_name, measure_similarities, pairwise_inner_products, place_adapter
@@ -190,7 +189,7 @@ def _take_index(
     work: Path, table: ExampleTable, recipe: Recipe, embedder: EmbedderSpec
 ) -> tuple[IndexSpec, dict[str, TaskSpec]]:
     """Check that the index is of this embedder and these tasks, and name it after its content."""
-    expected = embedder_identity(embedder)
+    expected = embedder.space
     if table.index.embedder != expected:
         raise ExportError(
             f"the examples were embedded by {table.index.embedder}, the bundle's embedder is {expected}; "

@@ -20,7 +20,7 @@ from edgecompose.bundle.manifest import check_name
 from edgecompose.bundle.records import read_json, value_from_json
 from edgecompose.bundle.specs import EmbedderSpec, IndexSpec
 from edgecompose.errors import ExportError
-from edgecompose.retrieval.embedder import Embedder, embedder_identity
+from edgecompose.retrieval.embedder import Embedder
 from edgecompose.retrieval.examples import Example, add_vectors, embed_prompts, prompt_lines
 from edgecompose.retrieval.index import new_index
 from edgecompose.retrieval.whitening import Whitening, fit_whitening, save_whitening
@@ -100,7 +100,7 @@ def write_examples(
         file=INDEX_FILE,
         vectors=len(index),
         dimension=dimension,
-        embedder=embedder_identity(spec),
+        embedder=spec.space,
         dtype=INDEX_DTYPE,
         texts=texts,
         whitening=None if whitening is None else WHITENING_FILE,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from edgecompose.bundle.records import read_json
-from edgecompose.bundle.specs import Validation, Verdict
+from edgecompose.bundle.specs import Validation, verdict_of
 from edgecompose.errors import ExportError
 
 #: The variant that is tested, and the one that it has to beat.
@@ -34,12 +34,8 @@ def read_validation(path: Path) -> dict[str, Validation]:
         ) from error
 
 
-def verdict(ci95: tuple[float, float]) -> Verdict:
-    """What an interval of the gain in accuracy says."""
-    low, high = ci95
-    return "helps" if low > 0 else "hurts" if high < 0 else "unproven"
-
-
 def _validation(own: Mapping[str, Any], base: Mapping[str, Any], gain: Mapping[str, Any]) -> Validation:
     low, high = map(float, gain["ci95"])
-    return Validation(verdict((low, high)), int(own["n"]), float(base["accuracy"]), float(own["accuracy"]), (low, high))
+    return Validation(
+        verdict_of(low, high), int(own["n"]), float(base["accuracy"]), float(own["accuracy"]), (low, high)
+    )

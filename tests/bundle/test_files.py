@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from edgecompose.bundle.files import Bundle, describe_file, read_manifest, verify
+from edgecompose.bundle.files import Bundle, describe_file, read_manifest, read_plain, verify
 from edgecompose.bundle.manifest import MANIFEST_FILE, manifest_to_json
 from edgecompose.errors import BundleError, FileDamaged, ManifestInvalid, UnknownAdapter
 from tests.factories import write_bundle
@@ -53,6 +54,11 @@ def _make_directory(path: Path) -> None:
     path.mkdir()
 
 
+def _make_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 def _add_to_manifest(root: Path, name: str) -> None:
     manifest = read_manifest(root)
     manifest = dataclasses.replace(manifest, files=manifest.files | {name: describe_file(root / name)})
@@ -79,7 +85,8 @@ SEEN_AT_ONCE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda path: path.unlink(), "is missing"),
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "has 15 bytes, the manifest says 16"),
     "longer": (lambda path: path.write_bytes(path.read_bytes() * 2), "has 32 bytes"),
-    "a directory": (_make_directory, "is missing"),
+    "a directory": (_make_directory, "is a folder"),
+    "a pipe": (_make_pipe, "is a pipe"),
     "a link that leaves": (_link_out, "leaves the bundle"),
     "a link to itself": (_loop, ""),
 }
@@ -193,6 +200,44 @@ def test_a_manifest_that_cannot_be_read_is_an_error_of_ours(root: Path, use: Cal
     manifest.mkdir()
     with pytest.raises(ManifestInvalid, match="cannot be read"):
         use(root)
+
+
+def _move_out(path: Path) -> None:
+    path.rename(path.parents[1] / "outside")
+    path.symlink_to(path.parents[1] / "outside")
+
+
+UNPLAIN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a pipe": (_make_pipe, "is a pipe, expected a plain file"),
+    "a device": (lambda path: (path.unlink(), path.symlink_to("/dev/zero")), "leaves the bundle"),
+    "a link that leaves": (_move_out, "leaves the bundle"),
+    "a link to itself": (_loop, "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("use", [Bundle, read_manifest, verify])
+@pytest.mark.parametrize("kind", UNPLAIN)
+def test_a_manifest_that_is_no_plain_file_of_the_bundle_is_neither_waited_for_nor_read(
+    root: Path, kind: str, use: Callable[[Path], object]
+) -> None:
+    harm, message = UNPLAIN[kind]
+    harm(root / MANIFEST_FILE)
+    with pytest.raises(ManifestInvalid, match=message):
+        use(root)
+
+
+def test_a_pipe_in_place_of_a_plain_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="no plain file"):
+        read_plain(tmp_path / "pipe", 10)
+    (tmp_path / "file").write_bytes(b"x" * 20)
+    assert read_plain(tmp_path / "file", 10) == b"x" * 11
+
+
+def test_a_manifest_may_begin_with_a_byte_order_mark(root: Path) -> None:
+    content = (root / MANIFEST_FILE).read_bytes()
+    (root / MANIFEST_FILE).write_bytes(b"\xef\xbb\xbf" + content)
+    assert read_manifest(root).name == "test"
 
 
 @pytest.mark.parametrize("use", [Bundle, read_manifest, verify])

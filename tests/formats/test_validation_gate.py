@@ -10,9 +10,9 @@ import pytest
 
 pytest.importorskip("edgecompose_export", reason="the exporter is not installed")
 
-from edgecompose.bundle.specs import Validation
+from edgecompose.bundle.specs import Validation, verdict_of
 from edgecompose.errors import ExportError
-from edgecompose_export.validation_gate import read_validation, verdict
+from edgecompose_export.validation_gate import read_validation
 
 
 def evaluation() -> dict[str, Any]:
@@ -43,7 +43,7 @@ def test_adapters_get_their_verdicts(tmp_path: Path) -> None:
     [((0.01, 0.2), "helps"), ((-0.2, -0.01), "hurts"), ((-0.1, 0.1), "unproven"), ((0.0, 0.1), "unproven")],
 )
 def test_verdict(ci95: tuple[float, float], expected: str) -> None:
-    assert verdict(ci95) == expected
+    assert verdict_of(*ci95) == expected
 
 
 @pytest.mark.parametrize("missing", ["main", "variants", "against"])
