@@ -41,18 +41,16 @@ class Bundle:
         return _identity(self.root) != self._opened
 
     def path(self, relative: str) -> Path:
-        """Path of one file whose hash has been checked, with the graph data that lies beside it.
+        """Path of one file whose hash has been checked; graphs have files beside them, see `engine.graph_file`.
 
         Raises:
             FileDamaged: the bytes are not those that the manifest was written for.
         """
-        beside = [f"{relative}.data"] if f"{relative}.data" in self.manifest.files else []
-        for name in (relative, *beside):
-            if name not in self._checked:
-                problem = file_problem(self.root, name, self.manifest.files[name])
-                if problem is not None:
-                    raise FileDamaged(f"bundle '{self.root}': {problem}; copy or export the bundle again")
-                self._checked.add(name)
+        if relative not in self._checked:
+            problem = file_problem(self.root, relative, self.manifest.files[relative])
+            if problem is not None:
+                raise FileDamaged(f"bundle '{self.root}': {problem}; copy or export the bundle again")
+            self._checked.add(relative)
         return self.root / relative
 
     def adapter_file(self, name: str) -> Path:

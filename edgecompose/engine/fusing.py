@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from edgecompose.bundle.specs import BaseSpec, FusingSpec
-from edgecompose.engine.buffers import BufferPool, aligned
 from edgecompose.engine.device import Device, IOBinding, OrtValue, open_session
+from edgecompose.engine.memory import BufferPool, aligned
 from edgecompose.engine.merged import MergedAdapter
 from edgecompose.engine.slots import bind_slots, check_graph, slot_axes
 from edgecompose.errors import GenerationError

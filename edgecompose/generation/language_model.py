@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from pathlib import Path
 
 from edgecompose.bundle.files import Bundle
 from edgecompose.caching import Lazy, LazyParts, LruCache
@@ -11,6 +10,7 @@ from edgecompose.engine.decoder import Decoder, FusedDecoder, decoder_graph
 from edgecompose.engine.decoder_state import DecoderState, Float, check_capacity
 from edgecompose.engine.device import Device
 from edgecompose.engine.fusing import FusedWeights, Fuser, fused_bytes, require_fusing
+from edgecompose.engine.graph_file import graph_path
 from edgecompose.engine.memory import release_freed_memory
 from edgecompose.engine.merged import MergedAdapter
 from edgecompose.generation.decode import Chunk, decode
@@ -60,7 +60,7 @@ class LanguageModel(LazyParts):
     @Lazy
     def decoder(self) -> Decoder:
         """The base model."""
-        decoder = Decoder(self._beside_decoder(decoder_graph(self._spec, self._device)), self._spec, self._device)
+        decoder = Decoder(graph_path(self._bundle, decoder_graph(self._spec, self._device)), self._spec, self._device)
         release_freed_memory()
         return decoder
 
@@ -68,13 +68,13 @@ class LanguageModel(LazyParts):
     def fusing(self) -> Fuser:
         """The graph that fuses a blend into a float base."""
         graph = require_fusing(self._spec).fuse_graph
-        return Fuser(self._beside_decoder(graph), self._spec, self._device)
+        return Fuser(graph_path(self._bundle, graph), self._spec, self._device)
 
     @Lazy
     def fused_decoder(self) -> FusedDecoder:
         """The decoder that reads fused weights."""
         graph = decoder_graph(self._spec, self._device, fused=True)
-        return FusedDecoder(self._beside_decoder(graph), self._spec, self._device)
+        return FusedDecoder(graph_path(self._bundle, graph), self._spec, self._device)
 
     def encode(
         self, messages: Sequence[Message], encoder: ConversationEncoder, *, room: int, most: int, overflow: Overflow
@@ -188,10 +188,3 @@ class LanguageModel(LazyParts):
                 yield Chunk("")
         assert logits is not None, "a prompt has tokens"
         return state, logits
-
-    def _beside_decoder(self, graph: str) -> Path:
-        """Checked path of a graph that reads the decoder's data file, which is checked as well."""
-        data = f"{self._spec.graph}.data"
-        if data in self._bundle.manifest.files:
-            self._bundle.path(data)
-        return self._bundle.path(graph)

@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from edgecompose.bundle.adapter import Adapter, AdapterModule
 from edgecompose.caching import LruCache
-from edgecompose.engine.buffers import BufferPool, aligned
 from edgecompose.engine.device import Device, View
+from edgecompose.engine.memory import BufferPool, aligned
 from edgecompose.engine.merged import SIDES, MergedAdapter, MergedModule, MergeReport, Side
 from edgecompose.errors import MergeError
 from edgecompose.merging import core_space

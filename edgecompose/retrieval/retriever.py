@@ -13,6 +13,7 @@ import numpy.typing as npt
 from edgecompose.bundle.files import Bundle
 from edgecompose.caching import Lazy, LazyParts, LruCache
 from edgecompose.engine.device import Device
+from edgecompose.engine.graph_file import graph_path
 from edgecompose.engine.memory import release_freed_memory
 from edgecompose.retrieval.embedder import Embedder
 from edgecompose.retrieval.index import ExampleIndex, Neighbour
@@ -57,7 +58,7 @@ class Retriever(LazyParts):
     def embedder(self) -> Embedder:
         """The sentence encoder."""
         spec = self._manifest.embedder
-        return Embedder(self._bundle.path(spec.graph), self._bundle.path(spec.tokenizer), spec, self._device)
+        return Embedder(graph_path(self._bundle, spec.graph), self._bundle.path(spec.tokenizer), spec, self._device)
 
     @Lazy
     def index(self) -> ExampleIndex:

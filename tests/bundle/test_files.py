@@ -111,12 +111,6 @@ def test_a_flipped_byte_is_found_on_use(root: Path) -> None:
     assert f"file '{GRAPH}' has sha256" in fault
 
 
-def test_data_beside_a_graph_is_checked_with_it(root: Path) -> None:
-    _flip(root / f"{GRAPH}.data")
-    with pytest.raises(FileDamaged, match=f"'{GRAPH}.data' has sha256"):
-        Bundle(root).path(GRAPH)
-
-
 def test_swapped_files_are_found(root: Path) -> None:
     _swap(root / GRAPH, root / OTHER)
     bundle = Bundle(root)

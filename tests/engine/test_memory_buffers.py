@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from edgecompose.engine.buffers import BufferPool
 from edgecompose.engine.device import choose_device
+from edgecompose.engine.memory import BufferPool
 
 
 @pytest.fixture
