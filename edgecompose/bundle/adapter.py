@@ -18,17 +18,20 @@ from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
-import safetensors
-from safetensors.numpy import save
 
-from edgecompose.bundle.quantization import BITS, Bits, QuantizedFactor, block_for
-from edgecompose.bundle.specs import SlotGroup
+from edgecompose.bundle.quantization import BITS, Bits, QuantizedFactor, block_for, has_values_beyond, largest_magnitude
+from edgecompose.bundle.records import depth_exceeds, named
+from edgecompose.bundle.specs import LARGEST_WEIGHT, MOST_RANK, SlotGroup
 from edgecompose.errors import AdapterError, SlotMismatch
+from edgecompose.tensors import metadata_of, tensors_of
 
 Float = npt.NDArray[np.float32]
 FORMAT = "edgecompose-adapter/3"
 #: Densities whose pruning thresholds an adapter's file holds; those of others are computed by partial sorting.
 DENSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+#: The largest magnitude of an entry of A or B: float16's, which no trained adapter comes near.
+LARGEST_ENTRY = 65504.0
+_DEEPEST_SOURCE = 16
 _PARTS = ("A.codes", "A.scales", "B.codes", "B.scales", "gains", "scaling", "ranks", "thresholds")
 
 
@@ -74,9 +77,14 @@ class Adapter:
 
 
 def adapter_to_bytes(modules: Mapping[str, AdapterModule], *, bits: Bits, base: str, source: dict[str, Any]) -> bytes:
-    """The file of an adapter; the same input gives the same bytes."""
+    """The file of an adapter; the same input gives the same bytes.
+
+    Raises:
+        AdapterError: a value that is not finite or absurdly large, or ranks or thresholds that cannot be.
+    """
     tensors: dict[str, npt.NDArray[Any]] = {}
     for name, module in modules.items():
+        _check_values(f"module '{name}'", module)
         gains = np.array([module.a.gain, module.b.gain], np.float32)
         parts = (
             module.a.codes,
@@ -95,6 +103,8 @@ def adapter_to_bytes(modules: Mapping[str, AdapterModule], *, bits: Bits, base: 
         "base": base,
         "source": json.dumps(source, sort_keys=True),
     }
+    from safetensors.numpy import save  # only writers need it
+
     return _canonical(bytes(save(tensors, metadata=metadata)))
 
 
@@ -119,11 +129,15 @@ def load_adapter(path: Path, name: str, groups: Iterable[SlotGroup], base: str) 
         SlotMismatch: made for another base; lists every module that does not fit.
     """
     try:
-        with safetensors.safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, TypeError, AttributeError, safetensors.SafetensorError) as error:  # types that numpy lacks
+        content = path.read_bytes()
+    except OSError as error:
         raise AdapterError(f"adapter '{name}' cannot be read: {error}; export it again") from error
+    return parse_adapter(content, name, groups, base)
+
+
+def parse_adapter(content: bytes, name: str, groups: Iterable[SlotGroup], base: str) -> Adapter:
+    """The adapter in the bytes of a file; arguments and errors are those of `load_adapter`."""
+    tensors, metadata = tensors_of(content, f"adapter '{name}'", AdapterError)
     if metadata.get("format") != FORMAT or metadata.get("bits") not in [str(b) for b in BITS]:
         raise AdapterError(
             f"adapter '{name}' has the format {metadata.get('format')!r:.80}, expected {FORMAT!r}; "
@@ -133,24 +147,31 @@ def load_adapter(path: Path, name: str, groups: Iterable[SlotGroup], base: str) 
     names = sorted({key.split(".", 1)[0] for key in tensors})
     stray = sorted(set(tensors) - {f"{module}.{part}" for module in names for part in _PARTS})
     if stray or not names:
-        raise AdapterError(f"adapter '{name}' holds {', '.join(stray) or 'no module'}; export it again")
+        raise AdapterError(f"adapter '{name}' holds {', '.join(map(named, stray)) or 'no module'}; export it again")
     modules = {module: _module(name, module, tensors, bits) for module in names}
     _check_fit(name, modules, {g.name: g for g in groups}, metadata.get("base", ""), base)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    _check_source(name, metadata)
+    digest = hashlib.sha256(content).hexdigest()
     return Adapter(name, modules, bits, metadata.get("base", ""), digest)
 
 
 def adapter_metadata(path: Path) -> dict[str, str]:
     """Metadata of an adapter file without reading its tensors."""
+    return metadata_of(path, f"adapter file '{path}'", AdapterError)
+
+
+def _check_source(name: str, metadata: Mapping[str, str]) -> None:
+    """Where an adapter comes from is an object of JSON, which goes into manifests."""
     try:
-        with safetensors.safe_open(path, framework="np") as file:
-            return dict(file.metadata() or {})
-    except (OSError, safetensors.SafetensorError) as error:
-        raise AdapterError(f"adapter file '{path}' cannot be read: {error}") from error
+        source = json.loads(metadata.get("source", "{}"))
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"adapter '{name}': its source is no JSON ({error!s:.120}); export it again") from error
+    if not isinstance(source, dict) or depth_exceeds(source, _DEEPEST_SOURCE):
+        raise AdapterError(f"adapter '{name}': its source is no object of JSON, or a deep one; export it again")
 
 
 def _module(adapter: str, module: str, tensors: Mapping[str, npt.NDArray[Any]], bits: Bits) -> AdapterModule:
-    place = f"adapter '{adapter}', module '{module}'"
+    place = f"adapter '{adapter}', module '{named(module)}'"
     missing = [part for part in _PARTS if f"{module}.{part}" not in tensors]
     if missing:
         raise AdapterError(f"{place}: tensors missing: {', '.join(missing)}; export it again")
@@ -178,12 +199,33 @@ def _module(adapter: str, module: str, tensors: Mapping[str, npt.NDArray[Any]], 
             raise AdapterError(f"{place}: {scales.shape[2]} scales do not fit a width of {width}")
     if limits.shape != (2, len(DENSITIES), layers):
         raise AdapterError(f"{place}: thresholds have shape {limits.shape}; export it again")
-    for values in (a_scales, b_scales, gains, scaling, limits, *((a_codes, b_codes) if bits == 16 else ())):
-        if not np.isfinite(values).all():
-            raise AdapterError(f"{place}: a scale is not finite; export it again")
     a = QuantizedFactor(a_codes, a_scales, float(gains[0]), bits)
     b = QuantizedFactor(b_codes, b_scales, float(gains[1]), bits)
-    return AdapterModule(a, b, scaling, ranks, limits)
+    loaded = AdapterModule(a, b, scaling, ranks, limits)
+    _check_values(place, loaded)
+    return loaded
+
+
+def _check_values(place: str, module: AdapterModule) -> None:
+    """Make sure that a module's numbers are what they mean: whatever is merged of them stays finite in float32."""
+    for side, factor, limits in (("A", module.a, module.thresholds[0]), ("B", module.b, module.thresholds[1])):
+        largest = largest_magnitude(factor)
+        if not largest <= LARGEST_ENTRY:  # NaN is not
+            raise AdapterError(
+                f"{place}: a gain or code of {side} is not finite, or its values reach {largest:g}, "
+                f"expected at most {LARGEST_ENTRY:g}; repair or retrain the adapter"
+            )
+        if not (np.abs(factor.scales) <= 1).all():
+            raise AdapterError(f"{place}: a scale of {side} is beyond 1 or not finite; export it again")
+        if not (limits[:-1] >= limits[1:]).all() or not (limits >= 0).all() or not np.isfinite(limits).all():
+            raise AdapterError(f"{place}: thresholds of {side} are not finite, or not in order; export it again")
+    if not (np.abs(module.scaling) <= LARGEST_WEIGHT).all():
+        raise AdapterError(f"{place}: a scaling is not finite, or beyond {LARGEST_WEIGHT:g}; export it again")
+    if module.rank > MOST_RANK or not ((module.ranks >= 0) & (module.ranks <= module.rank)).all():
+        raise AdapterError(f"{place}: ranks are not in 0 to {min(module.rank, MOST_RANK)}; export it again")
+    for layer in np.flatnonzero(module.ranks < module.rank):
+        if any(has_values_beyond(factor, int(layer), int(module.ranks[layer])) for factor in (module.a, module.b)):
+            raise AdapterError(f"{place}: layer {layer} has values beyond its rank; export it again")
 
 
 def _check_fit(
@@ -193,7 +235,7 @@ def _check_fit(
     for name_of_module, module in modules.items():
         group = groups.get(name_of_module)
         if group is None:
-            problems.append(f"'{name_of_module}' has no slot in this base")
+            problems.append(f"'{named(name_of_module)}' has no slot in this base")
         elif (module.layers, module.a.width, module.b.width) != (group.layers, group.n_in, group.n_out):
             problems.append(
                 f"'{name_of_module}' is {group.layers} layers of {group.n_in}x{group.n_out} in this base, "

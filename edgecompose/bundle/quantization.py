@@ -12,7 +12,7 @@ scales use float16's normal range however small the factor is. Integer codes are
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -131,6 +131,24 @@ def unpack_into(flat: Codes, factor: QuantizedFactor, layers: slice) -> None:
     half = codes.shape[1]
     np.bitwise_and(codes, np.uint8(15), out=flat[:, :half])
     np.right_shift(codes, np.uint8(4), out=flat[:, half:])
+
+
+def largest_magnitude(factor: QuantizedFactor) -> float:
+    """A bound of the magnitudes of a factor's values: that of its largest scale and code; NaN or infinity where one is.
+
+    Codes of 16 bits are read, others are taken as large as they can be.
+    """
+    code = float(1 << (factor.bits - 1))
+    if factor.bits == 16:
+        code = float(np.abs(factor.codes).max(initial=0))
+    with np.errstate(all="ignore"):
+        return float(np.abs(factor.scales).max(initial=0)) * abs(factor.gain) * code
+
+
+def has_values_beyond(factor: QuantizedFactor, layer: int, rank: int) -> bool:
+    """Whether a layer has values other than 0 in its rows from `rank` on."""
+    one = replace(factor, codes=factor.codes[layer : layer + 1], scales=factor.scales[layer : layer + 1])
+    return bool(dequantize(one)[0, rank:].any())
 
 
 def relative_error(factor: Float, quantized: QuantizedFactor) -> float:

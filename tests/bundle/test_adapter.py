@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
 from edgecompose.bundle.adapter import FORMAT, Adapter, adapter_metadata, adapter_to_bytes, load_adapter
-from edgecompose.bundle.quantization import BITS, Bits, dequantize
+from edgecompose.bundle.quantization import BITS, Bits, dequantize, largest_magnitude
 from edgecompose.errors import AdapterError, SlotMismatch
 from tests.factories import BASE, GROUPS, make_adapter, write_adapter
 
@@ -117,6 +117,16 @@ HOSTILE: dict[str, Callable[[Tensors], Tensors]] = {
     "scales that do not divide": _replace("q_proj.A.scales", lambda v: np.repeat(v, 7, axis=2)),
     "a scale a value": _replace("q_proj.A.scales", lambda v: np.repeat(v, 8, axis=2)),
     "a scale a row": _replace("q_proj.A.scales", lambda v: v[..., :1]),
+    "a negative rank": _with_value("q_proj.ranks", -5),
+    "a rank beyond the rows": _with_value("q_proj.ranks", 2_000_000_000),
+    "rows beyond the rank": _with_value("q_proj.ranks", 2),
+    "a negative threshold": _with_value("q_proj.thresholds", -1),
+    "an infinite threshold": _with_value("q_proj.thresholds", np.inf),
+    "thresholds that rise": _replace("q_proj.thresholds", lambda v: v[:, ::-1]),
+    "a gain of 1e30": _with_value("q_proj.gains", 1e30),
+    "a gain of -3e38": _with_value("k_proj.gains", -3e38),
+    "a scaling of 1e38": _with_value("q_proj.scaling", 1e38),
+    "scales of 65504": _replace("q_proj.A.scales", lambda v: np.full_like(v, 65504)),
     "a tensor of something else": lambda tensors: tensors | {"q_proj.magnitude": np.ones(3, np.float32)},
 }
 
@@ -129,6 +139,31 @@ def test_hostile_tensors_are_refused(tmp_path: Path, what: str, bits: Bits) -> N
     path.write_bytes(save(HOSTILE[what](load(good.read_bytes())), metadata=METADATA | {"bits": str(bits)}))
     with pytest.raises(AdapterError, match="adapter 'one'"):
         _load(path)
+
+
+@pytest.mark.parametrize("source", ["{", "[]", "3", '{"a":' * 9000, '{"a":' * 40 + "1" + "}" * 40, "9" * 5000])
+def test_a_source_that_is_no_object_is_refused(tmp_path: Path, source: str) -> None:
+    good = write_adapter(tmp_path / "good.safetensors", make_adapter("one"))
+    path = tmp_path / "one.safetensors"
+    path.write_bytes(save(load(good.read_bytes()), metadata=METADATA | {"bits": "8", "source": source}))
+    with pytest.raises(AdapterError, match="adapter 'one': its source is no"):
+        _load(path)
+
+
+@pytest.mark.parametrize(("field", "value"), [("scaling", 1e7), ("thresholds", -1.0), ("ranks", 99)])
+def test_what_would_be_refused_is_not_written(field: str, value: float) -> None:
+    module = make_adapter("one").modules["q_proj"]
+    bad = replace(module, **{field: np.full_like(getattr(module, field), value)})
+    with pytest.raises(AdapterError, match="module 'q_proj'"):
+        adapter_to_bytes({"q_proj": bad}, bits=8, base=BASE, source={})
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_bound_of_magnitudes_holds(bits: Bits) -> None:
+    for module in make_adapter("one", bits=bits).modules.values():
+        for factor in (module.a, module.b):
+            largest = float(np.abs(dequantize(factor)).max())
+            assert largest * (1 - 1e-6) <= largest_magnitude(factor) <= 2.5 * largest
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
