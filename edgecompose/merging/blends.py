@@ -12,6 +12,7 @@ from edgecompose.bundle.files import Bundle
 from edgecompose.caching import Lazy, LazyParts, LruCache
 from edgecompose.engine.device import Device
 from edgecompose.engine.merged import MergedAdapter
+from edgecompose.errors import AdapterError
 from edgecompose.merging.merger import Merger
 from edgecompose.merging.methods import composition_digest
 from edgecompose.settings import MergeSettings
@@ -48,13 +49,20 @@ class Blends(LazyParts):
 
         Raises:
             UnknownAdapter: the bundle has no adapter of that name.
-            AdapterError: its file cannot be used.
+            AdapterError: its file cannot be used, or is not what the manifest says.
         """
         with self._loading:
             if name not in self._adapters:
                 base = self._bundle.manifest.base
                 path = self._bundle.adapter_file(name)
-                self._adapters[name] = load_adapter(path, name, base.slots, base.identity)
+                adapter = load_adapter(path, name, base.slots, base.identity)
+                spec = self._bundle.manifest.adapters[name]
+                if (adapter.rank, adapter.bits) != (spec.rank, spec.bits):
+                    raise AdapterError(
+                        f"adapter '{name}' has rank {adapter.rank} in {adapter.bits} bits, the manifest says rank "
+                        f"{spec.rank} in {spec.bits} bits; export the bundle again"
+                    )
+                self._adapters[name] = adapter
             return self._adapters[name]
 
     def blend(

@@ -24,13 +24,17 @@ from edgecompose.engine.merged import SIDES, MergedAdapter, MergedModule, MergeR
 from edgecompose.errors import MergeError
 from edgecompose.merging import core_space
 from edgecompose.merging.gather import HostRows, Part, Parts, ResidentRows, Rows, layer_chunks, ranks_of
-from edgecompose.merging.methods import composition_digest, effective, method_of
+from edgecompose.merging.methods import check_weights, composition_digest, effective, method_of
 from edgecompose.merging.recombination import Recombiner
 from edgecompose.merging.runner import GraphRunner
+from edgecompose.native import native
 from edgecompose.settings import MergeSettings
 
 Double = npt.NDArray[np.float64]
-_LARGEST_WEIGHT = 1e6
+#: Rows mixed by larger numbers could leave float32, whatever an adapter's file may hold.
+_LARGEST_MIXTURE = 1e15
+#: Adapters that a message names.
+_NAMED = 8
 #: Values, signed values, those that agree, and which do.
 _COPIES_OF_A_VOTE = 4
 #: Sparse codes that are kept for the next blend with the same adapter.
@@ -73,9 +77,17 @@ class Merger:
 
         Raises:
             MergeError: unequal numbers, a weight that is not finite, ranks that differ under a method that
-                needs one rank, or a density that keeps no entry.
+                needs one rank, a density that keeps no entry, or numbers that no merge can be computed from.
         """
         _check(adapters, weights, settings)
+        names = ", ".join(adapter.name for adapter in adapters[:_NAMED])
+        advice = "use other weights or another method, or export the adapters again"
+        with native(MergeError, f"adapters {names} cannot be merged by {settings.method}", advice):
+            return self._blend(adapters, weights, settings, inner)
+
+    def _blend(
+        self, adapters: Sequence[Adapter], weights: Sequence[float], settings: MergeSettings, inner: Double | None
+    ) -> MergedAdapter:
         settings = effective(settings, len(adapters))
         digest = composition_digest({a.name: a.digest for a in adapters}, dict(_named(adapters, weights)), settings)
         modules = sorted({m for a in adapters for m in a.modules})
@@ -90,12 +102,19 @@ class Merger:
             norm = math.sqrt(max(float(vector @ inner @ vector), 0.0))
         else:
             norm = self.norm(self._merge(adapters, weights, modules, settings, digest, 1.0))
+        if not math.isfinite(target + norm):
+            raise ValueError("the norm of the blend is not finite")
         factor = target / norm if norm > 1e-6 * target else 1.0  # updates that cancel are not blown up
         # every method is homogeneous in the weights, so the factor goes there
         return self._merge(adapters, (factor * vector).tolist(), modules, settings, digest, factor)
 
     def inner_products(self, adapters: Sequence[Adapter]) -> Double:
         """<ΔW_i, ΔW_j> of every pair, summed over modules and layers: (K, K), computed from factors."""
+        names = ", ".join(adapter.name for adapter in adapters[:_NAMED])
+        with native(MergeError, f"inner products of adapters {names} cannot be computed", "export the adapters again"):
+            return self._inner_products(adapters)
+
+    def _inner_products(self, adapters: Sequence[Adapter]) -> Double:
         total = np.zeros((len(adapters), len(adapters)))
         for module in sorted({m for a in adapters for m in a.modules}):
             present = [i for i, a in enumerate(adapters) if module in a.modules]
@@ -175,6 +194,9 @@ class Merger:
         members = {m: [(a, w) for a, w in chosen if m in a.modules] for m in modules}
         parts = {m: [_exact_part(a, m, 1.0) for a, _ in pairs] for m, pairs in members.items()}
         recombined = self._recombiner.recombine(members, parts, settings)
+        for matrix in (m for one in recombined.values() for m in (one.a, one.b) if m is not None):
+            if not np.abs(matrix).max(initial=0) <= _LARGEST_MIXTURE:  # NaN is not
+                raise ValueError("the blend is not finite")
         total = sum(float(one.energy.sum()) for one in recombined.values())
         energy = sum(float(one.kept_energy.sum()) for one in recombined.values())
         report = replace(report, discarded_energy=max(0.0, 1 - energy / total) if total else 0.0)
@@ -285,9 +307,7 @@ def _named(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[tuple[
 def _check(adapters: Sequence[Adapter], weights: Sequence[float], settings: MergeSettings) -> None:
     if len(adapters) != len(weights):
         raise MergeError(f"{len(adapters)} adapters came with {len(weights)} weights; expected one for each")
-    bad = [f"{a.name}={w}" for a, w in zip(adapters, weights, strict=True) if not abs(w) <= _LARGEST_WEIGHT]
-    if bad:
-        raise MergeError(f"weights that are not finite, or beyond {_LARGEST_WEIGHT:g}: {', '.join(bad)}")
+    check_weights(dict(_named(adapters, weights)))
     names = [a.name for a in adapters]
     if len(set(names)) != len(names):
         raise MergeError(f"an adapter is named twice in {', '.join(names)}; add its weights up instead")

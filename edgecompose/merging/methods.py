@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from edgecompose.bundle.specs import LARGEST_WEIGHT
 from edgecompose.errors import MergeError
 from edgecompose.merging.core_space import disjoint_mean, weighted_sum
 from edgecompose.merging.sparsify import MAGNITUDE, RANDOM, Sparsify
@@ -250,13 +250,24 @@ def composition_digest(adapters: Mapping[str, str], weights: Mapping[str, float]
     Args:
         adapters: name -> digest of the adapter's file.
         weights: name -> weight, rounded to 1e-6 for the hash.
+
+    Raises:
+        MergeError: a weight that is not finite, or too large.
     """
+    check_weights(weights)
     settings = effective(settings, len(adapters))
-    blend = sorted((digest, _hashed_weight(weights[name])) for name, digest in adapters.items())
+    blend = sorted((digest, round(weights[name] / _WEIGHT_STEP)) for name, digest in adapters.items())
     method = "product" if settings.method == "cat" else settings.method
     content = {"blend": blend, "method": method, "norm_guard": settings.norm_guard, **parameters_of(settings)}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _hashed_weight(weight: float) -> int | str:
-    return round(weight / _WEIGHT_STEP) if math.isfinite(weight) else str(weight)
+def check_weights(weights: Mapping[str, float]) -> None:
+    """Make sure that weights can be computed with.
+
+    Raises:
+        MergeError: one is not finite, or beyond 1e6 in magnitude; the message names its adapter.
+    """
+    bad = [f"{name}={weight:g}" for name, weight in weights.items() if not abs(weight) <= LARGEST_WEIGHT]
+    if bad:
+        raise MergeError(f"weights that are not finite, or beyond {LARGEST_WEIGHT:g}: {', '.join(bad)}; give others")

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from edgecompose.errors import RetrievalError
+from edgecompose.tensors import tensors_of
 
 Float = npt.NDArray[np.float32]
+#: The largest magnitude of a number of a whitening; squared norms of what it maps stay finite in float32.
+_LARGEST = 1e6
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,8 +36,14 @@ class Whitening:
                 f"whitening has a mean of shape {self.mean.shape} and a matrix of shape {self.matrix.shape}; "
                 "expected (d,) and (d, k); export the bundle again"
             )
-        if not (np.isfinite(self.mean).all() and np.isfinite(self.matrix).all()):
-            raise RetrievalError("whitening holds numbers that are not finite; export the bundle again")
+        largest = float(np.maximum(np.abs(self.mean).max(initial=0), np.abs(self.matrix).max(initial=0)))
+        if not largest <= _LARGEST:  # NaN is not
+            raise RetrievalError(
+                f"whitening holds numbers that are not finite, or reach {largest:g}; expected at most {_LARGEST:g}; "
+                "export the bundle again"
+            )
+        if not self.matrix.any():
+            raise RetrievalError("whitening maps every vector to zero; export the bundle again")
 
     def __call__(self, vectors: Float) -> Float:
         """Vectors (..., d) in the index's space (..., k), at unit norm (a zero vector stays zero)."""
@@ -93,10 +101,16 @@ def load_whitening(path: Path, rows: int, columns: int) -> Whitening:
         RetrievalError: the file cannot be read, or is of another shape.
     """
     try:
-        tensors = load_file(path)
-        whitening = Whitening(tensors["mean"].astype(np.float32), tensors["matrix"].astype(np.float32))
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        tensors, _ = tensors_of(path.read_bytes(), f"whitening '{path.name}'", RetrievalError)
+    except OSError as error:
         raise RetrievalError(f"whitening '{path.name}' cannot be read: {error}; export the bundle again") from error
+    if set(tensors) != {"mean", "matrix"} or any(tensor.dtype != np.float32 for tensor in tensors.values()):
+        held = ", ".join(f"{name!r:.40} {tensor.dtype}" for name, tensor in tensors.items())
+        raise RetrievalError(
+            f"whitening '{path.name}' cannot be read: it holds {held or 'nothing'}, expected mean and matrix in "
+            "float32; export the bundle again"
+        )
+    whitening = Whitening(tensors["mean"], tensors["matrix"])
     if whitening.matrix.shape != (rows, columns):
         raise RetrievalError(
             f"whitening '{path.name}' is of shape {whitening.matrix.shape}, expected ({rows}, {columns}); "

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -12,14 +14,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgecompose.bundle.adapter import Adapter
+from edgecompose.bundle.adapter import LARGEST_ENTRY, Adapter, load_adapter
+from edgecompose.bundle.specs import LARGEST_WEIGHT
 from edgecompose.errors import MergeError
 from edgecompose.merging.merger import Merger
-from edgecompose.merging.methods import METHODS, method_of
+from edgecompose.merging.methods import METHODS, composition_digest, method_of
 from edgecompose.request import Request
 from edgecompose.settings import MergeSettings
 from tests import oracle
-from tests.factories import GROUPS, WIDE, adapter_of, make_adapter
+from tests.factories import BASE, GROUPS, WIDE, adapter_of, make_adapter, write_adapter
 from tests.merging.merged import BITS, WEIGHTS, Float, arrays_of, assert_close, deltas, make_adapters
 
 SETTINGS = {
@@ -174,10 +177,63 @@ def test_a_density_that_keeps_nothing_is_refused(merger: Merger, method: str) ->
     assert merger.merge(adapters, [0.5, 0.5], MergeSettings(method, advice)).modules
 
 
-@pytest.mark.parametrize("weight", [math.nan, math.inf, -math.inf, 1e300])
+@pytest.mark.parametrize("weight", [math.nan, math.inf, -math.inf, 1e300, 1.7e308, -1.1e6])
 def test_weights_beyond_float32_are_refused(merger: Merger, weight: float) -> None:
     with pytest.raises(MergeError, match="adapter1"):
         merger.merge(make_adapters([8, 8]), [0.5, weight], MergeSettings())
+    with pytest.raises(MergeError, match=r"beyond 1e\+06: adapter1="):
+        composition_digest({"adapter1": "a" * 64}, {"adapter1": weight}, MergeSettings())
+
+
+def _loud(adapter: Adapter, **changes: float) -> Adapter:
+    """An adapter that reading would have refused: some numbers are as large as float32 allows."""
+    module = adapter.modules["q_proj"]
+    gain, scaling = changes.get("gain", module.a.gain), changes.get("scaling")
+    scalings = module.scaling if scaling is None else np.full_like(module.scaling, scaling)
+    loud = replace(module, a=replace(module.a, gain=gain), scaling=scalings)
+    return replace(adapter, modules={**adapter.modules, "q_proj": loud}, digest=f"{gain}{scaling}")
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("method", ["svd", "core_ties", "core_prune"])
+@pytest.mark.parametrize("changes", [{"gain": 1e30}, {"gain": math.inf}, {"gain": math.nan}, {"scaling": 3e38}])
+def test_numbers_that_no_decomposition_takes_are_one_error(
+    merger: Merger, method: str, changes: dict[str, float]
+) -> None:
+    one, other = make_adapters([8, 8])
+    settings = MergeSettings(method, rank=2) if method == "svd" else MergeSettings(method)
+    with pytest.raises(MergeError, match=f"adapters adapter0, adapter1 cannot be merged by {method}: .*; use other"):
+        merger.merge([_loud(one, **changes), other], [0.5, 0.5], settings)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_norm_that_is_not_finite_is_one_error(merger: Merger) -> None:
+    one, other = make_adapters([8, 8])
+    for method in ("product", "ties"):
+        with pytest.raises(MergeError, match="norm of the blend is not finite"):
+            merger.merge([_loud(one, gain=1e30), other], [0.5, 0.5], MergeSettings(method, norm_guard=True))
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_the_largest_numbers_that_are_read_give_a_finite_blend(merger: Merger, method: str, tmp_path: Path) -> None:
+    """At the bounds of entries, scalings and weights together."""
+    adapters = []
+    for adapter in make_adapters([8, 8], GROUPS):
+        modules = {
+            name: replace(
+                module,
+                a=replace(module.a, gain=LARGEST_ENTRY / 128),
+                b=replace(module.b, gain=-LARGEST_ENTRY / 128),
+                scaling=np.full_like(module.scaling, LARGEST_WEIGHT),
+            )
+            for name, module in adapter.modules.items()
+        }
+        path = write_adapter(tmp_path / "x.safetensors", replace(adapter, modules=modules))
+        adapters.append(load_adapter(path, adapter.name, GROUPS, BASE))
+    merged = merger.merge(adapters, [LARGEST_WEIGHT, -LARGEST_WEIGHT], MergeSettings(method))
+    for a, b in merged.factors().values():
+        assert np.isfinite(a).all() and np.isfinite(b).all()
+        assert np.isfinite(np.einsum("lri,lro->lio", a, b)).all()
 
 
 def test_an_adapter_named_twice_is_refused(merger: Merger) -> None:
