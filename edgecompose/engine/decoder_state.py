@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgecompose.bundle.specs import BaseSpec
-from edgecompose.engine.device import OrtValue, Session, host
+from edgecompose.engine.device import OrtValue, Session, host, run_bound
 from edgecompose.engine.kv_cache import KVCache
 from edgecompose.errors import GenerationError, PromptTooLong
 
@@ -54,6 +54,7 @@ class DecoderState:
 
         Raises:
             GenerationError: an id outside the vocabulary, or more tokens than the sequence may have.
+            BundleError: the graph fails on what it should take.
         """
         parts = [logits if rows == 1 else logits.copy() for logits in self.passes(ids, rows=rows)]
         return parts[-1] if len(parts) == 1 or rows == 1 else np.concatenate(parts)[-rows:]
@@ -111,7 +112,7 @@ class DecoderState:
         self._past.update_inplace(np.array([length - 1], np.int32))
         self._total.update_inplace(np.array(length, np.int32))
         self._bind_step()
-        self._session.run_with_iobinding(self._binding)
+        run_bound(self._session, self._binding, name="decoder")
         self.tokens += ids
         return np.asarray(self._logits.numpy()[0], np.float32)
 

@@ -30,6 +30,7 @@ except ImportError as error:  # pragma: no cover - depends on the installation
     ) from error
 
 from edgecompose.errors import BundleError, DeviceError
+from edgecompose.native import native
 
 DeviceRequest = Literal["auto", "cpu", "cuda"]
 #: ONNX Runtime has no type information; these names say which of its objects is meant.
@@ -153,10 +154,8 @@ def open_session(
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     source = graph if isinstance(graph, bytes) else str(graph)
-    try:
+    with native(BundleError, f"ONNX Runtime refuses the {name} graph"):
         session = onnxruntime.InferenceSession(source, options, providers=_with_options(device.providers))
-    except Exception as error:  # ONNX Runtime raises its own classes, all derived from Exception
-        raise BundleError(f"ONNX Runtime refuses the {name} graph: {error}") from error
     landed = session.get_providers()[0]
     if landed != device.providers[0]:
         raise DeviceError(
@@ -164,6 +163,19 @@ def open_session(
             "use --device cpu, or see 'edgecompose doctor'"
         )
     return session
+
+
+def run_bound(session: Session, binding: IOBinding, *, name: str) -> None:
+    """Run a graph on what is bound to its inputs and outputs.
+
+    Args:
+        name: what the graph is, for messages.
+
+    Raises:
+        BundleError: the graph fails on values that it should take.
+    """
+    with native(BundleError, f"the {name} graph cannot be run"):
+        session.run_with_iobinding(binding)
 
 
 def write_adapter_file(path: Path, tensors: Mapping[str, np.ndarray[Any, Any]]) -> None:

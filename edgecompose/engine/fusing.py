@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from edgecompose.bundle.specs import BaseSpec, FusingSpec
-from edgecompose.engine.device import Device, IOBinding, OrtValue, open_session
+from edgecompose.engine.device import Device, IOBinding, OrtValue, open_session, run_bound
 from edgecompose.engine.memory import BufferPool, aligned
 from edgecompose.engine.merged import MergedAdapter
 from edgecompose.engine.slots import bind_slots, check_graph, slot_axes
@@ -66,7 +66,7 @@ class Fuser:
         for name, (offset, shape) in self._places.items():
             address = buffer.data_ptr() + 4 * offset
             binding.bind_output(name, self._device.kind, 0, np.float32, list(shape), address)
-        self._session.run_with_iobinding(binding)
+        run_bound(self._session, binding, name="fuse")
         binding.synchronize_outputs()
         return fused
 

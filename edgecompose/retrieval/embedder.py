@@ -11,6 +11,7 @@ from edgecompose.bundle.specs import EmbedderSpec
 from edgecompose.engine.device import Device, host, open_session
 from edgecompose.engine.tokenizer_file import open_tokenizer
 from edgecompose.errors import BundleError, RetrievalError
+from edgecompose.native import native
 from edgecompose.retrieval.pooling import pool, pooling_of
 
 Float = npt.NDArray[np.float32]
@@ -38,14 +39,21 @@ class Embedder:
         return self.embed_tokens(self.tokens(text))
 
     def embed_tokens(self, ids: list[int]) -> Float:
-        """The vector of a text by its ids, as `tokens` gives them."""
+        """The vector of a text by its ids, as `tokens` gives them.
+
+        Raises:
+            BundleError: the graph is no encoder, or one of a shorter window or another width.
+            RetrievalError: there is no id, or the vector is not finite.
+        """
+        if not ids:
+            raise RetrievalError("the embedder's tokenizer makes no token of the prompt; give other text")
         row = np.array([ids], np.int64)
         feeds = {"input_ids": row, "attention_mask": np.ones_like(row), "token_type_ids": np.zeros_like(row)}
-        try:
+        with native(BundleError, "the embedder's graph does not do what the manifest says"):
             (hidden, *_) = self._session.run(None, {k: v for k, v in feeds.items() if k in self._inputs})
+            if hidden.ndim != 3 or hidden.shape[:2] != row.shape:
+                raise ValueError(f"it gives the shape {hidden.shape} for {len(ids)} tokens")
             parts = pool(np.asarray(hidden[0], np.float32), self._pooling, self._spec.ends)
-        except Exception as error:  # a graph that is no encoder, or one of a shorter window
-            raise BundleError(f"the embedder's graph does not do what the manifest says: {error}") from error
         vector = np.concatenate([normalize(part) if self._spec.normalize else part for part in parts])
         if self._spec.normalize:
             vector = normalize(vector)

@@ -9,6 +9,7 @@ import pytest
 
 import edgecompose
 from edgecompose.engine import device
+from edgecompose.errors import BundleError
 
 GRAPH = min((Path(edgecompose.__file__).parent / "merging" / "graphs").glob("*.onnx"))
 
@@ -22,3 +23,15 @@ def test_a_session_takes_no_more_threads_than_the_process_may_run(
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     session = device.open_session(GRAPH, device.choose_device("cpu"), name="any", threads=threads)
     assert session.get_session_options().intra_op_num_threads == expected
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 100, b"\x08\x0a", GRAPH.read_bytes()[:-40]])
+def test_a_graph_that_cannot_be_opened_is_one_error(content: bytes) -> None:
+    with pytest.raises(BundleError, match="^ONNX Runtime refuses the any graph: .*; export the bundle again$"):
+        device.open_session(content, device.choose_device("cpu"), name="any")
+
+
+def test_a_graph_that_cannot_be_run_is_one_error() -> None:
+    session = device.open_session(GRAPH, device.choose_device("cpu"), name="any")
+    with pytest.raises(BundleError, match="^the any graph cannot be run: .*; export the bundle again$"):
+        device.run_bound(session, session.io_binding(), name="any")

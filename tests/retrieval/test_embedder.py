@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgecompose.retrieval.embedder import head_and_tail, normalize
+from edgecompose.bundle.specs import EmbedderSpec
+from edgecompose.errors import BundleError, RetrievalError
+from edgecompose.retrieval.embedder import Embedder, head_and_tail, normalize
+from edgecompose.retrieval.pooling import pooling_of
 
 
 @given(st.integers(0, 60), st.integers(1, 30))
@@ -35,3 +40,51 @@ def test_normalizing_keeps_the_direction(length: float) -> None:
 
 def test_a_zero_vector_stays_zero() -> None:
     assert normalize(np.zeros(3, np.float32)).tolist() == [0, 0, 0]
+
+
+class Graph:
+    """A session that gives what it was made with, whatever it is asked."""
+
+    def __init__(self, *outputs: object) -> None:
+        self.outputs = outputs
+
+    def run(self, names: None, feeds: dict[str, object]) -> list[object]:
+        return list(self.outputs)
+
+
+def _embedder(session: Graph, **fields: object) -> Embedder:
+    spec = dataclasses.replace(EmbedderSpec("g", "t", "i", "fp32", 4, 16, "mean", True), **fields)  # type: ignore[arg-type]
+    embedder = object.__new__(Embedder)
+    vars(embedder).update(_session=session, _inputs=set(), _spec=spec, _pooling=pooling_of(spec.pooling))
+    return embedder
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        (),
+        (np.ones((1, 4), np.float32),),
+        (np.ones((2, 3, 4), np.float32),),
+        (np.ones((1, 2, 4), np.float32),),
+        (np.ones((1, 3, 4, 1), np.float32),),
+        (np.array([[["a"] * 4] * 3], object),),
+        ([1.0],),
+    ],
+)
+def test_a_graph_that_is_no_encoder_is_one_error(outputs: tuple[object, ...]) -> None:
+    with pytest.raises(BundleError, match="graph does not do what the manifest says"):
+        _embedder(Graph(*outputs)).embed_tokens([1, 2, 3])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_vector_that_is_not_finite_or_of_another_width_is_one_error(value: float) -> None:
+    assert _embedder(Graph(np.ones((1, 3, 4), np.float32))).embed_tokens([1, 2, 3]) == pytest.approx(0.5)
+    with pytest.raises(RetrievalError, match="unusable vector"):
+        _embedder(Graph(np.full((1, 3, 4), value, np.float32)), normalize=False).embed_tokens([1, 2, 3])
+    with pytest.raises(RetrievalError, match="unusable vector"):
+        _embedder(Graph(np.ones((1, 3, 5), np.float32))).embed_tokens([1, 2, 3])
+
+
+def test_a_text_without_a_token_is_one_error() -> None:
+    with pytest.raises(RetrievalError, match="no token of the prompt"):
+        _embedder(Graph()).embed_tokens([])
