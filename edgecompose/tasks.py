@@ -30,7 +30,7 @@ from edgecompose.errors import ExportError, UnknownAdapter
 from edgecompose.formats.registry import detect_format, unknown_format
 from edgecompose.merging.merger import Merger
 from edgecompose.retrieval.examples import add_vectors, embed_prompts, prompt_lines, read_examples
-from edgecompose.retrieval.index import new_index, open_index
+from edgecompose.retrieval.index import new_index, open_index, vectors_of
 from edgecompose.retrieval.resemblance import typical_similarities
 from edgecompose.retrieval.retriever import Retriever
 from edgecompose.retrieval.whitening import load_whitening
@@ -111,7 +111,7 @@ def remove_task(root: Path, name: str) -> Manifest:
     index = new_index(manifest.index.dimension, manifest.index.dtype, vectors=manifest.index.vectors)
     for task in tasks.values():
         keys = np.arange(task.first_key, task.first_key + task.examples, dtype=np.uint64)
-        index.add(keys, np.asarray(old.get(keys), np.float32), threads=1)
+        index.add(keys, vectors_of(old, keys), threads=1)
     texts = None
     if manifest.index.texts is not None:
         lines = bundle.text(manifest.index.texts).split("\n")[:-1]  # JSON may hold other line separators

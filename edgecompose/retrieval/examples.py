@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edgecompose.bundle.jsonl import read_lines
-from edgecompose.errors import ExportError
+from edgecompose.errors import ExportError, RetrievalError
+from edgecompose.native import native
 from edgecompose.retrieval.embedder import Embedder, normalize
 
 if TYPE_CHECKING:
@@ -61,8 +62,13 @@ def embed_prompts(
 
 
 def add_vectors(index: Index, vectors: Float, first_key: int) -> None:
-    """Add vectors (n, dimension of the index) under consecutive keys (one thread: same input, same file)."""
-    index.add(np.arange(first_key, first_key + len(vectors), dtype=np.uint64), vectors, threads=1)
+    """Add vectors (n, dimension of the index) under consecutive keys (one thread: same input, same file).
+
+    Raises:
+        RetrievalError: the index has such a key, or memory ran out.
+    """
+    with native(RetrievalError, "vectors cannot be added to the index"):
+        index.add(np.arange(first_key, first_key + len(vectors), dtype=np.uint64), vectors, threads=1)
 
 
 def prompt_lines(prompts: Sequence[str], first_key: int) -> str:

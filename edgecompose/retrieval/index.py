@@ -14,6 +14,8 @@ import numpy.typing as npt
 
 from edgecompose.bundle.specs import IndexSpec, TaskSpec
 from edgecompose.errors import RetrievalError, UnknownAdapter
+from edgecompose.native import native
+from edgecompose.retrieval.index_file import check_index_file
 from edgecompose.retrieval.whitening import Whitening
 
 if TYPE_CHECKING:  # a blend by hand is answered without it, and it takes 14 MB
@@ -40,7 +42,7 @@ class ExampleIndex:
     """The examples of a bundle. Safe between threads.
 
     Args:
-        path: the index file, whose hash the caller has checked (USearch crashes on a damaged one).
+        path: the index file, whose hash the caller has checked.
         whitening: from the embedder's vectors to those of the index; None where they are the same.
 
     Raises:
@@ -89,8 +91,10 @@ class ExampleIndex:
         if self._whitening is not None:
             unit = self._whitening(unit)
         compare_all = len(self._index) <= EXACT_BELOW
-        with self._lock:
+        with self._lock, native(RetrievalError, "the index cannot be searched"):
             matches = self._index.search(unit.astype(np.float32), searched, exact=compare_all, threads=1)
+        if not np.isfinite(matches.distances).all():
+            raise RetrievalError("the index holds a vector without a direction; export the bundle again")
         neighbours = (
             Neighbour(self._task_of(int(key)), int(key), float(np.clip(1 - distance, -1, 1)))
             for key, distance in zip(matches.keys, matches.distances, strict=True)
@@ -126,7 +130,7 @@ def new_index(dimension: int, dtype: str, *, vectors: int = 0, editable: bool = 
 
 
 def open_index(path: Path, spec: IndexSpec, *, editable: bool = False) -> Index:
-    """Open an index and compare it with its description (USearch itself accepts any mismatch).
+    """Open an index whose file fits its description and leads nowhere else (USearch itself accepts whatever it reads).
 
     Args:
         editable: read it into memory, for vectors to be added and fetched by key. Otherwise the file is mapped, read
@@ -135,29 +139,24 @@ def open_index(path: Path, spec: IndexSpec, *, editable: bool = False) -> Index:
     Raises:
         RetrievalError: unreadable, or of another size, dimension or type than `spec` says.
     """
-    from usearch.index import Index, MetricKind, ScalarKind
-
-    scalars = {"f16": ScalarKind.F16, "f32": ScalarKind.F32}
-    try:
-        described = Index.metadata(str(path)) or {}
-    except (RuntimeError, ValueError, OSError) as error:
-        raise RetrievalError(f"index '{path.name}' cannot be read: {error}; export the bundle again") from error
+    check_index_file(path, spec, unique=editable)
     index = new_index(spec.dimension, spec.dtype, vectors=spec.vectors, editable=editable)
-    try:
-        if described:
-            (index.load if editable else index.view)(str(path))
-    except (RuntimeError, ValueError, OSError) as error:
-        raise RetrievalError(f"index '{path.name}' cannot be loaded: {error}; export the bundle again") from error
-    kinds = (described.get("kind_metric"), described.get("kind_scalar"))
-    if described and kinds != (MetricKind.Cos, scalars[spec.dtype]):
+    with native(RetrievalError, f"index '{path.name}' cannot be loaded"):
+        (index.load if editable else index.view)(str(path))
+    if len(index) != spec.vectors:
         raise RetrievalError(
-            f"index '{path.name}' is of {kinds[0]} and {kinds[1]}, expected cosine in {spec.dtype}; "
-            "export the bundle again"
-        )
-    stored = int(described.get("dimensions", spec.dimension)) if described else -1
-    if stored != spec.dimension or len(index) != spec.vectors:
-        raise RetrievalError(
-            f"index '{path.name}' holds {len(index)} vectors of {stored} dimensions, "
-            f"expected {spec.vectors} of {spec.dimension}; export the bundle again"
+            f"index '{path.name}' holds {len(index)} vectors, expected {spec.vectors}; export the bundle again"
         )
     return index
+
+
+def vectors_of(index: Index, keys: npt.NDArray[np.uint64]) -> Float:
+    """Vectors (n, dimension) of an editable index, by key.
+
+    Raises:
+        RetrievalError: the index lacks a key.
+    """
+    with native(RetrievalError, "vectors cannot be taken out of the index"):
+        if not index.contains(keys).all():
+            raise ValueError("a task has examples that it lacks")
+        return np.asarray(index.get(keys), np.float32).reshape(len(keys), index.ndim)
