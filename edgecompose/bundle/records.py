@@ -74,7 +74,7 @@ def named(name: str) -> str:
 
 
 @functools.cache
-def _hints(kind: type[Any]) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
     """Types of the fields of a dataclass; to find them out takes longer than to check a value."""
     return typing.get_type_hints(kind)
 

@@ -42,8 +42,8 @@ class Whitening:
                 f"whitening holds numbers that are not finite, or reach {largest:g}; expected at most {_LARGEST:g}; "
                 "export the bundle again"
             )
-        if not self.matrix.any():
-            raise RetrievalError("whitening maps every vector to zero; export the bundle again")
+        if not np.abs(self.matrix).max(initial=0) >= 1 / _LARGEST:
+            raise RetrievalError("whitening maps every vector to zero, or next to it; export the bundle again")
 
     def __call__(self, vectors: Float) -> Float:
         """Vectors (..., d) in the index's space (..., k), at unit norm (a zero vector stays zero)."""

@@ -53,7 +53,17 @@ class Graph:
 
 
 def _embedder(session: Graph, **fields: object) -> Embedder:
-    spec = dataclasses.replace(EmbedderSpec("g", "t", "i", "fp32", 4, 16, "mean", True), **fields)  # type: ignore[arg-type]
+    plain = EmbedderSpec(
+        graph="g",
+        tokenizer="t",
+        identity="i",
+        precision="fp32",
+        dimension=4,
+        max_length=16,
+        pooling="mean",
+        normalize=True,
+    )
+    spec = dataclasses.replace(plain, **fields)  # type: ignore[arg-type]
     embedder = object.__new__(Embedder)
     vars(embedder).update(_session=session, _inputs=set(), _spec=spec, _pooling=pooling_of(spec.pooling))
     return embedder

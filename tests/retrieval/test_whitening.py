@@ -131,6 +131,7 @@ def test_equal_vectors_give_a_finite_map() -> None:
         ({"mean": np.zeros(4, np.float32), "matrix": np.ones((4, 2), np.float32)}, "is of shape"),
         ({"mean": np.zeros(3, np.float32), "matrix": np.ones((4, 3), np.float32)}, "expected"),
         ({"mean": np.zeros(4, np.float32), "matrix": np.zeros((4, 3), np.float32)}, "every vector to zero"),
+        ({"mean": np.zeros(4, np.float32), "matrix": np.full((4, 3), 1e-45, np.float32)}, "every vector to zero"),
         ({"mean": np.full(4, 1e30, np.float32), "matrix": np.ones((4, 3), np.float32)}, "reach 1e\\+30"),
         ({"mean": np.zeros(4, np.float32), "matrix": np.full((4, 3), 3e38, np.float32)}, "reach 3e\\+38"),
         ({"mean": np.zeros(4, np.float64), "matrix": np.ones((4, 3), np.float32)}, "expected mean and matrix"),
