@@ -34,6 +34,7 @@ UPGRADED = (4,)
 MANIFEST_FILE = "manifest.json"
 _LONGEST_PATH = 1000
 _DEEPEST = 32
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -186,12 +187,24 @@ def manifest_from_json(text: str) -> Manifest:
         raise ManifestInvalid("manifest.json is not a JSON object; export the bundle again")
     if depth_exceeds(fields, _DEEPEST):
         raise ManifestInvalid(f"manifest.json is nested deeper than {_DEEPEST} levels; export the bundle again")
+    if _SURROGATE.search(text) and not _is_unicode(json.dumps(fields, ensure_ascii=False)):
+        raise ManifestInvalid(
+            "manifest.json holds a half of a surrogate pair, which no text may; export the bundle again"
+        )
     version = fields.get("schema_version")
     if version != SCHEMA_VERSION:
         upgrade = "convert it with: edgecompose bundle upgrade BUNDLE"
         remedy = upgrade if version in UPGRADED else "update edgecompose, or export the bundle again"
         raise UnsupportedSchema(f"the bundle has schema version {version!r:.40}, expected {SCHEMA_VERSION}; {remedy}")
     return value_from_json(Manifest, fields, "manifest")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

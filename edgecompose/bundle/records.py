@@ -59,7 +59,7 @@ def value_from_json(kind: type[_T], value: Any, place: str, error: _Error = Mani
 
 def replace_from_json(record: _T, values: Mapping[str, Any], place: str, error: _Error = ManifestInvalid) -> _T:
     """A frozen dataclass with some fields set from parsed JSON, checked as `value_from_json` checks them."""
-    hints = _hints(type(record))
+    hints = _hints(type(record))  # type: ignore[arg-type]
     try:
         _refuse_unknown(values, hints, place)
         changes = {name: _convert(hints[name], value, f"{place}.{name}") for name, value in values.items()}
@@ -121,7 +121,7 @@ def _convert(kind: Any, value: Any, place: str) -> Any:
 def _convert_dataclass(kind: type[Any], value: Any, place: str) -> Any:
     if not isinstance(value, dict):
         raise _Mismatch(f"{place} is {value!r:.80}; expected an object")
-    hints = _hints(kind)
+    hints = _hints(kind)  # type: ignore[arg-type]
     _refuse_unknown(value, hints, place)
     required = {
         item.name

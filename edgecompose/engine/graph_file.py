@@ -124,7 +124,8 @@ def _placed(entries: list[tuple[list[bytes], list[bytes]]]) -> Iterator[External
 
 def _entry(content: bytes, start: int, end: int) -> tuple[list[bytes], list[bytes]]:
     """Keys and values of an entry; a sound one has one of each."""
-    keys, values = [], []
+    keys: list[bytes] = []
+    values: list[bytes] = []
     for number, first, last in _spans(content, start, end):
         if number in (1, 2):
             (keys if number == 1 else values).append(content[first:last])

@@ -30,17 +30,16 @@ Integers = npt.NDArray[np.int64]
 _MATRIX, _HEAD, _GRAPH = struct.Struct("<II"), struct.Struct("<7s3H4BQQQB"), struct.Struct("<5Q")
 _HEAD_BYTES, _MAGIC, _MAJOR = 64, b"usearch", 2
 _COSINE, _KEY_KIND, _SLOT_KIND = ord("c"), 14, 15
-#: Type of values -> what USearch calls it, its bytes, and the bits of its exponent, which are all set where it is not
-#: finite.
-_SCALARS: dict[str, tuple[int, type[np.unsignedinteger[Any]], int]] = {
-    "f32": (11, np.uint32, 0x7F800000),
-    "f16": (12, np.uint16, 0x7C00),
+#: Type of values -> what USearch calls it, integers of its size, and its infinity as such an integer.
+_SCALARS: dict[str, tuple[int, type[np.unsignedinteger[Any]], type[np.signedinteger[Any]], int]] = {
+    "f32": (11, np.uint32, np.int32, 0x7F800000),
+    "f16": (12, np.uint16, np.int16, 0x7C00),
 }
 _MOST_CONNECTIVITY, _MOST_LEVELS = 1024, 64
 #: Keys beyond belong to no task.
 _MOST_KEY = 1 << 53
-#: Nodes, and values of vectors, that are looked at in one pass.
-_NODES, _VALUES = 4096, 1 << 20
+#: Nodes that are looked at in one pass.
+_NODES = 4096
 
 
 class _Malformed(Exception):
@@ -85,7 +84,7 @@ def check_index_file(path: Path, spec: IndexSpec, *, unique: bool = False) -> No
 
 
 def _check(content: Bytes, spec: IndexSpec, *, unique: bool) -> None:
-    kind, value, exponent = _SCALARS[spec.dtype]
+    kind, value, signed, infinity = _SCALARS[spec.dtype]
     rows, columns = _MATRIX.unpack(_part(content, 0, _MATRIX.size))
     width = spec.dimension * np.dtype(value).itemsize
     if (rows, columns) != (spec.vectors, width):
@@ -94,11 +93,12 @@ def _check(content: Bytes, spec: IndexSpec, *, unique: bool) -> None:
     _check_head(_part(content, end, _HEAD_BYTES), spec, kind)
     end += _HEAD_BYTES
     graph = _graph(content, end, spec.vectors)
-    _check_vectors(content[_MATRIX.size : _MATRIX.size + rows * columns].view(value), exponent)
+    _check_vectors(content[_MATRIX.size : _MATRIX.size + rows * columns].view(value), signed, infinity)
     if graph is not None:
         keys = _check_nodes(graph)
         _check_upper_levels(graph)
-        if unique and len(np.unique(keys)) != len(keys):
+        rising = bool((keys[1:] > keys[:-1]).all())  # as they were added, unless tasks were removed
+        if unique and not rising and len(np.unique(keys)) != len(keys):
             raise _Malformed("two vectors have one key")
 
 
@@ -149,12 +149,13 @@ def _graph(content: Bytes, start: int, size: int) -> _Graph | None:
     return _Graph(graph.data, levels, starts, connectivity, base)
 
 
-def _check_vectors(values: npt.NDArray[Any], exponent: int) -> None:
-    """No order can be found among numbers that are not finite."""
-    mask = values.dtype.type(exponent)
-    for start in range(0, len(values), _VALUES):
-        if np.bitwise_and(values[start : start + _VALUES], mask).max() == mask:
-            raise _Malformed("a vector holds numbers that are not finite")
+def _check_vectors(values: npt.NDArray[Any], signed: type[np.signedinteger[Any]], infinity: int) -> None:
+    """No order can be found among numbers that are not finite; as integers they are those from infinity on."""
+    if not len(values):
+        return
+    sign = 1 << (8 * values.itemsize - 1)
+    if values.view(signed).max() >= infinity or values.max() >= sign + infinity:
+        raise _Malformed("a vector holds numbers that are not finite")
 
 
 def _check_nodes(graph: _Graph) -> npt.NDArray[np.uint64]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-from google.protobuf.message import Message
 from safetensors.numpy import load, save
 
 from edgecompose.bundle.adapter import load_adapter
@@ -223,7 +222,8 @@ def _attempt_graph(folder: Path) -> str:
         tensors = _tensors(onnx.load_from_string(content))
     except Exception:  # the package raises classes of protobuf
         tensors = []
-    named = {e.value for t in tensors for e in t.external_data if e.key == "location"}
+    values = [e.value for t in tensors for e in t.external_data if e.key == "location"]
+    named = {v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in values}
     assert seen is None or named <= seen, f"{named - seen} were overlooked"
     graph_path(Bundle(folder), GRAPH)
     assert named <= {"model.onnx.data"}
@@ -235,7 +235,7 @@ def _tensors(message: Any) -> list[Any]:
     if isinstance(message, onnx.TensorProto):
         return [message]
     parts = [value for field, value in message.ListFields() if field.type == field.TYPE_MESSAGE]
-    each = [one for part in parts for one in ([part] if isinstance(part, Message) else part)]
+    each = [one for part in parts for one in ([part] if hasattr(part, "ListFields") else part)]
     return [tensor for one in each for tensor in _tensors(one)]
 
 

@@ -196,6 +196,11 @@ def test_a_manifest_that_cannot_be_read_is_an_error_of_ours(root: Path, use: Cal
         use(root)
 
 
+def _link_to_a_device(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
 def _move_out(path: Path) -> None:
     path.rename(path.parents[1] / "outside")
     path.symlink_to(path.parents[1] / "outside")
@@ -203,7 +208,7 @@ def _move_out(path: Path) -> None:
 
 UNPLAIN: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pipe": (_make_pipe, "is a pipe, expected a plain file"),
-    "a device": (lambda path: (path.unlink(), path.symlink_to("/dev/zero")), "leaves the bundle"),
+    "a device": (_link_to_a_device, "leaves the bundle"),
     "a link that leaves": (_move_out, "leaves the bundle"),
     "a link to itself": (_loop, "cannot be read"),
 }

@@ -158,3 +158,13 @@ def test_a_field_that_is_there_twice_is_refused(valid: dict[str, Json]) -> None:
     text = json.dumps(valid).replace('"name": "test"', '"name": "test", "name": "other"')
     with pytest.raises(ManifestInvalid, match="twice the field 'name'"):
         manifest_from_json(text)
+
+
+def test_a_half_of_a_surrogate_pair_is_refused_and_a_pair_is_taken(valid: dict[str, Json]) -> None:
+    for half in ("\ud83d", "\udc00", "\ude00\ud83d"):
+        for place in (("adapters", "one", "source", "note"), ("adapters", "one", "source", half)):
+            with pytest.raises(ManifestInvalid, match="half of a surrogate pair"):
+                manifest_from_json(changed(valid, place, half))
+    text = changed(valid, ("adapters", "one", "source", "note"), "\U0001f600")
+    assert "\\ud83d\\ude00" in text
+    assert manifest_from_json(text).adapters["one"].source["note"] == "\U0001f600"

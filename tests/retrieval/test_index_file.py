@@ -92,7 +92,7 @@ def _start_below(content: bytearray) -> None:
     struct.pack_into("<Q", content, places["graph"] + 32, places["lower"])
 
 
-DAMAGE: dict[str, tuple[Callable[[bytearray], None], str]] = {
+DAMAGE: dict[str, tuple[Callable[[bytearray], object], str]] = {
     "rows": (lambda c: struct.pack_into("<I", c, 0, 5), "it has 5 vectors"),
     "columns": (lambda c: struct.pack_into("<I", c, 4, 2**31), "vectors of 2147483648 bytes"),
     "magic": (_put("head", 0, "B", 0), "no index of USearch"),
