@@ -113,7 +113,9 @@ def _walk(content: bytes) -> Iterator[ExternalData]:
 
 def _placed(entries: list[tuple[list[bytes], list[bytes]]]) -> Iterator[ExternalData]:
     """The places that the entries of one tensor name. A field that is there twice counts each time."""
-    values = {key: [v for keys, vs in entries if key in keys for v in vs] for key in (_KEY, b"offset", b"length")}
+    values = {
+        key: [v for keys, vs in entries if key in keys for v in vs or [b""]] for key in (_KEY, b"offset", b"length")
+    }
     for value in (*values[b"offset"], *values[b"length"]):
         if not _NUMBER.fullmatch(value):
             raise _Malformed(f"the place of a tensor is {value!r:.40}")

@@ -94,6 +94,11 @@ def test_another_spelling_hides_no_file(kind: str) -> None:
     assert "evil" in {data.location for data in places}
 
 
+def test_a_name_that_is_left_out_is_the_empty_one() -> None:
+    (data,) = external_data(model(field(5, field(13, field(1, b"location")))), "g.onnx")
+    assert data.location == ""
+
+
 def test_a_graph_without_files_has_none() -> None:
     assert external_data(model(field(5, field(8, b"location") + field(9, b"123"))), "g.onnx") == []
     assert external_data(b"", "g.onnx") == []
