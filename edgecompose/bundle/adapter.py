@@ -168,6 +168,9 @@ def _check_source(name: str, metadata: Mapping[str, str]) -> None:
         raise AdapterError(f"adapter '{name}': its source is no JSON ({error!s:.120}); export it again") from error
     if not isinstance(source, dict) or depth_exceeds(source, _DEEPEST_SOURCE):
         raise AdapterError(f"adapter '{name}': its source is no object of JSON, or a deep one; export it again")
+    errors = source.get("errors", {})
+    if not isinstance(errors, dict) or not all(type(e) in (int, float) and 0 <= e <= 1e12 for e in errors.values()):
+        raise AdapterError(f"adapter '{name}': its source is no report of errors that are numbers; export it again")
 
 
 def _module(adapter: str, module: str, tensors: Mapping[str, npt.NDArray[Any]], bits: Bits) -> AdapterModule:

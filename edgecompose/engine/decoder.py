@@ -42,7 +42,7 @@ class Decoder:
         self.device = device
         self._session = open_session(graph, device, name="decoder")
         inputs = {**_sequence_axes(spec), **slot_axes(spec.slots)}
-        check_graph(self._session, "decoder", inputs, {"logits": {2: spec.vocabulary}})
+        check_graph(self._session, "decoder", inputs, _output_axes(spec))
         cache_dtype(self._session)
         self._idle: list[KVCache] = []
         self._lock = threading.RLock()  # a sequence may be collected, and release its cache, at any moment
@@ -89,7 +89,7 @@ class FusedDecoder:
         self.device = device
         self._session = open_session(graph, device, name="fused decoder")
         inputs = {**_sequence_axes(spec), **weight_axes(require_fusing(spec).weights)}
-        check_graph(self._session, "fused decoder", inputs, {"logits": {2: spec.vocabulary}})
+        check_graph(self._session, "fused decoder", inputs, _output_axes(spec))
         cache_dtype(self._session)
 
     def start(self, weights: FusedWeights, capacity: int, *, reserve: int | None = None) -> DecoderState:
@@ -116,5 +116,14 @@ def _sequence_axes(spec: BaseSpec) -> dict[str, dict[int, int]]:
     """What a decoder takes whatever its weights are: new tokens, lengths, caches."""
     names = ["input_ids", "seqlens_k", "total_sequence_length", "logits_kept"]
     names += [] if spec.long_from is None else ["long_context"]
-    caches = [f"past_key_values.{layer}.{part}" for layer in range(spec.layers) for part in ("key", "value")]
-    return {**{name: {} for name in names}, **{name: {1: spec.kv_heads, 3: spec.head_size} for name in caches}}
+    return {**{name: {} for name in names}, **_cache_axes(spec, "past_key_values")}
+
+
+def _output_axes(spec: BaseSpec) -> dict[str, dict[int, int]]:
+    """What a decoder gives: logits, and the caches that it extended."""
+    return {"logits": {2: spec.vocabulary}, **_cache_axes(spec, "present")}
+
+
+def _cache_axes(spec: BaseSpec, prefix: str) -> dict[str, dict[int, int]]:
+    names = (f"{prefix}.{layer}.{part}" for layer in range(spec.layers) for part in ("key", "value"))
+    return {name: {1: spec.kv_heads, 3: spec.head_size} for name in names}

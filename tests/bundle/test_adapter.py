@@ -141,7 +141,11 @@ def test_hostile_tensors_are_refused(tmp_path: Path, what: str, bits: Bits) -> N
         _load(path)
 
 
-@pytest.mark.parametrize("source", ["{", "[]", "3", '{"a":' * 9000, '{"a":' * 40 + "1" + "}" * 40, "9" * 5000])
+#: Reports of errors that are none.
+ERRORS = ('{"errors": 5}', '{"errors": {"q_proj": "x"}}', '{"errors": {"q_proj": NaN}}', '{"errors": {"q_proj": true}}')
+
+
+@pytest.mark.parametrize("source", ["{", "[]", "3", '{"a":' * 9000, '{"a":' * 40 + "1" + "}" * 40, "9" * 5000, *ERRORS])
 def test_a_source_that_is_no_object_is_refused(tmp_path: Path, source: str) -> None:
     good = write_adapter(tmp_path / "good.safetensors", make_adapter("one"))
     path = tmp_path / "one.safetensors"
