@@ -9,7 +9,6 @@ Case n of a seed is the same in every run. Exit code 1 says that there are findi
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import json
 import shutil
@@ -129,7 +128,7 @@ def main(
     begin = time.monotonic()
     summaries = attack(targets, seed=seed, findings=findings, cases=cases, seconds=share, prepared=prepared)
     if as_json:
-        click.echo(json.dumps([dataclasses.asdict(one) for one in summaries], indent=1))
+        click.echo(json.dumps([vars(one) for one in summaries], indent=1))
     else:
         click.echo(table(summaries))
         tried = sum(one.tried for one in summaries)

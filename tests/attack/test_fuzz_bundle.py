@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from tests.attack.bundle_targets import TARGETS
 from tests.attack.full_targets import TARGETS as FULL
 from tests.attack.full_targets import prepare_from
+from tests.attack.fuzz import main
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
 ROOT = Path(__file__).parents[2]
@@ -31,10 +33,10 @@ def fuzz(findings: Path, *arguments: object) -> list[dict[str, Any]]:
 
 
 def test_damaged_files_are_refused_or_give_sound_results(tmp_path: Path) -> None:
-    names = ",".join(target.name for target in TARGETS)
-    for one in fuzz(tmp_path, "--targets", names, "--cases", 120, "--seed", 7):
-        assert one["tried"] == 120 == one["refused"] + one["accepted"], one
-        assert one["refused"] > 20, f"{one['target']} is hardly damaged"
+    names = ",".join(target.name for target in TARGETS if target.name != "large-index")  # it takes seconds to make
+    for one in fuzz(tmp_path, "--targets", names, "--cases", 50, "--seed", 7):
+        assert one["tried"] == 50 == one["refused"] + one["accepted"], one
+        assert one["refused"] > 10, f"{one['target']} is hardly damaged"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -45,16 +47,10 @@ def test_a_damaged_bundle_is_refused_or_answers(bundle: Path, tmp_path: Path) ->
     prepare_from(bundle, first)
     for target in FULL[1:]:
         (tmp_path / "prepared" / target.name).symlink_to(first)
-    for one in fuzz(tmp_path / "kept", "--targets", "full", "--cases", 5, "--prepared", tmp_path / "prepared"):
-        assert one["tried"] == 5 == one["refused"] + one["accepted"], one
+    for one in fuzz(tmp_path / "kept", "--targets", "full", "--cases", 3, "--prepared", tmp_path / "prepared"):
+        assert one["tried"] == 3 == one["refused"] + one["accepted"], one
 
 
 def test_a_name_that_is_no_target_is_one_line() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.attack.fuzz", "--targets", "nothing"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-    )
-    assert done.returncode == 2 and "no target 'nothing'; there are: manifest" in done.stderr.replace("\n", " ")
+    done = CliRunner().invoke(main, ["--targets", "nothing"])
+    assert done.exit_code == 2 and "no target 'nothing'; there are: manifest" in " ".join(done.output.split())
