@@ -26,7 +26,7 @@ from edgecompose.bundle.manifest import Manifest, check_name
 from edgecompose.bundle.quantization import Bits
 from edgecompose.bundle.specs import AdapterSpec, BaseSpec, FileEntry, IndexSpec, TaskSpec
 from edgecompose.engine.device import choose_device
-from edgecompose.errors import ExportError, UnknownAdapter
+from edgecompose.errors import BundleError, ExportError, UnknownAdapter
 from edgecompose.formats.registry import detect_format, unknown_format
 from edgecompose.merging.merger import Merger
 from edgecompose.retrieval.examples import add_vectors, embed_prompts, prompt_lines, read_examples
@@ -236,8 +236,16 @@ def _store_index(
 
 
 def _is_of(line: str, task: TaskSpec) -> bool:
-    """Whether a line of the texts belongs to a task."""
-    return task.first_key <= int(json.loads(line)["key"]) < task.first_key + task.examples
+    """Whether a line of the texts belongs to a task.
+
+    Raises:
+        BundleError: the line is no object with a key.
+    """
+    try:
+        key = json.loads(line)["key"]
+        return task.first_key <= int(key) < task.first_key + task.examples
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
+        raise BundleError(f"prompts of the bundle: {line!r:.80} is no object with a key; export it again") from error
 
 
 def _commit(root: Path, old: Manifest, new: Manifest) -> None:

@@ -13,7 +13,8 @@ from edgecompose import EdgeComposeError, Request, open_bundle, tasks
 from edgecompose.bundle import files
 from edgecompose.bundle.files import Bundle, read_manifest, verify
 from edgecompose.bundle.manifest import MANIFEST_FILE
-from edgecompose.errors import ExportError, ManifestInvalid, UnknownAdapter
+from edgecompose.bundle.specs import TaskSpec
+from edgecompose.errors import BundleError, ExportError, ManifestInvalid, UnknownAdapter
 from edgecompose.settings import RetrievalSettings
 from edgecompose.tasks import add_task, remove_task
 from tests.fixtures_tiny import NEW_PROMPTS, TASKS, TinyZoo
@@ -233,3 +234,13 @@ def test_a_cleaning_up_that_fails_leaves_the_new_bundle(
     assert "travel" in Bundle(bundle_copy).manifest.tasks
     assert run(bundle_copy, NEW_PROMPTS[0], NEAREST).retrieval.weights == {"travel": pytest.approx(1)}
     assert all("is not in the manifest" in fault for fault in verify(bundle_copy))
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["", "{", "[]", "5", "null", '{"key": null}', '{"key": []}', '{"key": 1e999}', "[" * 9000, '{"key": NaN}'],
+)
+def test_a_line_of_prompts_that_is_no_object_with_a_key_is_one_error(line: str) -> None:
+    assert tasks._is_of('{"key": 3, "prompt": "x"}', TaskSpec({}, 2, 2))
+    with pytest.raises(BundleError, match="is no object with a key"):
+        tasks._is_of(line, TaskSpec({}, 2, 2))

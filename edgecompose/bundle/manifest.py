@@ -33,7 +33,7 @@ SCHEMA_VERSION = 5
 UPGRADED = (4,)
 MANIFEST_FILE = "manifest.json"
 _LONGEST_PATH = 1000
-_DEEPEST = 32
+_DEEPEST, _MOST_HOLDERS = 32, 500_000
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -179,6 +179,8 @@ def manifest_from_json(text: str) -> Manifest:
         UnsupportedSchema: written by another major version.
         ManifestInvalid: not JSON, or a field missing, unknown, of the wrong type or out of range.
     """
+    if text.count("{") + text.count("[") > _MOST_HOLDERS:  # each takes many times its two bytes
+        raise ManifestInvalid(f"manifest.json holds more than {_MOST_HOLDERS:,} objects and arrays; export it again")
     try:
         fields = json.loads(text, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:  # ValueError: not JSON, or an integer of thousands of digits

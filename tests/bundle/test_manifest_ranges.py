@@ -160,6 +160,11 @@ def test_a_field_that_is_there_twice_is_refused(valid: dict[str, Json]) -> None:
         manifest_from_json(text)
 
 
+def test_millions_of_objects_are_refused_before_they_take_memory() -> None:
+    with pytest.raises(ManifestInvalid, match="more than 500,000 objects and arrays"):
+        manifest_from_json('{"schema_version": 5, "files": [' + "[]," * 2_000_000 + "[]]}")
+
+
 def test_a_half_of_a_surrogate_pair_is_refused_and_a_pair_is_taken(valid: dict[str, Json]) -> None:
     for half in ("\ud83d", "\udc00", "\ude00\ud83d"):
         for place in (("adapters", "one", "source", "note"), ("adapters", "one", "source", half)):
