@@ -8,7 +8,8 @@ from edgecompose.bundle.specs import BaseSpec
 from edgecompose.engine.device import Device, IOBinding, OrtValue, Session, host
 from edgecompose.engine.fusing import FusedWeights
 from edgecompose.engine.merged import MergedAdapter
-from edgecompose.errors import BundleError
+from edgecompose.errors import BundleError, GenerationError
+from edgecompose.native import native
 
 #: A cache has room for a multiple of so many tokens, so that the next sequence under the same blend can have it.
 _CAPACITY_STEP = 64
@@ -37,22 +38,29 @@ class KVCache:
         self._buffers: dict[str, OrtValue] = {}
 
     def grow(self, capacity: int, *, length: int) -> None:
-        """Make room for `capacity` tokens at least, at least twice as many as before; the first `length` stay."""
+        """Make room for `capacity` tokens at least, at least twice as many as before; the first `length` stay.
+
+        Raises:
+            GenerationError: memory does not suffice; there is room for as many tokens as before.
+        """
         if capacity <= self.capacity:
             return
         tokens = max(capacity, 2 * self.capacity)
-        self.capacity = min(-(-tokens // _CAPACITY_STEP) * _CAPACITY_STEP, self._spec.context)
-        for layer in range(self._spec.layers):
-            for part in ("key", "value"):
-                name = f"{layer}.{part}"
-                buffer = self._grown(self._buffers.get(name), length)
-                self.binding.bind_ortvalue_input(f"past_key_values.{name}", buffer)
-                self.binding.bind_ortvalue_output(f"present.{name}", buffer)
-                self._buffers[name] = buffer
+        tokens = min(-(-tokens // _CAPACITY_STEP) * _CAPACITY_STEP, self._spec.context)
+        advice = "shorten the prompt, or lower --max-tokens"
+        with native(GenerationError, f"there is no room for the caches of {tokens} tokens", advice):
+            for layer in range(self._spec.layers):
+                for part in ("key", "value"):
+                    name = f"{layer}.{part}"
+                    buffer = self._grown(self._buffers.get(name), tokens, length)
+                    self.binding.bind_ortvalue_input(f"past_key_values.{name}", buffer)
+                    self.binding.bind_ortvalue_output(f"present.{name}", buffer)
+                    self._buffers[name] = buffer
+        self.capacity = tokens
 
-    def _grown(self, old: OrtValue, length: int) -> OrtValue:
-        """A buffer of the present capacity with the first `length` tokens of the old one."""
-        shape = (1, self._spec.kv_heads, self.capacity, self._spec.head_size)
+    def _grown(self, old: OrtValue, capacity: int, length: int) -> OrtValue:
+        """A buffer for `capacity` tokens with the first `length` tokens of the old one."""
+        shape = (1, self._spec.kv_heads, capacity, self._spec.head_size)
         if not length:
             return self._device.empty(shape, self._dtype)
         values = np.empty(shape, self._dtype)

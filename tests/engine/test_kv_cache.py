@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ pytest.importorskip("peft", reason="a package of edgecompose-export")
 
 from edgecompose.engine.decoder import Decoder
 from edgecompose.engine.device import choose_device
+from edgecompose.engine.kv_cache import KVCache
 from edgecompose.engine.merged import MergedAdapter
 from edgecompose.errors import GenerationError, PromptTooLong
 from tests.export.decoders import NO_ADAPTER
@@ -58,3 +61,27 @@ def test_a_cache_that_grows_holds_what_one_made_large_holds(zoo: TinyZoo) -> Non
     narrow.forward([1] * 58)
     with pytest.raises(PromptTooLong, match="has a context of"):
         narrow.extend(exported.spec.context + 1)
+
+
+def test_a_cache_that_finds_no_memory_is_one_error_and_holds_what_it_held(
+    zoo: TinyZoo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported = zoo.base("llama", "fp32")
+    decoder = Decoder(exported.folder / exported.spec.graph, exported.spec, choose_device("cpu"))
+    narrow, wide = (decoder.start(MergedAdapter({}, name), 200, reserve=5) for name in ("narrow", "wide"))
+    steps = [[token] for token in range(60)]
+    for ids in steps:
+        np.testing.assert_array_equal(narrow.forward(ids), wide.forward(ids))
+    grown, calls = KVCache._grown, itertools.count()
+
+    def fail_later(*arguments: Any) -> Any:
+        if next(calls) >= 2:
+            raise MemoryError
+        return grown(*arguments)
+
+    with monkeypatch.context() as context:
+        context.setattr(KVCache, "_grown", fail_later)
+        with pytest.raises(GenerationError, match="no room for the caches of 128 tokens: memory ran out; shorten"):
+            narrow.forward([9] * 40)
+    for ids in ([7], [9] * 40, [3]):
+        np.testing.assert_array_equal(narrow.forward(ids), wide.forward(ids))
