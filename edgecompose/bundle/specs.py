@@ -257,6 +257,7 @@ class TaskSpec:
     def __post_init__(self) -> None:
         check_integers("a task", 0, MOST_COUNT, first_key=self.first_key, examples=self.examples)
         check_integers("a task", 0, MOST_COUNT, last_key=self.first_key + self.examples)
+        check_floats("a task", 0, 1.01, similarity=self.similarity)
         for weight in self.adapters.values():
             check_floats("a task's adapter", -LARGEST_WEIGHT, LARGEST_WEIGHT, weight=weight)
 

@@ -14,7 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from edgecompose.bundle.specs import TaskSpec
-from edgecompose.retrieval.index import EXACT_BELOW, Neighbour
+from edgecompose.errors import RetrievalError
+from edgecompose.native import native
+from edgecompose.retrieval.index import EXACT_BELOW, Neighbour, vectors_of
 
 if TYPE_CHECKING:
     from usearch.index import Index
@@ -60,10 +62,11 @@ def _own_similarities(
     index: Index, keys: npt.NDArray[np.uint64], starts: npt.NDArray[np.int64], position: int
 ) -> list[float]:
     """The mean over the nearest examples of each of some examples, those of other tasks counting 0."""
-    vectors = np.asarray(index.get(keys), np.float32)
+    vectors = vectors_of(index, keys)
     similarities = []
     for key, vector in zip(keys, vectors, strict=True):
-        matches = index.search(vector, _NEAREST + 1, exact=len(index) <= EXACT_BELOW, threads=1)
+        with native(RetrievalError, "the index cannot be searched"):
+            matches = index.search(vector, _NEAREST + 1, exact=len(index) <= EXACT_BELOW, threads=1)
         others = matches.keys != key
         tasks = np.searchsorted(starts, matches.keys[others].astype(np.int64), side="right") - 1
         cosines = np.clip(1 - matches.distances[others], 0, 1)[:_NEAREST]

@@ -34,7 +34,7 @@ from tests.attack.target import Target
 
 KINDS = ("crash", "hang", "memory", "traceback", "wrong")
 FINDING_FILE = "finding.json"
-#: Resident memory of a child that is a finding; its address space may be larger, since files are mapped.
+#: Resident memory, beyond the parent's, of a child that is a finding; its address space may be larger, since files are mapped.
 MEMORY_BYTES, ADDRESS_BYTES = 2 << 30, 24 << 30
 _CASES_A_CHILD, _MOST_KEPT, _PATIENCE = 20_000, 25, 4.0
 _LAYOUT = ("stop", "case", "started", "tried", "refused", "accepted", "memory", "traceback", "wrong", "kept")
@@ -238,7 +238,7 @@ class Runner:
 
     def _watch(self, child: int, deadline: float | None, limit: float) -> str | None:
         self._shared["stop"] = 0
-        pause = 0.002
+        pause, most = 0.002, self._memory_bytes + resident_bytes(os.getpid())  # a child begins with what its parent has
         while True:
             pid, status = os.waitpid(child, os.WNOHANG)
             if pid:
@@ -252,7 +252,7 @@ class Runner:
                 kind = "hang"
                 os.kill(child, signal.SIGUSR1)
                 time.sleep(0.2)
-            elif resident_bytes(child) > self._memory_bytes:
+            elif resident_bytes(child) > most:
                 kind = "memory"
             if kind is not None:
                 os.kill(child, signal.SIGKILL)
