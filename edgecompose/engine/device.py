@@ -156,6 +156,8 @@ def open_session(
     source = graph if isinstance(graph, bytes) else str(graph)
     with native(BundleError, f"ONNX Runtime refuses the {name} graph"):
         session = onnxruntime.InferenceSession(source, options, providers=_with_options(device.providers))
+        # names that are no UTF-8 fail when they are read
+        _ = [v.name for v in (*session.get_inputs(), *session.get_outputs(), *session.get_overridable_initializers())]
     landed = session.get_providers()[0]
     if landed != device.providers[0]:
         raise DeviceError(

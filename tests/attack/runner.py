@@ -34,7 +34,7 @@ from tests.attack.target import Target
 
 KINDS = ("crash", "hang", "memory", "traceback", "wrong")
 FINDING_FILE = "finding.json"
-#: Resident memory, beyond the parent's, of a child that is a finding; its address space may be larger, since files are mapped.
+#: Resident memory of a child beyond its parent's that is a finding; the address space may be larger: files are mapped.
 MEMORY_BYTES, ADDRESS_BYTES = 2 << 30, 24 << 30
 _CASES_A_CHILD, _MOST_KEPT, _PATIENCE = 20_000, 25, 4.0
 _LAYOUT = ("stop", "case", "started", "tried", "refused", "accepted", "memory", "traceback", "wrong", "kept")

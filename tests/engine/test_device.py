@@ -35,3 +35,10 @@ def test_a_graph_that_cannot_be_run_is_one_error() -> None:
     session = device.open_session(GRAPH, device.choose_device("cpu"), name="any")
     with pytest.raises(BundleError, match="^the any graph cannot be run: .*; export the bundle again$"):
         device.run_bound(session, session.io_binding(), name="any")
+
+
+def test_a_graph_with_a_name_that_is_no_text_is_one_error() -> None:
+    content = GRAPH.read_bytes()
+    name = device.open_session(GRAPH, device.choose_device("cpu"), name="any").get_inputs()[0].name.encode()
+    with pytest.raises(BundleError, match="^ONNX Runtime refuses the any graph: .*utf-8"):
+        device.open_session(content.replace(name, b"\x93" + name[1:]), device.choose_device("cpu"), name="any")
