@@ -59,6 +59,10 @@ real-models: $(INSTALLED) ## Fetch the larger base that some tests and benchmark
 bench: $(BUNDLE) ## Measure speed on this machine.
 	$(BIN)/python benchmarks/speed.py models/demo
 
+.PHONY: soak
+soak: $(BUNDLE) ## Load a server for SECONDS (60) with callers of all kinds, and watch memory, descriptors and answers.
+	$(BIN)/python -m tests.attack.soak --seconds $(or $(SECONDS),60) --seed $(or $(SEED),0)
+
 binary: $(BINARY) ## Build the command as executables that need no Python: a folder and one file.
 	@du -sh $(dir $(BINARY)) $(ONEFILE)
 

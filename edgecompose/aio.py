@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from edgecompose.cancellation import Cancellation
 from edgecompose.closing import AsyncClosing
 from edgecompose.composer import Composer
+from edgecompose.generation.decode import Chunk
 from edgecompose.generation.messages import Prompt
 from edgecompose.request import Answer, Composition, Request
 from edgecompose.retrieval.retriever import Retrieval
@@ -57,38 +59,52 @@ class AsyncComposer(AsyncClosing):
 
         Leaving its `async with` block stops the answer.
         """
-        started = await self.call(functools.partial(self.composer.generate, prompt, request))
-        return AsyncGeneration(started, self)
+        cancellation = Cancellation()
+        begin = functools.partial(self.composer.generate, prompt, request, cancellation=cancellation)
+        return AsyncGeneration(await self.call(begin, cancellation), self, cancellation)
 
-    async def call(self, work: Callable[[], T]) -> T:
-        """Run a function in one of the threads. A caller that is cancelled waits until the function has ended.
+    async def call(self, work: Callable[[], T], cancellation: Cancellation | None = None) -> T:
+        """Run a function in one of the threads, in the order of the calls.
 
-        So nothing is released while a thread works on it.
+        A caller that is cancelled waits until the function has ended, so nothing is released while a thread works on
+        it.
+
+        Args:
+            cancellation: ends the function within, where the caller is cancelled.
         """
-        task = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        job = self._threads.submit(work)
+        ended = asyncio.wrap_future(job)
         try:
-            return await asyncio.shield(task)
+            return await asyncio.shield(ended)
         except asyncio.CancelledError:
-            if not task.cancel():
-                await asyncio.wait([task])
+            if cancellation is not None:
+                cancellation.cancel()
+            if not job.cancel():
+                await asyncio.wait([ended])
+            if ended.done() and not ended.cancelled():
+                ended.exception()  # nobody reads it any more
             raise
 
 
 class AsyncGeneration(AsyncClosing):
     """An answer in progress, as `Generation`."""
 
-    def __init__(self, generation: Generation, owner: AsyncComposer) -> None:
+    def __init__(self, generation: Generation, owner: AsyncComposer, cancellation: Cancellation) -> None:
         self.composition = generation.composition
-        self._generation, self._owner = generation, owner
+        self._generation, self._owner, self._cancellation = generation, owner, cancellation
 
     def __aiter__(self) -> AsyncGeneration:
         return self
 
     async def __anext__(self) -> str:
-        text = await self._owner.call(lambda: next(self._generation, None))
-        if text is None:
-            raise StopAsyncIteration
-        return text
+        while (chunk := await self.step()) is not None:
+            if chunk.text:
+                return chunk.text
+        raise StopAsyncIteration
+
+    async def step(self) -> Chunk | None:
+        """As `Generation.step`: a bounded step in one of the threads, so that several answers take turns."""
+        return await self._owner.call(self._generation.step, self._cancellation)
 
     async def close(self) -> None:
         """Stop, wherever the answer is; returns when the model has stopped."""

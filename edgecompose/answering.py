@@ -97,6 +97,7 @@ class Answering:
             sampling=self.request.sampling,
             stop=self.request.stop,
             prompt_cache=self.request.prompt_cache,
+            keep_space=self.request.raw is True,  # the caller continues a text
         )
 
     def _best_choice(self) -> Generator[Chunk, None, None]:

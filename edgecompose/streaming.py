@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from edgecompose.cancellation import Cancellation
 from edgecompose.closing import Closing
-from edgecompose.errors import EdgeComposeError, GenerationError
+from edgecompose.errors import Cancelled, EdgeComposeError, GenerationError
 from edgecompose.generation.decode import Chunk
 from edgecompose.request import Answer, Composition
 
@@ -59,7 +59,12 @@ class Generation(Closing):
         if self._closed:  # or a reader would take the lock again before the thread that closes gets it
             return None
         with self._lock:
-            chunk = next(self._chunks, None)
+            try:
+                chunk = next(self._chunks, None)
+            except Cancelled:
+                if self._closed:  # by another thread, in this very step
+                    return None
+                raise
             if chunk is None and self._answer is None and not self._closed:
                 self._answer = self._describe()
             return chunk

@@ -38,7 +38,7 @@ ROOMS: dict[str, set[str]] = {
     "cli": {"bundle", "engine", "retrieval", "merging", "generation", "formats", "pipeline", "evaluation", "server"},
 }
 #: Packages of the extra 'server', which only its modules import.
-SERVER = {"prometheus_client", "starlette", "uvicorn"}
+SERVER = {"h11", "prometheus_client", "starlette", "uvicorn"}
 
 
 @functools.cache
@@ -145,7 +145,9 @@ def test_the_server_is_an_extra_that_nothing_else_imports() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     assert {re.split(r"[<>=]", expected)[0].replace("-", "_") for expected in extras["server"]} == SERVER
     importers = {name for name, tree in modules(RUNTIME).items() if foreign(tree) & SERVER}
-    assert importers == {"server.app", "server.gate", "server.metrics", "server.run"}
+    assert importers == {
+        f"server.http.{name}" for name in ("app", "body", "connection", "events", "gate", "metrics", "serving")
+    }
     done = run_python(f"import sys; import edgecompose.cli.main; print({SERVER} & set(sys.modules))")
     assert (done.returncode, done.stdout) == (0, "set()\n")
 

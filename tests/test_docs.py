@@ -28,7 +28,7 @@ pytest.importorskip("torch", reason="exports need the packages of edgecompose-ex
 
 from docs import generate
 from edgecompose.cli.main import main as runtime
-from edgecompose.server.config import ServerSettings
+from edgecompose.server.config import CallLimits, ServerSettings
 from edgecompose_export.bundles import build_bundle
 from tests import tiny
 from tests.doc_pages import FENCE, PAGES, PROGRAMS, README, ROOT, name_of, parse
@@ -257,7 +257,7 @@ class Page:
             patch.setattr("edgecompose.cli.serve.run_server", lambda _, settings, **others: value.append(settings))
             done = CliRunner(env=environment).invoke(runtime, arguments)
         assert done.exit_code == 0 and value, done.output
-        settings = dataclasses.replace(value[0], max_tokens=min(value[0].max_tokens, 256))
+        settings = dataclasses.replace(value[0], calls=CallLimits(max_tokens=value[0].calls.max_tokens or 256))
         self.address = self._stack.enter_context(serving(self.folder / arguments[1], settings)).url
 
     def _shell(self, line: str) -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,27 @@ def test_an_answer_may_be_left_at_any_token(opened: Composer, read: list[int]) -
     with pytest.raises(GenerationError, match="not complete"):
         _ = generation.answer
     assert opened.run(PROMPTS[1], Request(max_tokens=20)).text == expected
+
+
+def test_an_answer_that_another_thread_closes_within_a_step_just_ends(
+    opened: Composer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closing: list[threading.Thread] = []
+    forward = DecoderState.forward
+
+    def slow(self: DecoderState, ids: Sequence[int], **settings: Any) -> Any:
+        if not closing:
+            closing.append(threading.Thread(target=generation.close))
+            closing[0].start()
+            time.sleep(0.1)  # it waits for this step
+        return forward(self, ids, **settings)
+
+    with opened.generate(PROMPTS[1], Request(max_tokens=20)) as generation:
+        next(generation)
+        monkeypatch.setattr(DecoderState, "forward", slow)
+        assert len(list(generation)) <= 1
+        assert closing
+        closing[0].join(10)
 
 
 def test_a_batch_gives_each_prompt_what_it_gets_alone(opened: Composer) -> None:

@@ -15,9 +15,10 @@ from edgecompose.engine.device import Device
 from edgecompose.generation.messages import Overflow, RouteBy
 from edgecompose.retrieval.index import Neighbour
 from edgecompose.server import protocol, responses
-from edgecompose.server.app import create_app
-from edgecompose.server.config import ServerSettings
+from edgecompose.server.config import CallLimits, ServerSettings
 from edgecompose.server.endpoints import BY_PATH
+from edgecompose.server.http.app import create_app
+from edgecompose.server.unsupported import FIELDS
 from edgecompose.settings import MergeSettings, RetrievalSettings, Sampling, settings_of
 from edgecompose.timing import STAGES
 
@@ -25,7 +26,8 @@ _PACKAGE = Path(edgecompose.__file__).parent
 #: What the fields of a call mean, beside those of settings. The generator fails if the code has other fields.
 _CALL = {
     "model": "`auto` retrieves, `base` takes no adapter, `task:NAME` those that a task is mapped to",
-    "max_tokens": "longest answer; by default the bundle's, at most the server's `--max-tokens`",
+    "max_tokens": "longest answer; by default the bundle's, else as long as the context and the server's "
+    "`--max-tokens` allow, as with -1; a larger number is taken for that",
     "max_completion_tokens": "the same; it takes precedence",
     "stream": "chunks as server-sent events",
     "stream_options": '`{"include_usage": true}` ends a stream with the number of tokens',
@@ -40,18 +42,21 @@ _OWN = {
     "overflow": "what to do with a conversation that is too long: refuse it, or leave its oldest turns out",
     "choices": "answers to score instead of generating one",
     "prompt_cache": "reuse what an earlier answer under the same blend has read; by default true for chats",
+    "explain": "false leaves `edgecompose` out of the response, but for scores of choices",
 }
 _STATUS = {
     400: "the call is malformed, names a field that is not supported, or asks for what the bundle cannot do",
     401: "the key is missing or wrong",
     403: "a page of another site sent it",
     404: "no such path or model",
-    405: "no such method at this path",
+    405: "no such method at this path; `Allow` names those it has",
+    408: "the body was not complete in time",
     413: "the body is larger than the server reads",
     415: "the body is not said to be JSON (`Content-Type: application/json`)",
     421: "the server is not called by that name (`--allow-host`)",
     429: "as many requests wait as may; come again after `Retry-After` seconds",
-    500: "a file of the bundle is damaged, or the device failed",
+    500: "a file of the bundle is damaged, the device failed, or the server has an error of its own",
+    503: "the server is ending, has too many connections, or needs a restart because its bundle was changed",
 }
 
 #: Words of Python's types and the words of the page.
@@ -109,21 +114,22 @@ def _calls() -> Iterator[str]:
     yield from ("## Calls to /v1/chat/completions, /v1/completions and /v1/compose", "", *_FIELD_HEAD)
     yield (
         '| `messages` | list of `{"role", "content"}` | required by chat and compose | '
-        "roles `system` (or `developer`), `user`, `assistant`; content is text, or a list of text parts |"
+        "roles `system` (or `developer`), `user`, `assistant`; content is text, or a list of text parts; the last one "
+        "is not the assistant's; system messages at the beginning are joined, later ones go to the chat template |"
     )
     yield "| `prompt` | text or list of texts | required by completions | sent as it is |"
-    yield f"| `stop` | text or list of texts | none | what an answer ends before, {protocol._STOPS} at most |"
+    yield f"| `stop` | text or list of texts | none | what an answer ends before, {CallLimits().stops} at most |"
     yield from _fields(protocol._Fields, _CALL, _call_default)
     yield from _fields(Sampling, _help(Sampling), lambda field: "")
     yield from ("", "Without temperature, top_p, top_k and min_p, decoding is greedy. With one of them, the others are")
-    yield from ("those of OpenAI's API: temperature 1, top_p 1.", "", "`edgecompose` in a call:", "", *_FIELD_HEAD)
+    yield from ("those of OpenAI's API: temperature 1, top_p 1. A top_k of -1 is none; a top_p of 0 is greedy.", "")
+    yield from ("`edgecompose` in a call:", "", *_FIELD_HEAD)
     yield from _fields(protocol._Own, _OWN, _own_default)
     for kind in (RetrievalSettings, MergeSettings):
         yield from _fields(kind, _help(kind), lambda field: "the bundle's")
-    neutral = (
-        f"`{name}` ({' or '.join(map(json_text, values)) or 'left out'})" for name, values in protocol._NEUTRAL.items()
-    )
+    neutral = (f"`{name}` ({' or '.join(map(json_text, row.neutral)) or 'left out'})" for name, row in FIELDS.items())
     yield from ("", f"Refused unless they have the value that changes nothing: {', '.join(neutral)}.")
+    yield from ("", "With `tool_choice` none, `tools` are accepted and not called.")
     yield from ("", "Other fields are ignored.")
 
 
@@ -135,7 +141,7 @@ def _embeddings() -> list[str]:
         "| `input` | text or list of texts | required | |",
         "| `encoding_format` | `float` or `base64` | `float` | base64 is of little-endian float32 |",
         "",
-        "`dimensions` is refused, other fields are ignored.",
+        "`dimensions` and `truncate_prompt_tokens` are refused, other fields are ignored.",
     ]
 
 
@@ -151,7 +157,10 @@ def _responses() -> list[str]:
         "",
         "`edgecompose` is what `edgecompose run --json` prints, without prompt, answer and finish; a list of them",
         "where there are several prompts. A completion has `text` instead of `message`. A stream is a line",
-        "`data: {...}` for each chunk, the last with `finish_reason` and `edgecompose`; `data: [DONE]` ends it.",
+        "`data: {...}` for each chunk: the first with the role, and the weights in `edgecompose`; the last with",
+        "`finish_reason` and the whole of `edgecompose`; `data: [DONE]` ends it. A line `: waiting` is a comment",
+        'while an answer is still to come. An error after the beginning is an event `{"error": ...}` before the end.',
+        '`"bundle_changed": true` in `edgecompose` says that the bundle on disk is another one than answered.',
     ]
 
 
@@ -174,6 +183,8 @@ def _help(kind: type) -> dict[str, str]:
 
 def _own_default(field: dataclasses.Field[Any]) -> str:
     """The default of a field of `edgecompose`: that of a request."""
+    if field.default is True:
+        return "`true`"
     default = {item.name: item.default for item in dataclasses.fields(edgecompose.Request)}[field.name]
     return f"`{json_text(default)}`" if isinstance(default, str) else ""
 
@@ -238,9 +249,9 @@ def _statuses() -> dict[int, str]:
     Raises:
         SystemExit: the code answers with a status that has no description.
     """
-    source = "".join((_PACKAGE / name).read_text("utf-8") for name in ("server/app.py", "server/protocol.py"))
+    source = "".join(path.read_text("utf-8") for path in sorted((_PACKAGE / "server").rglob("*.py")))
     statuses = {int(number) for number in re.findall(r"(?:status=|status = |status_code=)(\d{3})", source)}
-    unknown = statuses - set(_STATUS) - {499}  # 499: the client closed the connection
+    unknown = statuses - set(_STATUS) - {200, 204, 499}  # 499: the client closed the connection
     if unknown:
         raise SystemExit(f"the statuses {sorted(unknown)} have no description in {__file__}")
     return _STATUS

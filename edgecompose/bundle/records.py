@@ -11,15 +11,37 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from edgecompose.errors import EdgeComposeError, ManifestInvalid
+from edgecompose.errors import ApiError, EdgeComposeError, ManifestInvalid
 
 _T = TypeVar("_T")
 _Error = type[EdgeComposeError]
 _LONGEST_NAME = 120
+#: Characters of a value in a message.
+_SHOWN = 80
+#: What JSON calls the types that fields have.
+_WORDS: Mapping[Any, str] = {
+    str: "a string",
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    dict: "an object",
+    tuple: "a list",
+}
 
 
 class _Mismatch(Exception):
-    """A value is not what its type says; becomes an error of the caller's kind."""
+    """The value at a place is not what its type says; becomes an error of the caller's kind."""
+
+    def __init__(self, message: str, place: str) -> None:
+        super().__init__(message)
+        self.place = place
+
+    def as_error(self, kind: _Error, root: str) -> EdgeComposeError:
+        """The error to raise; one of a call names its field, without the name of the whole."""
+        if issubclass(kind, ApiError):
+            whole = root.partition(".")[0]
+            return kind(str(self), param=self.place.removeprefix(f"{whole}.") or None)
+        return kind(str(self))
 
 
 def read_json(path: Path, error: _Error, advice: str, *, place: str | None = None) -> Any:
@@ -54,7 +76,7 @@ def value_from_json(kind: type[_T], value: Any, place: str, error: _Error = Mani
     try:
         return typing.cast(_T, _convert(kind, value, place))
     except _Mismatch as mismatch:
-        raise error(str(mismatch)) from mismatch
+        raise mismatch.as_error(error, place) from mismatch
 
 
 def replace_from_json(record: _T, values: Mapping[str, Any], place: str, error: _Error = ManifestInvalid) -> _T:
@@ -64,7 +86,7 @@ def replace_from_json(record: _T, values: Mapping[str, Any], place: str, error: 
         _refuse_unknown(values, hints, place)
         changes = {name: _convert(hints[name], value, f"{place}.{name}") for name, value in values.items()}
     except _Mismatch as mismatch:
-        raise error(str(mismatch)) from mismatch
+        raise mismatch.as_error(error, place) from mismatch
     return dataclasses.replace(record, **changes)  # type: ignore[type-var]
 
 
@@ -90,6 +112,15 @@ def depth_exceeds(value: Any, levels: int) -> bool:
     return True
 
 
+def shown(value: object) -> str:
+    """A parsed JSON value as JSON, for messages: ASCII, of 80 characters at most."""
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError, RecursionError):  # no JSON, or nested too deep
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
 def _convert(kind: Any, value: Any, place: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
@@ -101,7 +132,7 @@ def _convert(kind: Any, value: Any, place: str) -> Any:
         for choice in arguments:
             if value == choice and type(value) is type(choice):
                 return choice
-        raise _Mismatch(f"{place} is {value!r:.80}; expected one of {', '.join(map(repr, arguments))}")
+        raise _Mismatch(f"{place} is {shown(value)}; expected one of {', '.join(map(shown, arguments))}", place)
     if origin is tuple and isinstance(value, list):
         return tuple(_convert(arguments[0], item, f"{place}[{i}]") for i, item in enumerate(value))
     if origin is dict and isinstance(value, dict):
@@ -112,15 +143,15 @@ def _convert(kind: Any, value: Any, place: str) -> Any:
         try:
             return float(value)
         except OverflowError as error:
-            raise _Mismatch(f"{place} is an integer beyond float range") from error
+            raise _Mismatch(f"{place} is {shown(value)}; expected a number below 1.8e308", place) from error
     if isinstance(kind, type) and isinstance(value, kind) and not (isinstance(value, bool) and kind is int):
         return value
-    raise _Mismatch(f"{place} is {value!r:.80}; expected {getattr(kind, '__name__', str(kind))}")
+    raise _Mismatch(f"{place} is {shown(value)}; expected {_WORDS.get(origin or kind, str(kind))}", place)
 
 
 def _convert_dataclass(kind: type[Any], value: Any, place: str) -> Any:
     if not isinstance(value, dict):
-        raise _Mismatch(f"{place} is {value!r:.80}; expected an object")
+        raise _Mismatch(f"{place} is {shown(value)}; expected an object", place)
     hints = _hints(kind)  # type: ignore[arg-type]
     _refuse_unknown(value, hints, place)
     required = {
@@ -130,15 +161,15 @@ def _convert_dataclass(kind: type[Any], value: Any, place: str) -> Any:
     }
     missing = sorted(required - set(value))
     if missing:
-        raise _Mismatch(f"{place} lacks fields: {', '.join(missing)}")
+        raise _Mismatch(f"{place} lacks fields: {', '.join(missing)}", place)
     values = {name: _convert(hints[name], item, f"{place}.{name}") for name, item in value.items()}
     try:
         return kind(**values)
     except EdgeComposeError as error:
-        raise _Mismatch(f"{place}: {error}") from error
+        raise _Mismatch(f"{place}: {error}", place) from error
 
 
 def _refuse_unknown(value: Mapping[str, Any], fields: Mapping[str, Any], place: str) -> None:
     unknown = sorted(set(value) - set(fields))
     if unknown:
-        raise _Mismatch(f"{place} has unknown fields: {', '.join(map(named, unknown))}")
+        raise _Mismatch(f"{place} has unknown fields: {', '.join(map(named, unknown))}", f"{place}.{unknown[0]}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import os
+import select
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,8 +14,9 @@ import click
 from edgecompose.cli.console import counting
 from edgecompose.cli.options import bundle_argument, device_option, json_option, open_composer, print_json
 from edgecompose.server.batch import answer_calls, read_calls
-from edgecompose.server.config import ServerSettings, read_key, server_names
-from edgecompose.server.run import run_server
+from edgecompose.server.config import CallLimits, ServerSettings, read_key, server_names, server_origins
+from edgecompose.server.http.run import run_server
+from edgecompose.server.jsonrpc import bounded_lines
 from edgecompose.server.stdio import StdioServer
 
 
@@ -21,11 +25,11 @@ from edgecompose.server.stdio import StdioServer
 @click.argument("calls", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="File of results.")
 @click.option("--parallel", type=click.IntRange(1), help="Concurrent answers; by default one a core, at most four.")
-@click.option("--max-tokens", type=click.IntRange(1), default=4096, show_default=True, help="Longest answer.")
+@click.option("--max-tokens", type=click.IntRange(1), help="Longest answer; by default as long as the context.")
 @device_option
 @json_option
 def batch(
-    bundle: Path, calls: Path, output: Path, parallel: int | None, max_tokens: int, device: str, as_json: bool
+    bundle: Path, calls: Path, output: Path, parallel: int | None, max_tokens: int | None, device: str, as_json: bool
 ) -> None:
     """Answer CALLS, a file of OpenAI API calls in the form of its batch API; run it again to resume.
 
@@ -59,11 +63,15 @@ def batch(
 )
 @click.option("--allow-host", multiple=True, metavar="NAME", help="Another name of this server; repeatable.")
 @click.option("--allow-origin", multiple=True, metavar="URL", help="A site whose pages may call it; repeatable.")
-@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Concurrent answers.")
+@click.option("--model-alias", multiple=True, metavar="NAME", help="Another name of the model 'auto'; repeatable.")
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Threads that compute.")
 @click.option(
-    "--queue", type=click.IntRange(0), default=16, show_default=True, help="Requests that wait; more get 429."
+    "--active", type=click.IntRange(1), default=8, show_default=True, help="Answers in progress; they take turns."
 )
-@click.option("--max-tokens", type=click.IntRange(1), default=4096, show_default=True, help="Longest answer.")
+@click.option(
+    "--queue", type=click.IntRange(0), default=128, show_default=True, help="Requests that wait; more get 429."
+)
+@click.option("--max-tokens", type=click.IntRange(1), help="Longest answer; by default as long as the context.")
 @click.option("--stdio", is_flag=True, help="Answer JSON-RPC lines on standard input instead, for a parent process.")
 @device_option
 def serve(bundle: Path, device: str, stdio: bool, **options: Any) -> None:
@@ -73,26 +81,47 @@ def serve(bundle: Path, device: str, stdio: bool, **options: Any) -> None:
     edgecompose serve models/demo
     edgecompose serve models/demo --stdio
     """
+    settings = ServerSettings(
+        hosts=server_names(options["host"], options["allow_host"]),
+        origins=server_origins(options["allow_origin"]),
+        key=None if stdio else read_key(options["api_key_file"]),
+        aliases=options["model_alias"],
+        calls=CallLimits(max_tokens=options["max_tokens"]),
+        workers=options["workers"],
+        active=options["active"],
+        queue=options["queue"],
+    )
     with open_composer(bundle, device) as composer:
-        if stdio:
-            composer.warm_up()
-            StdioServer(composer, sys.stdin.buffer, _write_line, max_tokens=options["max_tokens"]).serve()
-            return
-        settings = ServerSettings(
-            hosts=server_names(options["host"], options["allow_host"]),
-            origins=options["allow_origin"],
-            key=read_key(options["api_key_file"]),
-            workers=options["workers"],
-            queue=options["queue"],
-            max_tokens=options["max_tokens"],
-        )
-        run_server(composer, settings, host=options["host"], port=options["port"], ready=_say_where)
+        if not stdio:
+            code = run_server(composer, settings, host=options["host"], port=options["port"], ready=_say_where)
+            click.get_current_context().exit(code)
+        composer.warm_up()
+        lines = bounded_lines(_read, settings.body_bytes)
+        StdioServer(composer, lines, _write_line, settings=settings, closed=_output_is_closed).serve()
 
 
 def _say_where(url: str) -> None:
     click.echo(f"edgecompose: serving at {url} (Ctrl-C ends it)", err=True)
 
 
+def _read(size: int) -> bytes:
+    """Some bytes of standard input, as soon as there are any; none at its end."""
+    try:
+        return os.read(sys.stdin.fileno(), size)  # which holds no lock that the end of the process would wait for
+    except (AttributeError, io.UnsupportedOperation):  # not a file, as in tests
+        return sys.stdin.buffer.read(size)
+
+
 def _write_line(line: bytes) -> None:
     sys.stdout.buffer.write(line)
     sys.stdout.buffer.flush()
+
+
+def _output_is_closed() -> bool:
+    """Whether nobody reads standard output any more, as far as the system says so before something is written."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    except (AttributeError, OSError, ValueError):  # no such call on this system, or no file
+        return False

@@ -159,6 +159,6 @@ def check_capacity(capacity: int, spec: BaseSpec) -> None:
     """
     if capacity > spec.context:
         raise PromptTooLong(
-            f"prompt and answer take {capacity} tokens, the base has a context of {spec.context}; "
-            "shorten the prompt or lower --max-tokens"
+            f"prompt and answer take {capacity} tokens, the base has a context of {spec.context}, "
+            "its maximum context length; shorten the prompt or lower max_tokens"
         )

@@ -119,11 +119,13 @@ class LanguageModel(LazyParts):
         sampling: Sampling | None,
         stop: Sequence[str],
         prompt_cache: bool,
+        keep_space: bool = False,
     ) -> Generator[Chunk, None, None]:
         """The answer to a prompt, chunk by chunk; chunks without a token come while the prompt is read.
 
         Args:
             max_tokens: the longest answer; one that is longer, or None, goes up to the context.
+            keep_space: as in `AnswerText`.
         """
         room = self._spec.context - len(encoded.ids)
         limit = room if max_tokens is None else min(max_tokens, room)
@@ -131,7 +133,7 @@ class LanguageModel(LazyParts):
         state, logits = yield from self._read(encoded.ids, blend, limit, timings, cached=cached)
         after = logits.copy()
         draw = greedy if sampling is None else Sampler(sampling, encoded.ids)
-        text = AnswerText(self.tokenizer, stop)
+        text = AnswerText(self.tokenizer, stop, keep_space=keep_space)
         chunks = decode(state, logits, text, max_tokens=limit, end_tokens=self._spec.end_tokens, draw=draw)
         try:
             yield from timings.each(chunks, "decode")

@@ -37,8 +37,8 @@ def conversation(prompt: Prompt) -> tuple[Message, ...]:
     """The messages of a prompt; one user's message where it is text.
 
     Args:
-        prompt: text; or messages, also as mappings with `role` and `content`, the last one the user's, a system message
-            only at the beginning.
+        prompt: text; or messages, also as mappings with `role` and `content`, the last one not the assistant's. The
+            chat template may refuse a system message that is not the first.
 
     Raises:
         GenerationError: there is no message, or one is malformed or misplaced.
@@ -46,16 +46,14 @@ def conversation(prompt: Prompt) -> tuple[Message, ...]:
     if isinstance(prompt, str):
         return (Message("user", prompt),)
     messages = tuple(m if isinstance(m, Message) else _message(m) for m in prompt)
-    if not messages or messages[-1].role != "user":
+    if not messages or messages[-1].role == "assistant":
         raise GenerationError("a conversation has to end with a message of the user's")
-    if any(message.role == "system" for message in messages[1:]):
-        raise GenerationError("a system message has to be the first of a conversation")
     return messages
 
 
 def query_text(messages: Sequence[Message], which: RouteBy) -> str:
-    """The message of the user's that retrieval reads."""
-    questions = [message.content for message in messages if message.role == "user"]
+    """The message of the user's that retrieval reads; where there is none, that of the system."""
+    questions = [message.content for message in messages if message.role == "user"] or [messages[0].content]
     return questions[-1] if which == "last" else questions[0]
 
 

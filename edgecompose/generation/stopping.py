@@ -10,13 +10,16 @@ from edgecompose.generation.tokenizer import Tokenizer
 class AnswerText:
     """Turns tokens into the text of an answer.
 
-    White space before the first character is dropped: it belongs to the prompt's form, not to the answer. The answer
-    ends before the first of the `stop` strings; text that may yet become one is held back.
+    The answer ends before the first of the `stop` strings; text that may yet become one is held back.
+
+    Args:
+        keep_space: keep white space before the first character, as where the text goes on from the prompt. By default
+            it is dropped: it belongs to the prompt's form, not to the answer.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, keep_space: bool = False) -> None:
         self._stream, self._stop = tokenizer.stream(), StopStrings(stop)
-        self._begun = False
+        self._begun = keep_space
         self.stopped = False
 
     def push(self, token: int) -> str:

@@ -18,16 +18,18 @@ from typing import Any
 
 from edgecompose.bundle.jsonl import open_resumable, read_lines
 from edgecompose.bundle.records import value_from_json
+from edgecompose.cancellation import Cancellation
 from edgecompose.composer import Composer
 from edgecompose.errors import ApiError, EdgeComposeError, ManifestInvalid
 from edgecompose.request import Answer
-from edgecompose.server import protocol, responses
-from edgecompose.server.endpoints import BY_PATH
+from edgecompose.server import json_text, protocol, responses
+from edgecompose.server.config import CallLimits
+from edgecompose.server.endpoints import BY_PATH, Work, run_steps
 from edgecompose.server.protocol import ApiCall
 from edgecompose.server.responses import Json
 
 #: A call that was checked: prompts to answer, the computation of a result, or why neither is possible.
-_Parsed = ApiCall | Callable[[], Json] | EdgeComposeError
+_Parsed = ApiCall | Work | EdgeComposeError
 #: How every line of results begins, by which an incomplete line is known.
 _START = b'{"id": "'
 
@@ -55,6 +57,7 @@ def read_calls(path: Path) -> list[BatchCall]:
             call = value_from_json(BatchCall, fields, "call")
         except ManifestInvalid as error:
             raise ApiError(f"{place} is no call ({error}); expected custom_id, url and body, one a line") from error
+        json_text.check(call.custom_id, f"the custom_id of {place}")
         if call.url not in BY_PATH or call.method != "POST":
             raise ApiError(f"{place} is {call.method} {call.url:.80}; use POST and {' or '.join(BY_PATH)}")
         if call.custom_id in calls:
@@ -68,14 +71,14 @@ def answer_calls(
     calls: list[BatchCall],
     output: Path,
     *,
-    max_tokens: int,
+    max_tokens: int | None = None,
     parallel: int | None = None,
     advance: Callable[[float], object] = lambda count: None,
 ) -> tuple[int, int]:
     """Append the result of each call to `output`; calls whose results it holds already are not answered again.
 
     Args:
-        max_tokens: upper bound of `max_tokens` of a call.
+        max_tokens: upper bound of `max_tokens` of a call; None is as long as the context.
         parallel: concurrent answers, as in `Composer.batch`.
         advance: called with 1 for each call.
 
@@ -93,7 +96,7 @@ def answer_calls(
         answered = set(file.earlier)
         advance(sum(call.custom_id in answered for call in calls))
         calls = [call for call in calls if call.custom_id not in answered]
-        parsed = [_parse(composer, call, max_tokens) for call in calls]
+        parsed = [_parse(composer, call, CallLimits(max_tokens=max_tokens)) for call in calls]
         items = [(prompt, p.request) for p in parsed if isinstance(p, ApiCall) for prompt in p.prompts]
         with closing(composer.batch([p for p, _ in items], [r for _, r in items], parallel=parallel)) as answers:
             for call, work in zip(calls, parsed, strict=True):
@@ -104,12 +107,13 @@ def answer_calls(
     return len(calls), failures
 
 
-def _parse(composer: Composer, call: BatchCall, max_tokens: int) -> _Parsed:
+def _parse(composer: Composer, call: BatchCall, limits: CallLimits) -> _Parsed:
     action = BY_PATH[call.url].action
     try:
+        json_text.check(call.body, "the body")
         if not isinstance(action, str):
-            return action(composer, call.body, max_tokens)
-        api_call = protocol.call_of(composer, action, call.body, max_tokens=max_tokens)
+            return action(composer, call.body, limits)
+        api_call = protocol.call_of(composer, action, call.body, limits)
         if api_call.stream:
             raise ApiError("'stream' is true, which has no effect in a file; leave it out", param="stream")
         return dataclasses.replace(api_call, request=dataclasses.replace(api_call.request, prompt_cache=False))
@@ -125,7 +129,7 @@ def _result(call: BatchCall, work: _Parsed, answers: Iterator[Answer | EdgeCompo
         body, error = _body(work, answers, name), None
     except EdgeComposeError as reason:
         body, error = responses.error_json(reason), reason
-    status = 200 if error is None else getattr(error, "status", 400)
+    status = 200 if error is None else responses.status_of(error)
     return {
         "id": name,
         "custom_id": call.custom_id,
@@ -143,7 +147,8 @@ def _body(work: _Parsed, answers: Iterator[Answer | EdgeComposeError], name: str
     if isinstance(work, EdgeComposeError):
         raise work
     if not isinstance(work, ApiCall):
-        return work()
+        cancellation = Cancellation()
+        return run_steps(work(cancellation), cancellation)
     results = list(itertools.islice(answers, len(work.prompts)))
     complete = [result for result in results if isinstance(result, Answer)]
     for result in results:

@@ -7,22 +7,29 @@ from __future__ import annotations
 
 import base64
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
+from edgecompose.cancellation import Cancellation
 from edgecompose.composer import Composer
 from edgecompose.generation.messages import conversation, query_text
 from edgecompose.serialize import composition_json
 from edgecompose.server import protocol
+from edgecompose.server.config import CallLimits
 from edgecompose.server.protocol import ApiCall, Kind
 from edgecompose.server.responses import Json
 
-#: Checks a body and returns what computes its result; the last argument is the longest answer, in tokens.
-Prepare = Callable[[Composer, object, int], Callable[[], Json]]
+#: A computation that yields between its steps, so that others have their turn, and returns a result. It looks at the
+#: cancellation within a step.
+Steps = Generator[None, None, Json]
+#: Begins a computation.
+Work = Callable[[Cancellation], Steps]
+#: Checks a body and returns the computation of its result.
+Prepare = Callable[[Composer, object, CallLimits], Work]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +41,7 @@ class Endpoint:
         path: where HTTP requests (POST) and lines of a batch file send it.
         help: what it gives, for the reference.
         action: the kind of answers that it generates; or a function that checks a body, raising ApiError, and returns
-            the function that computes the result, which may use the models.
+            the generator function that computes the result, which may use the models and yields between its steps.
     """
 
     method: str
@@ -43,29 +50,55 @@ class Endpoint:
     action: Kind | Prepare
 
 
-def _prepare_composition(composer: Composer, body: object, max_tokens: int) -> Callable[[], Json]:
-    call = protocol.call_of(composer, "chat", body, max_tokens=max_tokens)
+def next_step(steps: Steps) -> Json | None:
+    """Compute one step; the result after the last, None before."""
+    try:
+        next(steps)
+    except StopIteration as end:
+        result: Json = end.value
+        return result
+    return None
+
+
+def run_steps(steps: Steps, cancellation: Cancellation) -> Json:
+    """The result of a computation, all its steps at once.
+
+    Raises:
+        Cancelled: another thread ended it.
+    """
+    while True:
+        cancellation.check()
+        result = next_step(steps)
+        if result is not None:
+            return result
+
+
+def _prepare_composition(composer: Composer, body: object, limits: CallLimits) -> Work:
+    call = protocol.call_of(composer, "chat", body, limits)
     return functools.partial(_composition, composer, call)
 
 
-def _composition(composer: Composer, call: ApiCall) -> Json:
-    composition = composer.compose(call.prompts[0], call.request)
+def _composition(composer: Composer, call: ApiCall, cancellation: Cancellation) -> Steps:
+    composition = composer.compose(call.prompts[0], call.request, cancellation=cancellation)
     query = query_text(conversation(call.prompts[0]), call.request.route_by)
+    yield
     return {"object": "composition", "prompt": query, **composition_json(composition)}
 
 
-def _prepare_embeddings(composer: Composer, body: object, max_tokens: int) -> Callable[[], Json]:
-    texts, as_base64 = protocol.parse_inputs(body)
-    return functools.partial(_embeddings, composer, texts, as_base64=as_base64)
+def _prepare_embeddings(composer: Composer, body: object, limits: CallLimits) -> Work:
+    texts, as_base64 = protocol.parse_inputs(body, limits)
+    return functools.partial(_embeddings, composer, texts, as_base64)
 
 
-def _embeddings(composer: Composer, texts: Sequence[str], *, as_base64: bool) -> Json:
-    embedded = [composer.embed(text) for text in texts]
-    data = [
-        {"object": "embedding", "index": index, "embedding": _base64(vector) if as_base64 else vector.tolist()}
-        for index, (vector, _) in enumerate(embedded)
-    ]
-    tokens = sum(count for _, count in embedded)
+def _embeddings(composer: Composer, texts: Sequence[str], as_base64: bool, cancellation: Cancellation) -> Steps:
+    data: list[Json] = []
+    tokens = 0
+    for index, text in enumerate(texts):
+        vector, count = composer.embed(text)
+        tokens += count
+        shown = _base64(vector) if as_base64 else vector.tolist()
+        data.append({"object": "embedding", "index": index, "embedding": shown})
+        yield
     return {
         "object": "list",
         "data": data,

@@ -1,6 +1,7 @@
 """Calls in the form of the OpenAI API, parsed to frozen values.
 
-Fields that would change an answer and are not supported are refused by name; others (`user`, `metadata`) are ignored.
+Fields that would change an answer and are not supported are refused by name (`unsupported`); others (`user`,
+`metadata`) are ignored.
 Beyond that API: `adapters` (name -> weight) composes by hand, every field of `settings.Sampling` may be set, and
 `edgecompose` holds retrieval and merge settings. Without temperature, top_p, top_k or min_p, decoding is greedy.
 """
@@ -8,43 +9,24 @@ Beyond that API: `adapters` (name -> weight) composes by hand, every field of `s
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from edgecompose.bundle.manifest import Defaults
-from edgecompose.bundle.records import replace_from_json, value_from_json
+from edgecompose.bundle.records import replace_from_json, shown, value_from_json
 from edgecompose.composer import Composer
-from edgecompose.errors import ApiError
-from edgecompose.generation.messages import Message, Overflow, Prompt, RouteBy, conversation
+from edgecompose.errors import ApiError, EdgeComposeError
+from edgecompose.generation.messages import Overflow, Prompt, RouteBy
 from edgecompose.merging.methods import method_of, require_parameters
 from edgecompose.request import Request
+from edgecompose.server.config import CallLimits
+from edgecompose.server.conversations import parse_messages
+from edgecompose.server.unsupported import refuse_unsupported
 from edgecompose.settings import MergeSettings, RetrievalSettings, Sampling, names_of, resolve
 
+T = TypeVar("T")
 Kind = Literal["chat", "text"]
-
-#: Fields that are accepted only with a value that changes nothing.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "echo": (False,),
-    "suffix": ("",),
-    "tools": ([],),
-    "functions": ([],),
-    "tool_choice": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "web_search_options": (),
-}
-_STOPS = 16
-
 
 #: Fields of `edgecompose` that had another name, or another meaning, before schema 5.
 _RENAMED = {
@@ -72,6 +54,7 @@ class _Own:
     overflow: Overflow | None = None
     choices: tuple[str, ...] | None = None
     prompt_cache: bool | None = None
+    explain: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +74,7 @@ class _Fields:
 class ApiCall:
     """One parsed call: prompts, each to be answered as `request` says; `model` is the name in the call.
 
-    `usage` is whether a stream ends with the number of tokens.
+    `usage` is whether a stream ends with the number of tokens, `explain` whether the response explains the answer.
     """
 
     kind: Kind
@@ -100,41 +83,47 @@ class ApiCall:
     request: Request
     stream: bool = False
     usage: bool = False
+    explain: bool = True
 
 
-def parse_call(kind: Kind, body: object, *, defaults: Defaults, max_tokens: int) -> ApiCall:
+def parse_call(kind: Kind, body: object, *, defaults: Defaults, limits: CallLimits, context: int) -> ApiCall:
     """A call to /v1/chat/completions ('chat') or /v1/completions ('text').
 
     Args:
         body: the parsed JSON.
         defaults: the bundle's settings, some of which `edgecompose` may change.
-        max_tokens: upper bound of `max_tokens` of a call.
+        context: tokens of the base's context.
 
     Raises:
         ApiError: a field is missing, malformed, or not supported.
         EdgeComposeError: a value is out of its range, or a setting has no effect.
     """
     fields = _object(body, "the request")
-    for name, neutral in _NEUTRAL.items():
-        if fields.get(name) is not None and fields[name] not in neutral:
-            raise ApiError(f"'{name}' is {fields[name]!r:.80}, which is not supported; leave it out", param=name)
-    prompts: tuple[Prompt, ...] = (_messages(fields),) if kind == "chat" else _texts(fields, "prompt")
+    refuse_unsupported(fields)
+    prompts: tuple[Prompt, ...]
+    if kind == "chat":
+        prompts = (parse_messages(fields.get("messages"), limits.messages),)
+    else:
+        prompts = _texts(fields, "prompt", limits.prompts)
     present = {name: _without_null(value) for name, value in fields.items() if value is not None}
     call = value_from_json(_Fields, _some(present, names_of(_Fields)), "request", ApiError)
-    length = resolve(call.max_completion_tokens, resolve(call.max_tokens, resolve(defaults.max_tokens, max_tokens)))
-    length = min(length, max_tokens)
-    if length < 1:
-        raise ApiError(f"max_tokens is {length}; expected 1 or more", param="max_tokens")
-    request = Request(
+    request = _checked(
+        {name: name for name in present},
+        Request,
         weights=call.adapters,
-        max_tokens=length,
+        max_tokens=_longest(
+            resolve(call.max_completion_tokens, call.max_tokens),
+            limits.max_tokens,
+            default=defaults.max_tokens,
+            context=context,
+        ),
         sampling=_sampling(_some(present, names_of(Sampling))),
-        stop=_stops(fields),
+        stop=_stops(fields, limits),
         raw=None if kind == "chat" else True,
         prompt_cache=kind == "chat",
     )
-    request = _with_own(request, call.edgecompose, defaults)
-    return ApiCall(kind, call.model, prompts, request, call.stream, call.stream_options.include_usage)
+    request, explain = _with_own(request, call.edgecompose, defaults, limits)
+    return ApiCall(kind, call.model, prompts, request, call.stream, call.stream_options.include_usage, explain)
 
 
 def model_names(composer: Composer) -> list[str]:
@@ -142,31 +131,37 @@ def model_names(composer: Composer) -> list[str]:
     return ["auto", "base", *(f"task:{name}" for name in composer.bundle.manifest.tasks)]
 
 
-def unknown_model(name: str) -> ApiError:
+def unknown_model(name: str, known: Collection[str]) -> ApiError:
     """There is no such model."""
+    near = f"did you mean 'task:{name}'? " if f"task:{name}" in known else ""
     return ApiError(
-        f"no model is called '{name:.80}'; use auto, base or task:NAME, as /v1/models lists them",
+        f"no model is called '{name:.80}'; {near}use auto, base or task:NAME, as /v1/models lists them "
+        "(serve --model-alias gives auto another name)",
         param="model",
         code="model_not_found",
         status=404,
     )
 
 
-def call_of(composer: Composer, kind: Kind, body: object, *, max_tokens: int) -> ApiCall:
+def call_of(
+    composer: Composer, kind: Kind, body: object, limits: CallLimits, *, aliases: Collection[str] = ()
+) -> ApiCall:
     """A call to a composer: parsed, with the weights that its model stands for.
 
     Args:
-        max_tokens: upper bound of `max_tokens` of a call.
+        aliases: other names of the model `auto`.
 
     Raises:
         ApiError: a field is missing, malformed, or not supported.
         EdgeComposeError: a value is out of its range, or a setting has no effect.
     """
-    call = parse_call(kind, body, defaults=composer.bundle.manifest.defaults, max_tokens=max_tokens)
-    if call.model not in model_names(composer):
-        raise unknown_model(call.model)
-    if call.model == "auto":
+    manifest = composer.bundle.manifest
+    call = parse_call(kind, body, defaults=manifest.defaults, limits=limits, context=manifest.base.context)
+    known = model_names(composer)
+    if call.model == "auto" or call.model in aliases:
         return call
+    if call.model not in known:
+        raise unknown_model(call.model, known)
     if call.request.weights is not None:
         raise ApiError(f"'adapters' and the model '{call.model}' exclude each other; use 'auto'", param="adapters")
     _refuse_retrieval(call.request, f"the model '{call.model}'")
@@ -175,76 +170,124 @@ def call_of(composer: Composer, kind: Kind, body: object, *, max_tokens: int) ->
     return dataclasses.replace(call, request=dataclasses.replace(call.request, weights=weights))
 
 
-def parse_inputs(body: object) -> tuple[tuple[str, ...], bool]:
+def parse_inputs(body: object, limits: CallLimits) -> tuple[tuple[str, ...], bool]:
     """Texts of a call to /v1/embeddings, and whether vectors are returned in base64.
 
     Raises:
         ApiError: a field is missing, malformed, or not supported.
     """
     fields = _object(body, "the request")
-    if fields.get("dimensions") is not None:
-        raise ApiError("'dimensions' is not supported; leave it out", param="dimensions")
+    refuse_unsupported(_some(fields, ("dimensions", "truncate_prompt_tokens")))
     form = fields.get("encoding_format") or "float"
     if form not in ("float", "base64"):
-        raise ApiError(f"encoding_format is {form!r:.80}; expected float or base64", param="encoding_format")
-    return _texts(fields, "input"), form == "base64"
+        raise ApiError(f"encoding_format is {shown(form)}; expected float or base64", param="encoding_format")
+    return _texts(fields, "input", limits.inputs), form == "base64"
 
 
-def _messages(fields: Mapping[str, Any]) -> tuple[Message, ...]:
-    messages = fields.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise ApiError("'messages' is missing or empty; expected a list of messages", param="messages")
-    return conversation([_message(one) for one in messages])
+def _longest(value: int | None, most: int | None, *, default: int | None, context: int) -> int | None:
+    """The longest answer; None, the bundle's default, where neither the call nor the server has a limit.
+
+    -1 is no limit, as llama.cpp has it: the answer may fill the context.
+
+    Raises:
+        ApiError: `value` is 0 or another negative number.
+    """
+    if value is None:
+        return most if most is None else min(resolve(default, most), most)
+    if value != -1 and value < 1:
+        raise ApiError(f"max_tokens is {shown(value)}; expected 1 or more, or -1 for no limit", param="max_tokens")
+    return min(context if value == -1 else value, resolve(most, context), context)
 
 
-def _message(value: object) -> Message:
-    fields = _object(value, "a message")
-    role, content = fields.get("role"), fields.get("content")
-    if fields.get("tool_calls") or role in ("tool", "function"):
-        raise ApiError("a message calls a tool, which is not supported; leave it out", param="messages")
-    if isinstance(content, list):
-        parts = [_object(part, "a part of a message") for part in content]
-        other = next((part.get("type") for part in parts if part.get("type") != "text"), None)
-        if other is not None:
-            raise ApiError(f"a message has a part of type {other!r:.80}; only text is read", param="messages")
-        content = "".join(str(part.get("text", "")) for part in parts)
-    return Message("system" if role == "developer" else role, content)  # type: ignore[arg-type]  # checked by Message
-
-
-def _texts(fields: Mapping[str, Any], name: str) -> tuple[str, ...]:
+def _texts(fields: Mapping[str, Any], name: str, most: int) -> tuple[str, ...]:
     value = fields.get(name)
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not (texts or name == "stop") or not all(isinstance(text, str) for text in texts):
-        raise ApiError(f"'{name}' is {value!r:.80}; expected text or a list of texts", param=name)
+        hint = "; token ids are not read (in LangChain: check_embedding_ctx_length=False)" if _is_ids(value) else ""
+        raise ApiError(f"'{name}' is {shown(value)}; expected a string or a list of strings{hint}", param=name)
+    if len(texts) > most:
+        raise ApiError(f"'{name}' holds {len(texts)} strings; expected {most} at most", param=name)
     return tuple(texts)
 
 
+def _is_ids(value: object) -> bool:
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, int) or (isinstance(first, list) and all(isinstance(item, int) for item in first))
+
+
 def _sampling(values: Mapping[str, Any]) -> Sampling | None:
-    """How tokens are drawn; greedily with only a seed or a penalty."""
+    """How tokens are drawn; greedily with only a seed or a penalty.
+
+    A `top_k` of -1 is none, as in vLLM. A `top_p` of 0 leaves the most likely token, so it is greedy.
+    """
+    values = dict(values)
+    if values.get("top_k") == -1:
+        values["top_k"] = 0
+    if values.get("top_p") == 0 and not isinstance(values["top_p"], bool):
+        values |= {"top_p": 1, "temperature": 0}
     if set(values) <= {"seed", "repetition_penalty"}:
         penalty = _some(values, ("repetition_penalty",))
-        return replace_from_json(Sampling(temperature=0), penalty, "request", ApiError) if penalty else None
-    return replace_from_json(Sampling(temperature=1.0, top_p=1.0), values, "request", ApiError)
+        return _replaced(Sampling(temperature=0), penalty, "request") if penalty else None
+    return _replaced(Sampling(temperature=1.0, top_p=1.0), values, "request")
 
 
-def _with_own(request: Request, own: Mapping[str, Any], defaults: Defaults) -> Request:
-    """A request with what `edgecompose` says; retrieval and merge settings begin with the bundle's."""
+def _with_own(request: Request, own: Mapping[str, Any], defaults: Defaults, limits: CallLimits) -> tuple[Request, bool]:
+    """A request with what `edgecompose` says, and whether to explain the answer.
+
+    Retrieval and merge settings begin with the bundle's.
+    """
     for old, new in _RENAMED.items():
         if old in own:
             raise ApiError(f"'{old}' in 'edgecompose' is called '{new}' now; use that name", param=f"edgecompose.{old}")
     retrieval, merge = (_some(own, names_of(kind)) for kind in (RetrievalSettings, MergeSettings))
     rest = {name: value for name, value in own.items() if name not in retrieval and name not in merge}
     own_fields = dataclasses.asdict(value_from_json(_Own, rest, "request.edgecompose", ApiError))
+    explain = own_fields.pop("explain")
     changes = {name: value for name, value in own_fields.items() if value is not None}
+    _check_choices(changes.get("choices", ()), limits)
     if retrieval:
-        changes["retrieval"] = replace_from_json(defaults.retrieval, retrieval, "request.edgecompose", ApiError)
+        changes["retrieval"] = _replaced(defaults.retrieval, retrieval, "request.edgecompose")
     if merge:
-        changes["merge"] = replace_from_json(defaults.merge, merge, "request.edgecompose", ApiError)
+        changes["merge"] = _replaced(defaults.merge, merge, "request.edgecompose")
         require_parameters(merge, [method_of(changes["merge"]).name])
-    request = dataclasses.replace(request, **changes)
+    request = _checked({f"edgecompose.{name}": name for name in own}, dataclasses.replace, request, **changes)
     if request.weights is not None:
         _refuse_retrieval(request, "'adapters'")
-    return request
+    return request, explain
+
+
+def _check_choices(choices: Collection[str], limits: CallLimits) -> None:
+    characters = sum(map(len, choices))
+    if len(choices) > limits.choices or characters > limits.choice_characters:
+        raise ApiError(
+            f"{len(choices)} choices of {characters} characters; "
+            f"expected {limits.choices} at most, of {limits.choice_characters} characters together",
+            param="edgecompose.choices",
+        )
+
+
+def _replaced(record: T, values: Mapping[str, Any], place: str) -> T:
+    """A record of settings with some fields set; an error names the field."""
+    inside = place.partition(".")[2]
+    names = {f"{inside}.{name}" if inside else name: name for name in values}
+    replaced: T = _checked(names, replace_from_json, record, values, place, ApiError)
+    return replaced
+
+
+def _checked(names: Mapping[str, str], make: Callable[..., T], *arguments: Any, **settings: Any) -> T:
+    """What `make` returns; an error of another kind that begins with the name of a field becomes one of that field.
+
+    Args:
+        names: path of a field in the call -> its name in messages.
+    """
+    try:
+        return make(*arguments, **settings)
+    except ApiError:
+        raise
+    except EdgeComposeError as error:
+        starts = ((path, (f"{name} ", f"a {name} ")) for path, name in names.items())
+        param = next((path for path, start in starts if str(error).startswith(start)), None)
+        raise ApiError(str(error), param=param) from error
 
 
 def _refuse_retrieval(request: Request, reason: str) -> None:
@@ -254,10 +297,13 @@ def _refuse_retrieval(request: Request, reason: str) -> None:
         raise ApiError(f"{reason} composes without retrieval, so {name} has no effect; leave one of them out")
 
 
-def _stops(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    stops = () if fields.get("stop") is None else _texts(fields, "stop")
-    if len(stops) > _STOPS:
-        raise ApiError(f"{len(stops)} stop strings; expected {_STOPS} at most", param="stop")
+def _stops(fields: Mapping[str, Any], limits: CallLimits) -> tuple[str, ...]:
+    stops = () if fields.get("stop") is None else _texts(fields, "stop", limits.stops)
+    longest = max(map(len, stops), default=0)
+    if longest > limits.stop_characters:
+        raise ApiError(
+            f"a stop string has {longest} characters; expected {limits.stop_characters} at most", param="stop"
+        )
     return stops
 
 
@@ -274,5 +320,5 @@ def _without_null(value: Any) -> Any:
 
 def _object(value: object, what: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
-        raise ApiError(f"{what} is {value!r:.80}; expected a JSON object")
+        raise ApiError(f"{what} is {shown(value)}; expected a JSON object")
     return value

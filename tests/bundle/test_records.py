@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 
-from edgecompose.bundle.records import read_json, replace_from_json, value_from_json
+from edgecompose.bundle.records import read_json, replace_from_json, shown, value_from_json
 from edgecompose.errors import ApiError, ExportError, ManifestInvalid
 
 
@@ -40,23 +40,39 @@ def test_a_value_has_the_types_of_its_fields() -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ([], "it is [], expected an object"),
+        ([], "it is []; expected an object"),
         ({}, "it lacks fields: name"),
         ({"name": "x", "colour": 1}, "it has unknown fields: colour"),
-        ({"name": 3}, "it.name is 3; expected str"),
-        ({"name": "x", "kind": "c"}, "it.kind is 'c'; expected one of 'a', 'b'"),
-        ({"name": "x", "share": True}, "it.share is True; expected float"),
-        ({"name": "x", "share": 10**400}, "it.share is an integer beyond float range"),
-        ({"name": "x", "inner": {"size": True}}, "it.inner.size is True; expected int"),
+        ({"name": 3}, "it.name is 3; expected a string"),
+        ({"name": "x", "kind": "c"}, 'it.kind is "c"; expected one of "a", "b"'),
+        ({"name": "x", "share": True}, "it.share is true; expected a number"),
+        ({"name": "x", "share": 10**400}, "expected a number below 1.8e308"),
+        ({"name": "x", "inner": {"size": True}}, "it.inner.size is true; expected an integer"),
         ({"name": "x", "inner": {"size": -1}}, "it.inner: size is -1"),
-        ({"name": "x", "many": [{}, {"size": "1"}]}, "it.many[1].size is '1'; expected int"),
-        ({"name": "x", "table": {"k": None}}, "it.table.k is None; expected int"),
+        ({"name": "x", "many": [{}, {"size": "1"}]}, 'it.many[1].size is "1"; expected an integer'),
+        ({"name": "x", "table": {"k": None}}, "it.table.k is null; expected an integer"),
     ],
 )
 def test_a_wrong_value_is_named_by_its_place(value: Any, message: str) -> None:
     with pytest.raises(ApiError) as raised:
         value_from_json(Outer, value, "it", ApiError)
-    assert message.replace("[], expected", "[]; expected") in str(raised.value)
+    assert message in str(raised.value) and len(str(raised.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("value", "param"),
+    [({"name": 3}, "name"), ({"name": "x", "many": [{}, {"size": "1"}]}, "many[1].size"), ({"name": "x", "z": 1}, "z")],
+)
+def test_an_error_of_a_call_names_its_field(value: Any, param: str) -> None:
+    with pytest.raises(ApiError) as raised:
+        value_from_json(Outer, value, "it", ApiError)
+    assert raised.value.param == param
+
+
+@pytest.mark.parametrize("value", ["\ud800", float("nan"), {"a": object()}, 10**4000, "x" * 10_000, None])
+def test_any_value_is_shown_in_one_short_line_of_ascii(value: object) -> None:
+    text = shown(value)
+    assert text.isascii() and text.isprintable() and len(text) <= 80
 
 
 def test_some_fields_are_replaced() -> None:

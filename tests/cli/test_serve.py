@@ -33,16 +33,35 @@ def test_options_of_serve_reach_the_server(bundle: Path, tmp_path: Path, monkeyp
     key = tmp_path / "key"
     key.write_text("k" * 16, encoding="utf-8")
     options = ["--host", "0.0.0.0", "--port", "0", "--allow-host", "Work.local", "--allow-origin", "http://a.b"]
-    done = call("serve", bundle, *options, "--api-key-file", key, "--workers", 2, "--queue", 3, "--max-tokens", 7)
+    done = call(
+        "serve",
+        bundle,
+        *options,
+        "--api-key-file",
+        key,
+        "--workers",
+        2,
+        "--queue",
+        3,
+        "--max-tokens",
+        7,
+        "--active",
+        4,
+        "--model-alias",
+        "gpt",
+    )
     assert done.exit_code == 0, done.output
     ((settings, addresses),) = started
     assert "work.local" in settings.hosts and settings.origins == ("http://a.b",) and settings.key == "k" * 16
-    assert (settings.workers, settings.queue, settings.max_tokens) == (2, 3, 7)
+    assert (settings.workers, settings.active, settings.queue, settings.calls.max_tokens) == (2, 4, 3, 7)
+    assert settings.aliases == ("gpt",)
     assert (addresses["host"], addresses["port"]) == ("0.0.0.0", 0)
 
 
 def test_lines_on_standard_input_are_answered(bundle: Path) -> None:
     line = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "models"}).encode() + b"\n"
-    done = call("serve", bundle, "--stdio", stdin=line)
+    done = call("serve", bundle, "--stdio", stdin=b"x" * 3_000_000 + b"\n" + line)
     assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout)["result"]["models"][:2] == ["auto", "base"]
+    long, models = map(json.loads, done.stdout.splitlines())
+    assert "longer than" in long["error"]["message"]
+    assert models["result"]["models"][:2] == ["auto", "base"]

@@ -71,7 +71,7 @@ BAD_RECIPES: dict[str, tuple[Callable[[str, TinyZoo], str], str]] = {
         "method 'average' is unknown",
     ),
     "no name": (lambda text, zoo: text.replace('name = "tiny"', ""), "lacks fields: name"),
-    "wrong type": (lambda text, zoo: text.replace('name = "tiny"', "name = 3"), r"name is 3; expected str"),
+    "wrong type": (lambda text, zoo: text.replace('name = "tiny"', "name = 3"), r"name is 3; expected a string"),
     "bits": (lambda text, zoo: text.replace("bits = 8", "bits = 5"), "bits is 5; expected one of 4, 8, 16"),
     "no tasks": (lambda text, zoo: text.split("[tasks.")[0] + "[tasks]", "names no task"),
     "no task table": (lambda text, zoo: text.split("[tasks.")[0], "lacks fields: tasks"),

@@ -31,7 +31,6 @@ def test_text_is_one_message_of_the_user() -> None:
     [
         ([], "has to end with a message of the user's"),
         ([Message("user", "a"), Message("assistant", "b")], "has to end with a message of the user's"),
-        ([Message("user", "a"), Message("system", "b"), Message("user", "c")], "has to be the first"),
         ([{"role": "robot", "content": "a"}], "role 'robot'; use system, user, assistant"),
         ([{"role": "user"}], "expected an object with role and content"),
         ([{"role": "user", "content": ["a"]}], "content is list; expected text"),
@@ -46,6 +45,13 @@ def test_what_is_no_conversation_is_refused(prompt: Any, words: str) -> None:
 def test_retrieval_reads_a_message_of_the_user() -> None:
     assert query_text(MESSAGES, "last") == "3?"
     assert query_text(MESSAGES, "first") == "one"
+
+
+def test_a_system_message_may_come_late_or_alone() -> None:
+    late = (Message("user", "a"), Message("system", "b"))
+    assert conversation(late) == late and query_text(late, "last") == "a"
+    alone = (Message("system", "write a poem"),)
+    assert conversation(alone) == alone and query_text(alone, "last") == query_text(alone, "first") == "write a poem"
 
 
 def test_the_oldest_turn_goes_first_and_the_system_message_stays() -> None:

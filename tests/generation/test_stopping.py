@@ -49,6 +49,16 @@ def test_leading_white_space_is_dropped_and_no_other(tokenizer: Tokenizer) -> No
     assert _shown(tokenizer, tokenizer.encode("  ")) == ["", "", ""]
 
 
+def test_a_text_that_goes_on_keeps_its_white_space_and_may_stop_at_it(tokenizer: Tokenizer) -> None:
+    def shown(ids: Sequence[int]) -> str:
+        text = AnswerText(tokenizer, keep_space=True)
+        return "".join((*(text.push(token) for token in ids), text.finish()))
+
+    assert shown(tokenizer.encode("\n    return 1")) == "\n    return 1"
+    text = AnswerText(tokenizer, ["\n"], keep_space=True)
+    assert (text.push(tokenizer.encode("\n")[0]), text.stopped) == ("", True)
+
+
 def test_special_tokens_are_not_text(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("a</s>b")
     assert len(ids) == 3 and "".join(_shown(tokenizer, ids)) == "ab"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,16 +15,16 @@ import pytest
 
 pytest.importorskip("torch", reason="exports need the packages of edgecompose-export")
 
-import uvicorn
-
 from edgecompose import Composer, open_bundle
-from edgecompose.server.app import create_app
-from edgecompose.server.config import ServerSettings
+from edgecompose.server.config import CallLimits, ServerSettings
+from edgecompose.server.http.app import create_app
+from edgecompose.server.http.run import listen
+from edgecompose.server.http.serving import Server
 from tests.fixtures_tiny import TASKS
 
 PROMPT = TASKS["animals"][0]
 TALK: Any = [{"role": "user", "content": PROMPT}]
-SETTINGS = ServerSettings(max_tokens=64, body_bytes=20_000)
+SETTINGS = ServerSettings(calls=CallLimits(max_tokens=64), body_bytes=20_000)
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,7 @@ class Served:
     url: str
     port: int
     composer: Composer
+    server: Server
 
     def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
         return httpx.post(f"{self.url}{path}", json=body, headers=headers, timeout=30)
@@ -49,16 +49,15 @@ class Served:
 @contextlib.contextmanager
 def serving(bundle: Path, settings: ServerSettings) -> Iterator[Served]:
     ready = threading.Event()
-    listening = socket.create_server(("127.0.0.1", 0))
-    port = listening.getsockname()[1]
-    with open_bundle(bundle, device="cpu") as composer, listening:
-        app = create_app(composer, settings, ready=ready.set)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", ws="none", lifespan="on"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    with open_bundle(bundle, device="cpu") as composer, listen("127.0.0.1", 0) as listening:
+        port = listening.getsockname()[1]
+        server = Server(create_app(composer, settings, ready=ready.set), settings)
+        thread = threading.Thread(target=server.serve_until_ended, args=(listening,))
         thread.start()
         try:
             assert ready.wait(60)
-            yield Served(f"http://127.0.0.1:{port}", port, composer)
+            yield Served(f"http://127.0.0.1:{port}", port, composer, server)
         finally:
-            server.should_exit = True
+            server.end()
             thread.join(30)
+            assert not thread.is_alive()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from edgecompose import Request
+from edgecompose.engine.merged import MergedAdapter, MergeReport
 from edgecompose.errors import ApiError, GenerationError, PromptTooLong
+from edgecompose.request import Composition
 from edgecompose.server import responses
 from edgecompose.server.protocol import ApiCall, Kind
 from tests.factories_answers import ANSWER, answer
@@ -41,8 +45,10 @@ def test_several_prompts_have_several_choices_and_explanations() -> None:
 
 
 def test_chunks_begin_with_a_role_and_end_with_an_explanation() -> None:
-    first = responses.chunk(call("chat"), "id", "s", first=True)
-    assert first["choices"][0]["delta"] == {"role": "assistant", "content": "s"}
+    composition = Composition(ANSWER.retrieval, ANSWER.settings, MergedAdapter({}, "c" * 64, MergeReport()))
+    first = responses.first_chunk(call("chat"), "id", composition)
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert set(first["edgecompose"]) == {"method", "weights", "distribution", "composition"}
     assert responses.chunk(call("chat"), "id", "at")["choices"][0]["delta"] == {"content": "at"}
     last = responses.last_chunk(call("chat"), "id", ANSWER)
     assert (last["choices"][0]["delta"], last["choices"][0]["finish_reason"]) == ({}, "stop")
@@ -50,6 +56,16 @@ def test_chunks_begin_with_a_role_and_end_with_an_explanation() -> None:
     usage = responses.usage_chunk(call("chat"), "id", [ANSWER])
     assert usage["choices"] == [] and usage["usage"]["total_tokens"] == 17
     assert responses.last_chunk(call("text"), "id", ANSWER)["choices"][0]["text"] == ""
+
+
+def test_an_explanation_can_be_left_out_but_for_scores_and_a_changed_bundle() -> None:
+    brief = dataclasses.replace(call("chat"), explain=False)
+    scored = answer(choices={"a": -1.0, "b": -2.0})
+    assert "edgecompose" not in responses.response(brief, [ANSWER], "id")
+    assert "edgecompose" not in responses.last_chunk(brief, "id", ANSWER)
+    assert responses.response(brief, [scored], "id")["edgecompose"] == {"choices": {"a": -1.0, "b": -2.0}}
+    assert responses.response(brief, [ANSWER], "id", changed=True)["edgecompose"] == {"bundle_changed": True}
+    assert responses.response(call("chat"), [ANSWER], "id", changed=True)["edgecompose"]["bundle_changed"] is True
 
 
 def test_ids_tell_kinds_apart_and_are_fresh() -> None:

@@ -15,10 +15,13 @@ pytest.importorskip("torch", reason="exports need the packages of edgecompose-ex
 
 from edgecompose import Composer, Request, open_bundle
 from edgecompose.engine.decoder_state import DecoderState
+from edgecompose.server.config import CallLimits, ServerSettings
+from edgecompose.server.jsonrpc import TooLong
 from edgecompose.server.stdio import StdioServer
 from tests.fixtures_tiny import TASKS
 
 PROMPT = TASKS["animals"][0]
+SETTINGS = ServerSettings(calls=CallLimits(max_tokens=64), active=1, queue=20)
 CHAT = {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 8}
 
 
@@ -27,15 +30,19 @@ class Parent:
 
     def __init__(self, composer: Composer) -> None:
         self._input: queue.Queue[bytes | None] = queue.Queue()
-        self.lines: queue.Queue[dict[str, Any]] = queue.Queue()
-        server = StdioServer(composer, iter(self._input.get, None), self._take, max_tokens=64)
+        self.lines: queue.Queue[Any] = queue.Queue()
+        self.output_is_closed = False
+        server = StdioServer(composer, iter(self._input.get, None), self._take, settings=SETTINGS)
         self._thread = threading.Thread(target=server.serve)
         self._thread.start()
 
     def _take(self, line: bytes) -> None:
-        assert line.endswith(b"\n") and line.count(b"\n") == 1
+        if self.output_is_closed:
+            raise BrokenPipeError
+        assert line.endswith(b"\n") and line.count(b"\n") == 1 and line.isascii()
         result = json.loads(line)
-        assert result.pop("jsonrpc") == "2.0"
+        for message in result if isinstance(result, list) else [result]:
+            assert message.pop("jsonrpc") == "2.0"
         self.lines.put(result)
 
     def write(self, line: bytes) -> None:
@@ -44,8 +51,13 @@ class Parent:
     def call(self, name: Any, method: str, **params: Any) -> None:
         self.write(json.dumps({"jsonrpc": "2.0", "id": name, "method": method, "params": params}).encode())
 
-    def read(self) -> dict[str, Any]:
+    def read(self) -> Any:
         return self.lines.get(timeout=30)
+
+    def wait(self) -> None:
+        """Wait until the server has ended by itself."""
+        self._thread.join(30)
+        assert not self._thread.is_alive()
 
     def close(self) -> None:
         self._input.put(None)
@@ -98,13 +110,16 @@ def test_the_other_methods(parent: Parent, composer: Composer) -> None:
     ("line", "code", "words"),
     [
         (b"{", -32700, "not JSON"),
-        (b"\xff", -32700, "not JSON"),
-        (b"[]", -32600, "an object"),
-        (b'{"id": 1}', -32600, "an object"),
-        (b'{"id": [1], "method": "chat"}', -32600, "id has to be"),
-        (b'{"id": 1, "method": "chat", "params": [1]}', -32600, "params an object"),
-        (b'{"id": 1, "method": "cancel", "params": {"id": [1]}}', -32600, "id has to be"),
-        (b'{"id": 1, "method": "dance"}', -32601, "use chat, complete, embed, compose, models"),
+        (b"\xff", -32700, "not UTF-8"),
+        (b"[]", -32600, "the batch is empty"),
+        (b"5", -32600, "expected an object"),
+        (b'{"id": 1}', -32600, "method is null"),
+        (b'{"id": [1], "method": "chat"}', -32600, "expected a string or a number"),
+        (b'{"id": 1, "method": "chat", "params": [1]}', -32602, "params is [1]; expected an object"),
+        (b'{"id": 1, "method": "cancel", "params": {"id": [1]}}', -32602, "params.id has to be"),
+        (b'{"id": 1, "method": "chat", "params": {"model": "\\ud800"}}', -32700, "surrogate"),
+        (b"[" * 5000, -32700, "nested too deep"),
+        (b'{"id": 1, "method": "dance"}', -32601, "use chat, complete, embed, compose, models, health"),
         (b'{"id": 1, "method": "chat"}', -32000, "'messages' is missing"),
         (b'{"id": 1, "method": "complete", "params": {"model": "x", "prompt": "x"}}', -32000, "no model"),
     ],
@@ -162,3 +177,74 @@ def test_a_fault_of_ours_is_answered_too(composer: Composer, monkeypatch: pytest
     parent.call(2, "models")
     assert parent.read()["id"] == 2
     parent.close()
+
+
+def test_a_notification_gets_no_answer(parent: Parent) -> None:
+    parent.write(b'{"jsonrpc": "2.0", "method": "$/setTrace", "params": {"value": "off"}}')
+    parent.write(b'{"jsonrpc": "2.0", "method": "models"}')
+    parent.write(json.dumps({"method": "chat", "params": {**CHAT, "stream": True}}).encode())
+    parent.call(1, "chat", **CHAT)
+    assert parent.read()["id"] == 1 and parent.lines.empty()
+
+
+def test_an_error_keeps_the_id_of_its_call(parent: Parent) -> None:
+    for line, name in (('{"id": 7, "method": "chat", "params": [1]}', 7), ('{"id": "ä\\n", "method": 5}', "ä\n")):
+        parent.write(line.encode())
+        assert parent.read()["id"] == name
+    parent.call("日本 \U0001f600", "models")
+    assert parent.read()["id"] == "日本 \U0001f600"
+
+
+def test_a_batch_is_answered_by_one_line(parent: Parent) -> None:
+    batch = [
+        {"jsonrpc": "2.0", "id": 1, "method": "models"},
+        {"jsonrpc": "2.0", "method": "models"},
+        {"jsonrpc": "2.0", "id": 2, "method": "chat", "params": CHAT},
+        5,
+        {"jsonrpc": "2.0", "id": 3, "method": "dance"},
+    ]
+    parent.write(json.dumps(batch).encode())
+    answers = parent.read()
+    assert {answer["id"]: "result" in answer for answer in answers} == {1: True, None: False, 3: False, 2: True}
+    parent.write(b'[{"method": "models"}, {"method": "x"}]')
+    parent.call(4, "health")
+    health = parent.read()
+    assert health["id"] == 4 and health["result"]["bundle_changed"] is False
+
+
+def test_a_call_that_waits_is_cancelled_at_once(composer: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+    forward = DecoderState.forward
+
+    def slow(self: DecoderState, ids: Any, **settings: Any) -> Any:
+        entered.set()
+        assert go_on.wait(30)
+        return forward(self, ids, **settings)
+
+    monkeypatch.setattr(DecoderState, "forward", slow)
+    parent = Parent(composer)
+    parent.call(1, "chat", **CHAT)
+    assert entered.wait(30)
+    for name in range(2, 22):
+        parent.call(name, "chat", **CHAT)
+    parent.call(99, "chat", **CHAT)
+    assert "21 calls wait" in parent.read()["error"]["message"]
+    parent.call("c", "cancel", id=20)
+    assert {parent.read()["id"], parent.read()["id"]} == {20, "c"}
+    parent.output_is_closed = True
+    go_on.set()
+    parent.wait()
+
+
+def test_a_parent_that_no_longer_reads_ends_the_server(composer: Composer) -> None:
+    parent = Parent(composer)
+    parent.output_is_closed = True
+    parent.call(1, "models")
+    parent.wait()
+
+
+def test_a_line_that_is_too_long_is_refused_and_the_next_is_read(composer: Composer) -> None:
+    lines: list[bytes | TooLong] = [TooLong(100), b'{"id": 1, "method": "models"}']
+    written: list[Any] = []
+    StdioServer(composer, lines, lambda line: written.append(json.loads(line)), settings=SETTINGS).serve()
+    assert "longer than 100 bytes" in written[0]["error"]["message"] and "result" in written[1]

@@ -28,4 +28,9 @@ def test_what_is_counted(bundle: Path) -> None:
         assert 'edgecompose_requests_total{path="other",status="404"} 1.0' in text
         assert f'edgecompose_tokens_total{{kind="prompt"}} {answer["usage"]["prompt_tokens"]}.0' in text
         assert 'edgecompose_tokens_total{kind="generated"} 3.0' in text
-        assert served.get("/health").json() == {"status": "ok", "bundle": "tiny", "device": "cpu"}
+        assert served.get("/health").json() == {
+            "status": "ok",
+            "bundle": "tiny",
+            "device": "cpu",
+            "bundle_changed": False,
+        }

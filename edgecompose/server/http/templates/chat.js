@@ -2,7 +2,7 @@
 // The page of a server: talks to /v1/chat/completions of the server that it came from, and to nothing else.
 
 const $ = (id) => document.getElementById(id);
-const messages = [];
+let messages = [];  // of the conversation on the screen; a new conversation has a new list
 let stopping = null;
 
 const headers = () => {
@@ -22,14 +22,22 @@ const say = (role, text) => {
   const words = element("span", text);
   item.append(element("b", role === "user" ? "You" : "Answer"), words);
   $("talk").append(item);
-  item.scrollIntoView({ block: "nearest" });
+  follow(true);
   return words;
 };
+
+// Keeps the end of the conversation in view while it grows, unless the reader has scrolled up.
+const section = () => $("ask").parentElement;
+const atEnd = () => section().getBoundingClientRect().bottom <= innerHeight + 40;
+const follow = (wasAtEnd) => { if (wasAtEnd) section().scrollIntoView({ block: "end" }); };
 
 const complain = (text) => { $("status").textContent = text; };
 
 async function reason(response) {
-  if (response.status === 401) $("keyline").hidden = false;
+  if (response.status === 401) {
+    $("keyline").hidden = false;
+    return "This server needs its key: enter it below.";
+  }
   try {
     return (await response.json()).error.message;
   } catch {
@@ -40,6 +48,7 @@ async function reason(response) {
 const rows = (table, found) => {
   const body = $(table).tBodies[0];
   body.replaceChildren();
+  $(table).parentElement.hidden = !found.length;
   for (const [name, value, shown, kind] of found) {
     const row = element("tr", undefined, kind);
     const bar = element("meter");
@@ -65,8 +74,9 @@ function explain(found) {
     : "The base answered alone: no task stands out, or none was asked for.";
   rows("adapters", weights.map(([name, weight]) => [name, weight / (total || 1), weight.toFixed(3)]));
   rows("tasks", shares.slice(0, 8).map(([name, share]) => [name, share, percent(share)]));
-  rows("nearest", found.neighbours.slice(0, 5).map((one) => [`${one.task}, example ${one.key}`, one.similarity, one.similarity.toFixed(3)]));
-  const spent = Object.entries(found.timings_ms).filter(([, ms]) => ms >= 0.05);
+  rows("nearest", (found.neighbours ?? []).slice(0, 5).map((one) => [`${one.task}, example ${one.key}`, one.similarity, one.similarity.toFixed(3)]));
+  const spent = Object.entries(found.timings_ms ?? {}).filter(([, ms]) => ms >= 0.05);
+  $("time").parentElement.hidden = !spent.length;
   $("time").textContent = spent.map(([stage, ms]) => `${stage} ${ms.toFixed(1)} ms`).join(", ");
 }
 
@@ -79,6 +89,10 @@ async function* events(response) {
     const parts = (rest + value).split("\n\n");
     rest = parts.pop();
     for (const part of parts) {
+      if (part.startsWith(":")) {  // a comment: the answer is still to come
+        yield { waiting: true };
+        continue;
+      }
       const text = part.replace(/^data: /, "");
       if (text === "[DONE]") return;
       yield JSON.parse(text);
@@ -90,9 +104,11 @@ async function ask(text) {
   complain("");
   $("evidence").hidden = true;  // it is that of the answer before
   $("why").textContent = "";
-  messages.push({ role: "user", content: text });
+  const talk = messages;
+  const isShown = () => talk === messages;  // no more after "New conversation"
+  talk.push({ role: "user", content: text });
   say("user", text);
-  stopping = new AbortController();
+  const mine = stopping = new AbortController();
   $("send").disabled = true;
   $("stop").disabled = false;
   $("talk").setAttribute("aria-busy", "true");
@@ -102,36 +118,56 @@ async function ask(text) {
     const response = await fetch("v1/chat/completions", {
       method: "POST",
       headers: headers(),
-      signal: stopping.signal,
+      signal: mine.signal,
       body: JSON.stringify({
-        model: $("model").value, messages, stream: true, max_tokens: Number($("tokens").value) || 128,
+        model: $("model").value, messages: talk, stream: true,
+        ...(Number($("tokens").value) > 0 ? { max_tokens: Number($("tokens").value) } : {}),
         edgecompose: { overflow: "truncate" },
       }),
     });
     if (!response.ok) throw new Error(await reason(response));
-    words = say("assistant", "");
     for await (const found of events(response)) {
       if (found.error) throw new Error(found.error.message);
-      answer += found.choices[0]?.delta.content ?? "";
+      if (!isShown()) continue;
+      if (found.waiting) {
+        complain(words ? "" : "Waiting: the server is answering others, or reading a long message.");
+        continue;
+      }
+      complain("");
+      words ??= say("assistant", "");
+      const wasAtEnd = atEnd();
+      const choice = found.choices[0];
+      answer += choice?.delta.content ?? "";
       words.textContent = answer;
       if (found.edgecompose) explain(found.edgecompose);
+      if (choice?.finish_reason === "length") note(words, found.edgecompose?.tokens?.generated);
+      follow(wasAtEnd);
     }
-    if (!answer) words.textContent = "(an empty answer)";
+    if (words && !answer) words.textContent = "(an empty answer)";
   } catch (error) {
-    if (error.name !== "AbortError") complain(error.message);
-    if (!words) {  // nothing was answered: the message goes back to where it can be sent again
-      messages.pop();
-      $("talk").lastChild.remove();
-      $("prompt").value = text;
+    if (isShown()) {
+      complain(error.name === "AbortError" ? "" : error.message);
+      if (!words) {  // nothing was answered: the message goes back to where it can be sent again
+        talk.pop();
+        $("talk").lastChild.remove();
+        $("prompt").value = text;
+      }
     }
   } finally {
-    if (words) messages.push({ role: "assistant", content: answer });
-    $("send").disabled = false;
-    $("stop").disabled = true;
-    $("talk").setAttribute("aria-busy", "false");
-    stopping = null;
-    $("prompt").focus();
+    if (words) talk.push({ role: "assistant", content: answer });
+    if (stopping === mine) finish();
   }
+}
+
+const note = (words, tokens) => words.parentElement.append(
+  element("p", `Cut at ${tokens ?? "its longest"} tokens: give a longer answer room, or write "go on".`));
+
+function finish() {
+  $("send").disabled = false;
+  $("stop").disabled = true;
+  $("talk").setAttribute("aria-busy", "false");
+  stopping = null;
+  $("prompt").focus();
 }
 
 async function begin() {
@@ -143,6 +179,7 @@ async function begin() {
     return;
   }
   complain("");
+  $("keyline").hidden = true;
   const chosen = $("model").value;
   $("model").replaceChildren();
   for (const { id } of (await response.json()).data) {
@@ -171,10 +208,11 @@ $("stop").addEventListener("click", () => stopping?.abort());
 $("key").addEventListener("change", () => begin().catch((error) => complain(error.message)));
 $("reset").addEventListener("click", () => {
   stopping?.abort();
-  messages.length = 0;
+  messages = [];
+  finish();
   $("talk").replaceChildren();
   $("evidence").hidden = true;
+  $("why").textContent = "";
   complain("");
-  $("prompt").focus();
 });
 begin().catch((error) => complain(error.message));

@@ -45,6 +45,10 @@ class Metrics:
         for stage, elapsed_ms in answer.timings_ms.items():
             self._stages.labels(stage).inc(elapsed_ms / 1e3)
 
+    def aborted(self, tokens: int) -> None:
+        """Count the tokens of an answer that was not finished."""
+        self._tokens.labels("generated").inc(tokens)
+
     def text(self) -> tuple[bytes, str]:
         """All of it, and its media type."""
         return generate_latest(self._registry), CONTENT_TYPE_LATEST
