@@ -15,17 +15,19 @@ _NESTED_TUPLE = "{% set ns.x = (ns.x, ns.x) %}"
 ENDLESS = {
     "loops": "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}",
     "filtered loops": "{% for a in range(100000) %}{% for b in range(100000) if false %}{% endfor %}{% endfor %}",
-    "recursive loop": "{% for x in [[[1]]] recursive %}{{ loop(range(100000)) }}{% endfor %}",
-    "long body": "{% for a in range(100000) %}" + "{{ a }}" * 2000 + "{% endfor %}",
+    "recursive loop": "{% for x in range(9999) recursive %}{% if loop.depth < 3 %}{{ loop(range(9999)) }}{% endif %}"
+    "{% endfor %}",
+    "long body": "{% for a in range(100000) %}" + "{{ a }}" * 200 + "{% endfor %}",
     "macros": "{% macro m(n) %}{% if n %}{{ m(n-1) }}{{ m(n-1) }}{% endif %}{% endmacro %}{{ m(60) }}",
     "call blocks": "{% macro m() %}{{ caller() }}{{ caller() }}{% endmacro %}"
     + "{% call m() %}" * 15
     + "{% for i in range(100000) %}x{% endfor %}"
     + "{% endcall %}" * 15,
-    "arguments": "{% macro m() %}{% endmacro %}{% for i in range(100000) %}{{ m(*range(100000)) }}{% endfor %}",
+    "arguments": "{% macro m() %}{% if varargs %}{% endif %}{% endmacro %}"
+    "{% for i in range(100000) %}{{ m(*range(100000)) }}{% endfor %}",
     "repeated text": "{{ 'a' * 3000000000 }}",
     "repeated list": "{{ ([1] * 3000000000)|length }}",
-    "power": "{{ 10 ** 10 ** 10 }}",
+    "power": "{{ 10 ** (10 ** 10) }}",
     "squares": _doubled("3", "{% set ns.x = ns.x * ns.x %}"),
     "center": "{{ 'a'.center(3000000000) }}",
     "filter center": "{{ 'a'|center(3000000000) }}",

@@ -24,8 +24,8 @@ TALK = [{"role": "user" if i % 2 == 0 else "assistant", "content": f"message {i}
 
 @pytest.fixture
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A twentieth of the steps, so that a slow machine sees the end of each soon."""
-    monkeypatch.setattr(chat_template, "_STEPS", (100_000, 2000, 1))
+    """A fortieth of the steps, so that a slow machine sees the end of each soon."""
+    monkeypatch.setattr(chat_template, "_STEPS", (50_000, 2000, 1))
 
 
 @pytest.mark.usefixtures("few_steps")
@@ -40,7 +40,7 @@ def test_a_template_that_does_not_end_exceeds_a_limit(case: str) -> None:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("case", ["loops", "macros", "nested", "mapped", "long body"])
+@pytest.mark.parametrize("case", ["loops", "macros", "nested"])
 def test_the_limit_of_time_is_seconds(case: str) -> None:
     """CPU time, and ten times what it takes."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_utime
