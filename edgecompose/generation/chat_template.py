@@ -14,7 +14,7 @@ from edgecompose.errors import BundleError, EdgeComposeError, GenerationError
 if TYPE_CHECKING:  # a raw prompt is answered without it
     import jinja2
 
-    from edgecompose.generation.template_sandbox import Sandbox
+    from edgecompose.sandbox import Sandbox
 
 #: Characters of a template at most; the longest of published models have 40 thousand.
 _LONGEST = 1 << 18
@@ -67,7 +67,7 @@ class ChatTemplate:
 
     @functools.cached_property
     def _compiled(self) -> tuple[Sandbox, jinja2.Template]:
-        from edgecompose.generation.template_sandbox import Sandbox
+        from edgecompose.sandbox import Sandbox
 
         if len(self._source) > _LONGEST:
             raise BundleError(
