@@ -141,3 +141,10 @@ $(AIRGAP): $(BINARY) $(BUNDLE_DIR)/manifest.json build/airgap/wheels build/airga
 	  --extras $(RUNTIME_EXTRAS) --bundle $(BUNDLE_DIR) -o $@
 
 FORCE:
+
+.PHONY: fuzz
+SECONDS ?= 60
+SEED ?= 0
+
+fuzz: $(INSTALLED) ## Damage files and requests for SECONDS=60 under SEED=0; findings go to build/findings.
+	$(BIN)/python -m tests.attack.fuzz --seconds $(SECONDS) --seed $(SEED)
