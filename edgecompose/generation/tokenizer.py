@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgecompose.engine.memory import release_freed_memory
-from edgecompose.engine.tokenizer_file import open_tokenizer
-from edgecompose.errors import GenerationError
+from edgecompose.engine.tokenizer_file import encode_text, open_tokenizer
+from edgecompose.errors import BundleError, GenerationError
 from edgecompose.generation.chat_template import ChatTemplate
+from edgecompose.native import native
 
 Message = dict[str, str]
 #: The private use area, whose characters no template changes, and how many of them make a mark that no text holds.
@@ -26,8 +27,14 @@ class Tokenizer:
     false, special tokens that are written in a text are text: they are cut in two, and the parts encoded on their own.
     """
 
-    def __init__(self, path: Path, *, chat_template: str | None = None) -> None:
-        self._tokenizer = open_tokenizer(path)
+    def __init__(self, path: Path, *, chat_template: str | None = None, vocabulary: int | None = None) -> None:
+        """Open a tokenizer.
+
+        Args:
+            chat_template: Jinja; None where the base has none.
+            vocabulary: number of tokens that the base has, beyond which an id is an error.
+        """
+        self._tokenizer, self._vocabulary = open_tokenizer(path), vocabulary
         release_freed_memory()  # reading 262,144 tokens leaves 190 MB that nothing uses
         self._template = None if chat_template is None else ChatTemplate(chat_template)
 
@@ -97,8 +104,10 @@ class Tokenizer:
     @functools.cached_property
     def _added_tokens(self) -> tuple[list[int], list[int]]:
         """Ids that the tokenizer puts before and after a raw prompt."""
-        encoded = self._tokenizer.encode("a", add_special_tokens=True)
+        encoded = encode_text(self._tokenizer, "a", GenerationError)
         added = [bool(flag) for flag in encoded.special_tokens_mask]
+        if all(added):
+            raise BundleError("the tokenizer of the bundle has no token for the letter a; export the bundle again")
         first, last = added.index(False), len(added) - added[::-1].index(False)
         return list(encoded.ids[:first]), list(encoded.ids[last:])
 
@@ -131,18 +140,22 @@ class Tokenizer:
 
     @functools.cached_property
     def _prefixes_a_space(self) -> bool:
-        tokens = self._tokenizer.encode("a", add_special_tokens=False).tokens
+        tokens = encode_text(self._tokenizer, "a", GenerationError, add_special_tokens=False).tokens
         return bool(tokens) and str(tokens[0]).startswith("\u2581")
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        try:
-            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
-        except TypeError as error:  # a lone surrogate, which is how Python spells bytes that are not UTF-8
-            raise GenerationError(f"the text is not valid Unicode: {text!r:.80}; give UTF-8") from error
+        ids = list(encode_text(self._tokenizer, text, GenerationError, add_special_tokens=add_special_tokens).ids)
+        if self._vocabulary is not None and max(ids, default=0) >= self._vocabulary:
+            raise BundleError(
+                f"the tokenizer of the bundle gives the token id {max(ids)}, the base has {self._vocabulary} tokens; "
+                "export the bundle again"
+            )
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids` without special tokens."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+        with native(BundleError, "the tokenizer of the bundle cannot decode this answer"):
+            return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def token_id(self, token: str) -> int | None:
         """Id of one token by its exact spelling, None when there is no such token."""
