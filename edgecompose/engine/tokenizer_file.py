@@ -68,7 +68,7 @@ def encode_ends(tokenizer: tokenizers.Tokenizer, text: str, limit: int, error: t
 
 
 def _are_apart(encoding: tokenizers.Encoding, joint: int, head: int, *, tail: int) -> bool:
-    """Whether the first `head` tokens end two words before a place in a text, and the last `tail` begin as far behind."""
+    """Whether the first `head` tokens end two words before a place in a text, the last `tail` begin as far behind."""
     words, offsets = encoding.word_ids, encoding.offsets
     if len(words) <= head + tail:
         return False
