@@ -194,7 +194,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         budget.grow(_TEXT_FILTERS[name] * size)
         return value
 
-    def _test(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _test(self, name: str, function: Any) -> Callable[..., Any]:
         """A test that takes its cost from the budget first."""
         first = getattr(function, "jinja_pass_arg", None) is not None
 
@@ -233,8 +233,9 @@ class _Counting(NodeTransformer):
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
         self.generic_visit(node)
-        for part in (node, *node.ops):
-            part.expr = part.expr if isinstance(part.expr, nodes.Const) else _call(_OPERAND, part.expr)
+        sides: list[Any] = [node, *node.ops]
+        for side in sides:
+            side.expr = side.expr if isinstance(side.expr, nodes.Const) else _call(_OPERAND, side.expr)
         return node
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
@@ -341,8 +342,8 @@ def _call(name: str, node: Any, *arguments: nodes.Expr) -> nodes.Filter:
     return nodes.Filter(node, name, list(arguments), [], None, None, lineno=node.lineno)
 
 
-def _refused(what: str) -> jinja2.sandbox.SecurityError:
-    return jinja2.sandbox.SecurityError(f"{what} is not allowed in a chat template")
+def _refused(what: str) -> jinja2.exceptions.SecurityError:
+    return jinja2.exceptions.SecurityError(f"{what} is not allowed in a chat template")
 
 
 def _escaping(*values: Any) -> int:

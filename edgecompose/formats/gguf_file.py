@@ -29,8 +29,10 @@ VERSIONS = (2, 3)
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _LARGEST_DEPTH = 4
-#: Bytes of a header, and entries of a list in it, at most; the largest vocabularies have 16 MB and 0.6 million.
-_LARGEST_HEADER, _LARGEST_LIST = 1 << 27, 1 << 22
+#: Bytes of a header, entries of a list in it, and of all its lists, at most. The largest vocabularies have 16 MB and
+#: 0.6 million entries.
+_LARGEST_HEADER, _LARGEST_LIST, _MOST_ENTRIES = 1 << 27, 1 << 22, 1 << 23
+_LONGEST_NAME = 1000
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
@@ -69,7 +71,7 @@ class _Header:
     """Reads the header of a mapped file, never past its end."""
 
     def __init__(self, path: Path, data: memoryview) -> None:
-        self.path, self.size, self.position = path, len(data), 0
+        self.path, self.size, self.position, self.entries = path, len(data), 0, 0
         self._data = data[:_LARGEST_HEADER]
         self._whole = len(data) <= _LARGEST_HEADER
 
@@ -91,6 +93,11 @@ class _Header:
     def count(self, what: str, smallest: int) -> int:
         """The length of a list whose entries take so many bytes at least."""
         count: int = self.number("Q", what)
+        self.entries += count
+        if self.entries > _MOST_ENTRIES:
+            raise self.fail(
+                f"{what} and the lists before it have {self.entries} entries, expected {_MOST_ENTRIES} at most"
+            )
         if count > _LARGEST_LIST or count * smallest > len(self._data) - self.position:
             raise self.fail(f"{what} has {count} entries at byte {self.position}, {self.end}")
         return count
@@ -100,7 +107,12 @@ class _Header:
 
     def text(self, what: str) -> str:
         raw = bytes(self.take(self.number("Q", what), what))
-        return raw.decode("utf-8", "surrogateescape" if what.startswith("value") else "replace")
+        if what.startswith("value"):
+            return raw.decode("utf-8", "surrogateescape")
+        name = raw.decode("utf-8", "replace")
+        if not name.isprintable() or len(name) > _LONGEST_NAME:
+            raise self.fail(f"{what} is {name!r:.60}")
+        return name
 
     def value(self, kind: int, key: str, depth: int = 0) -> Any:
         what = f"value of '{key:.60}'"

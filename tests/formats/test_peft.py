@@ -18,7 +18,7 @@ import peft
 
 from edgecompose.adapters import convert_adapter
 from edgecompose.errors import AdapterError, UnsupportedAdapter
-from edgecompose.formats.peft import scale_of
+from edgecompose.formats.peft import PeftScales
 from tests import tiny
 from tests.fixtures_tiny import TinyZoo
 from tests.lora_files import slots_of_llama
@@ -128,4 +128,4 @@ def test_a_config_that_gives_no_scale_is_refused(lora: Path, tmp_path: Path, val
 
 
 def test_an_alpha_that_is_not_given_is_that_of_peft() -> None:
-    assert scale_of("model.layers.0.self_attn.q_proj", {"r": 4}) == peft.LoraConfig(r=4).lora_alpha / 4
+    assert PeftScales("x", {"r": 4}).scale("model.layers.0.self_attn.q_proj") == peft.LoraConfig(r=4).lora_alpha / 4
