@@ -118,6 +118,7 @@ class _Matcher:
         """Ends of parts that follow each other, the first at `start`."""
         ends = frozenset((start,))
         for part in parts:
+            self._budget.spend(5 + 5 * len(ends))
             ends = self._after(part, ends)
             if not ends:
                 break

@@ -16,7 +16,16 @@ from edgecompose.engine.merged import MergedAdapter, require_adapters
 from edgecompose.errors import AdapterError, ExportError, MergeError, SlotMismatch, UnsupportedAdapter
 from edgecompose.formats.architectures import ARCHITECTURES, Architecture, architecture_of, gguf_architectures
 from edgecompose.formats.gguf_file import MAGIC, VERSIONS, GgufFile, GgufTensor, read_gguf, require_gguf
-from edgecompose.formats.lora import Half, LoraSource, Side, check_scale, model_factors, pair_up, refuse_unknown
+from edgecompose.formats.lora import (
+    Half,
+    LoraSource,
+    Side,
+    check_name,
+    check_scale,
+    model_factors,
+    pair_up,
+    refuse_unknown,
+)
 
 Float = npt.NDArray[np.float32]
 _TENSOR = re.compile(r"^(blk\.(\d+)\.(\w+))\.weight\.lora_(a|b)$")
@@ -62,6 +71,7 @@ def read_gguf_lora(path: Path, base: BaseSpec) -> LoraSource:
     modules = {place: module for module, place in row.gguf_paths.items()}
     halves, unknown = [], []
     for tensor in file.tensors.values():
+        check_name(name, tensor.name)
         match = _TENSOR.match(tensor.name)
         if match is None or match[3] not in modules:
             unknown.append(tensor.name)

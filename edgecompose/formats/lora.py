@@ -121,7 +121,7 @@ def check_scale(adapter: str, name: str, value: Any) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not -_LARGEST_SCALE <= value <= _LARGEST_SCALE:
         raise AdapterError(
-            f"adapter '{adapter}': {value!r:.60} is no usable {name}; expected a number of at most {_LARGEST_SCALE:,}"
+            f"adapter '{adapter}': {value!r:.60} is no usable {name}; give a number of at most {_LARGEST_SCALE:,}"
         )
 
 
@@ -186,8 +186,7 @@ def pair_up(adapter: str, halves: Iterable[Half], scale_of: Callable[[str, int],
         a, b = sides["A"], sides["B"]
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape) or len(a) > LARGEST_RANK:
             raise AdapterError(f"adapter '{adapter}': '{path}' has factors of shapes {a.shape} and {b.shape}")
-        largest = max(float(np.abs(a).max()), float(np.abs(b).max()))
-        if not largest <= _LARGEST_FACTOR:  # NaN is not
+        if not all(np.abs(factor).max() <= _LARGEST_FACTOR for factor in (a, b)):  # NaN is not
             raise AdapterError(
                 f"adapter '{adapter}': '{path}' holds values that are not finite (NaN or infinity), or beyond "
                 f"{_LARGEST_FACTOR:g}; train it again"

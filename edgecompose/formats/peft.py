@@ -60,7 +60,7 @@ _MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 #: What PEFT takes where a config names no lora_alpha.
 _PEFT_ALPHA = 8
 #: Steps that matching all modules with all patterns may take: seconds, where milliseconds are usual.
-_MATCHING_STEPS = 30_000_000
+_MATCHING_STEPS = 10_000_000
 
 
 def is_peft_folder(path: Path) -> bool:
