@@ -24,7 +24,7 @@ from tests.attack.runner import FINDING_FILE, KINDS, Runner, Summary, scratch
 from tests.attack.target import Target
 
 #: Modules with `TARGETS`; one that is missing is an error.
-_MODULES = ("tests.attack.bundle_targets",)
+_MODULES = ("tests.attack.bundle_targets", "tests.attack.formats_targets", "tests.attack.texts_targets")
 _FINDINGS = Path("build/findings")
 
 

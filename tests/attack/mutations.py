@@ -90,7 +90,7 @@ def places(value: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 def mutate_json(rng: random.Random, value: Any, *, changes: int = 2) -> Any:
     """A copy of a JSON value with up to `changes` values replaced, removed, added, renamed, nudged or swapped."""
-    value = copy.deepcopy(value)
+    value = json.loads(json.dumps(value))  # copies faster than deepcopy
     for _ in range(rng.randint(1, changes)):
         paths = places(value)
         if not paths:

@@ -6,6 +6,7 @@ parent knows which one it was when the child is gone.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import gc
 import json
@@ -17,6 +18,7 @@ import shutil
 import signal
 import stat
 import struct
+import sys
 import tempfile
 import time
 import traceback
@@ -177,23 +179,22 @@ class Runner:
             make()
             self.target.attempt(self._work)
             outcome = "accepted"
-        except (EdgeComposeError, OSError, click.ClickException):
-            outcome = "refused"
-        except MemoryError:
-            outcome = "memory"
-        except AssertionError:
-            outcome = "wrong"
-        except BaseException:  # of extensions too, such as a panic of Rust
-            outcome = "traceback"
-        if outcome not in ("accepted", "refused"):
-            traceback.print_exc()
-            if keep and self._shared["kept"] < _MOST_KEPT:
-                number = self._shared["case"]
-                text = traceback.format_exc()
-                self._fresh(number)
-                self._keep(number, outcome, text)
+        except BaseException as reason:  # of extensions too, such as a panic of Rust
+            outcome = _outcome_of(reason)
+            if outcome == "refused" and not keep:
+                print(f"{type(reason).__name__}: {reason!s:.500}".encode("utf-8", "replace").decode(), file=sys.stderr)
+            elif outcome != "refused":
+                traceback.print_exc()
+                if keep and self._shared["kept"] < _MOST_KEPT:
+                    self._keep_again(self._shared["case"], outcome, traceback.format_exc())
         self._shared["tried"] += 1
         self._shared[outcome] += 1
+
+    def _keep_again(self, number: int, kind: str, text: str) -> None:
+        """Keep a case from its own files: the attempt may have changed them."""
+        with contextlib.suppress(Exception):  # where it was the damage itself that failed
+            self._fresh(number)
+        self._keep(number, kind, text)
 
     def _keep(self, number: int, kind: str, text: str) -> None:
         self._shared["kept"] += 1
@@ -257,6 +258,14 @@ class Runner:
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
                 return kind
+
+
+def _outcome_of(reason: BaseException) -> str:
+    if isinstance(reason, (EdgeComposeError, OSError, click.ClickException)):
+        return "refused"
+    if isinstance(reason, MemoryError):
+        return "memory"
+    return "wrong" if isinstance(reason, AssertionError) else "traceback"
 
 
 def resident_bytes(pid: int) -> int:
