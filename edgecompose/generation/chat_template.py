@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from edgecompose.budget import Budget
 from edgecompose.errors import BundleError, EdgeComposeError, GenerationError
+from edgecompose.native import said
 
 if TYPE_CHECKING:  # a raw prompt is answered without it
     import jinja2
@@ -18,7 +19,6 @@ if TYPE_CHECKING:  # a raw prompt is answered without it
 
 #: Characters of a template at most; the longest of published models have 40 thousand.
 _LONGEST = 1 << 18
-_LONGEST_REASON = 500
 #: Steps, bytes and characters of output that any template may take, and more of them for each message and for each
 #: character in messages. A template of a real model takes about 100 steps a message.
 _STEPS, _BYTES, _OUTPUT = (2_000_000, 2000, 1), (1 << 26, 1 << 15, 64), (1 << 20, 1 << 12, 8)
@@ -62,8 +62,7 @@ class ChatTemplate:
             except EdgeComposeError:
                 raise
             except Exception as error:  # a template is a program and may raise anything
-                reason = f"{error}"[:_LONGEST_REASON] or type(error).__name__
-                raise GenerationError(f"the chat template refused the messages: {reason}") from error
+                raise GenerationError(f"the chat template refused the messages: {said(error)}") from error
 
     @functools.cached_property
     def _compiled(self) -> tuple[Sandbox, jinja2.Template]:
@@ -79,8 +78,7 @@ class ChatTemplate:
         try:
             return sandbox, sandbox.template(self._source)
         except Exception as error:  # jinja2 raises classes of all kinds, Python others on very deep ones
-            reason = f"{error}"[:_LONGEST_REASON] or type(error).__name__
-            raise BundleError(f"the chat template of the bundle is not valid Jinja: {reason}") from error
+            raise BundleError(f"the chat template of the bundle is not valid Jinja: {said(error)}") from error
 
 
 def self_contained(template: str, values: Mapping[str, str | Sequence[str]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 
 def words(text: str) -> list[str]:
@@ -52,85 +53,66 @@ _CALLS = (
     "loop",
     "caller",
 )
+_GROWTH = ("ns.x ~ ns.x", "ns.x + ns.x", "[ns.x, ns.x]", "(ns.x, ns.x)", "{1: ns.x, 2: ns.x}", "ns.x * 9")
+#: In forms, capitals stand for parts: E an expression, A arguments, B statements, and a word of each list above.
+_EXPRESSIONS = (
+    *("(E OPERATOR E)", "(E + E)", "(E ~ E)", "(E * E)", "(E % E)"),
+    *("E|FILTER", "E|FILTER(A)", "(E)|map('FILTER', E)|list", "(E)|select('TEST', E)|list"),
+    *("(E).METHOD(A)", "(E).METHOD(A)", "(E).METHOD", "CALL(A)", "(E is TEST)", "(E is TEST(E))"),
+    *("[E, E]", "(E, E)", "{E: E}", "(E)[E]", "(E)[E:E]", "(E if E else E)"),
+)
+_PLAIN = ("text", "{{ E }}", "{{ E }}", "{% set x = E %}", "{% set ns.x = E %}")
+_STATEMENTS = (
+    *_PLAIN,
+    *(
+        "{% for m in I %}B{% endfor %}",
+        "{% for m in I if E %}B{% endfor %}",
+        "{% for m in I %}B{% else %}B{% endfor %}",
+    ),
+    "{% for m in I recursive %}B{{ loop(E) }}{% endfor %}",
+    *("{% for m in range(40) %}{% set ns.x = GROWTH %}{% endfor %}{{ E }}", "{% set x %}B{% endset %}"),
+    *("{% if E %}B{% else %}B{% endif %}", "{% call f(E) %}B{% endcall %}", "{% filter FILTER %}B{% endfilter %}"),
+    *("{% with x = E %}B{% endwith %}", "{% block NAME %}B{% endblock %}", "{% generation %}B{% endgeneration %}"),
+    *(
+        "{% for m in I %}{% break %}B{% endfor %}",
+        "{% include 'x' %}",
+        "{% import 'x' as y %}",
+        "{% macro f(a) %}B{{ f(E) }}{% endmacro %}",
+    ),
+)
+_ITEMS = ("messages", "range(NUMBER)", "range(100000)", "range(60)", "E")
+_WORDS = {"OPERATOR": _OPERATORS, "FILTER": _FILTERS, "TEST": _TESTS, "METHOD": _METHODS, "CALL": _CALLS}
+_WORDS |= {"NUMBER": _NUMBERS, "GROWTH": _GROWTH}
+_PART = re.compile(r"\b(?:E|A|B|I|NAME|OPERATOR|FILTER|TEST|METHOD|CALL|NUMBER|GROWTH)\b|(?<=%})B(?={%)|B(?={{)")
 
 
 def random_template(rng: random.Random) -> str:
     """A template of a few statements, about half of which can be compiled and run."""
-    opening = (
-        "{% set ns = namespace(x="
-        + _expression(rng, 1)
-        + ") %}{% macro f(a, b=1) %}"
-        + _body(rng, 1)
-        + "{% endmacro %}"
-    )
-    body = "".join(_statement(rng, 3) for _ in range(rng.randint(1, 4)))
+    opening = "{% set ns = namespace(x=E) %}{% macro f(a, b=1) %}B{% endmacro %}"
+    text = _filled(rng, opening + " B" * rng.randint(1, 3), 3)
     if rng.random() < 0.1:
-        place = rng.randrange(len(body) + 1)
-        body = body[:place] + rng.choice(("{%", "%}", "{{", "}}", "'", "(", "#}", "{% endfor %}")) + body[place:]
-    return opening + body
+        place = rng.randrange(len(text) + 1)
+        text = text[:place] + rng.choice(("{%", "%}", "{{", "}}", "'", "(", "#}", "{% endfor %}")) + text[place:]
+    return text
 
 
-def _body(rng: random.Random, depth: int) -> str:
-    return "".join(_statement(rng, depth) for _ in range(rng.randint(1, 2)))
+def _filled(rng: random.Random, form: str, depth: int) -> str:
+    """A form with its parts filled in, nested as deep as `depth`."""
 
+    def part(match: re.Match[str]) -> str:
+        name = match[0]
+        if name in _WORDS:
+            return rng.choice(_WORDS[name])
+        if name == "NAME":
+            return f"b{rng.randrange(999)}"
+        if name == "A":
+            return ", ".join(_filled(rng, "E", depth - 1) for _ in range(rng.choice((0, 1, 1, 2, 3))))
+        if name == "I":
+            return _filled(rng, rng.choice(_ITEMS), depth - 1)
+        if name == "B":
+            return "".join(_filled(rng, rng.choice(_STATEMENTS if depth > 1 else _PLAIN), depth - 1) for _ in range(2))
+        if depth <= 0 or rng.random() < 0.3:
+            return rng.choice(rng.choice((_NAMES, _NUMBERS, _TEXTS)))
+        return _filled(rng, rng.choice(_EXPRESSIONS), depth - 1)
 
-def _statement(rng: random.Random, depth: int) -> str:
-    def inner() -> str:
-        return _body(rng, depth - 1)
-
-    value = _expression(rng, 2)
-    plain = ("text", f"{{{{ {value} }}}}", f"{{% set x = {value} %}}", f"{{% set ns.x = {value} %}}")
-    if depth <= 0:
-        return rng.choice(plain)
-    grow = rng.choice(
-        ("ns.x ~ ns.x", "ns.x + ns.x", "[ns.x, ns.x]", "(ns.x, ns.x)", "{'k': ns.x, 'l': ns.x}", "ns.x * 9")
-    )
-    items = rng.choice(("messages", f"range({rng.choice(_NUMBERS)})", "range(100000)", "range(60)", value))
-    loops = rng.choice(("", f" if {_expression(rng, 1)}", " recursive"))
-    return rng.choice(
-        (
-            *plain,
-            f"{{% for m in {items}{loops} %}}{inner()}{{% endfor %}}",
-            f"{{% for m in {items} %}}{inner()}{{% else %}}{inner()}{{% endfor %}}",
-            f"{{% for m in range({rng.choice((40, 99999))}) %}}{{% set ns.x = {grow} %}}{{% endfor %}}{{{{ ns.x }}}}",
-            f"{{% if {value} %}}{inner()}{{% else %}}{inner()}{{% endif %}}",
-            f"{{% set x %}}{inner()}{{% endset %}}",
-            f"{{% call f({value}) %}}{inner()}{{% endcall %}}",
-            f"{{% filter {rng.choice(_FILTERS)} %}}{inner()}{{% endfilter %}}",
-            f"{{% with x = {value} %}}{inner()}{{% endwith %}}",
-            f"{{% block b{rng.randrange(99)} %}}{inner()}{{% endblock %}}",
-            f"{{% generation %}}{inner()}{{% endgeneration %}}",
-            rng.choice(
-                ("{% break %}", "{% continue %}", "{% include 'x' %}", "{% autoescape true %}{% endautoescape %}")
-            ),
-        )
-    )
-
-
-def _expression(rng: random.Random, depth: int) -> str:
-    if depth <= 0 or rng.random() < 0.2:
-        return rng.choice(rng.choice((_NAMES, _NUMBERS, _TEXTS)))
-
-    def inner() -> str:
-        return _expression(rng, depth - 1)
-
-    arguments = ", ".join(inner() for _ in range(rng.choice((0, 1, 1, 2, 3))))
-    return rng.choice(
-        (
-            f"({inner()} {rng.choice(_OPERATORS)} {inner()})",
-            f"({inner()} {rng.choice(('+', '*', '~', '%'))} {inner()})",
-            f"{inner()}|{rng.choice(_FILTERS)}",
-            f"{inner()}|{rng.choice(_FILTERS)}({arguments})",
-            f"({inner()})|{rng.choice(('map', 'select', 'reject'))}('{rng.choice(_FILTERS + _TESTS)}', {inner()})|list",
-            f"({inner()}).{rng.choice(_METHODS)}({arguments})",
-            f"({inner()}).{rng.choice(_METHODS)}",
-            f"{rng.choice(_CALLS)}({arguments})",
-            f"({inner()} is {rng.choice(_TESTS)})",
-            f"[{inner()}, {inner()}]",
-            f"({inner()}, {inner()})",
-            f"{{{inner()}: {inner()}}}",
-            f"({inner()})[{inner()}]",
-            f"({inner()})[{inner()}:{inner()}]",
-            f"({inner()} if {inner()} else {inner()})",
-        )
-    )
+    return _PART.sub(part, form)

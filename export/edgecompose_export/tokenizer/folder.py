@@ -82,6 +82,9 @@ _BY_MODEL = {
     "qwen3_moe": "Qwen2",
 }
 
+#: Ids without a token that a vocabulary may have beside as many as it has tokens.
+_MOST_HOLES = 1 << 16
+
 
 def tokenizer_of_folder(folder: Path) -> BaseTokenizer:
     """The tokenizer of a Hugging Face folder.
@@ -157,6 +160,14 @@ def _special_tokens(folder: Path, settings: Mapping[str, Any], kind: _Class) -> 
 
 def _load(folder: Path, state: State) -> Any:
     """Load the tokenizer, so that the export refuses a damaged file."""
+    rows = state.get("added_tokens")
+    added = [row.get("id") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    ids = [*state["model"]["vocab"].values(), *added]
+    largest = max((number for number in ids if isinstance(number, int)), default=0)
+    if largest > 2 * len(ids) + _MOST_HOLES:  # the library lists all ids between, in memory and on standard error
+        raise ExportError(
+            f"'{folder / 'tokenizer.json'}' has {len(ids)} tokens, one with the id {largest!s:.40}; copy it again"
+        )
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(state))
     except (KeyboardInterrupt, SystemExit):
