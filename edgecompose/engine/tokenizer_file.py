@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -12,6 +15,8 @@ from edgecompose.native import native
 
 #: Characters at each end of a text that are tokenised first, for each token that is read there; and at most.
 _FIRST_WINDOW, _LARGEST_WINDOW = 16, 1 << 18
+#: Normalizers and pre-tokenizers that drop no character.
+_KEEPING = frozenset(("Prepend", "ByteLevel", "Metaspace", "Digits", "Split", "Punctuation"))
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
@@ -45,6 +50,43 @@ def encode_text(
             start = max(0, surrogate.start() - 20) if surrogate else 0
             place = f"at character {surrogate.start()}, " if surrogate else ""
             raise error(f"the text is not valid Unicode: {place}{text[start : start + 40]!r}; give UTF-8") from reason
+
+
+def longest_token(tokenizer: tokenizers.Tokenizer) -> int | None:
+    """Characters that one token stands for at most.
+
+    None where there is no such number: where a normalizer or a pre-tokenizer drops characters, an added token strips
+    white space, or unknown characters become one token together.
+    """
+    model = tokenizer.model
+    if not isinstance(model, tokenizers.models.BPE) or (model.fuse_unk and not model.byte_fallback):
+        return None
+    if any(token.lstrip or token.rstrip for token in tokenizer.get_added_tokens_decoder().values()):
+        return None
+    composed = 1
+    for part in (tokenizer.normalizer, tokenizer.pre_tokenizer):
+        for step in _steps({} if part is None else json.loads(part.__getstate__())):
+            if step.get("type") == "NFC":
+                composed = 4  # code points that it makes one, at most
+            elif not _keeps_characters(step):
+                return None
+    return composed * max(map(len, tokenizer.get_vocab(with_added_tokens=True)), default=1)
+
+
+def _steps(state: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    inner = [*state.get("normalizers", []), *state.get("pretokenizers", [])]
+    if inner or state.get("type") == "Sequence":
+        for step in inner:
+            yield from _steps(step)
+    elif state:
+        yield state
+
+
+def _keeps_characters(step: Mapping[str, Any]) -> bool:
+    if step.get("type") == "Replace":
+        pattern = step.get("pattern", {}).get("String")
+        return isinstance(pattern, str) and len(step.get("content", "")) >= len(pattern)
+    return step.get("type") in _KEEPING and step.get("behavior") != "Removed"
 
 
 def encode_ends(tokenizer: tokenizers.Tokenizer, text: str, limit: int, error: type[EdgeComposeError]) -> list[int]:

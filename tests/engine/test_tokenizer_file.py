@@ -13,9 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
+from edgecompose.cancellation import Cancellation
 from edgecompose.engine import tokenizer_file
-from edgecompose.engine.tokenizer_file import encode_ends, encode_text, open_tokenizer
-from edgecompose.errors import BundleError, RetrievalError
+from edgecompose.engine.tokenizer_file import encode_ends, encode_text, longest_token, open_tokenizer
+from edgecompose.errors import BundleError, PromptTooLong, RetrievalError
+from edgecompose.generation.encoding import ConversationEncoder
+from edgecompose.generation.messages import Message
 from edgecompose.generation.tokenizer import Tokenizer
 from tests.factories import write_tokenizer
 
@@ -148,3 +151,43 @@ def test_an_id_that_the_base_lacks_is_a_bundle_error(path: Path) -> None:
     assert Tokenizer(path, vocabulary=258).encode("<s>a") == Tokenizer(path).encode("<s>a")
     with pytest.raises(BundleError, match="gives the token id 256, the base has 200 tokens"):
         Tokenizer(path, vocabulary=200).encode("<s>a")
+
+
+def test_the_longest_token_bounds_what_a_context_holds() -> None:
+    tokenizer = _byte_level()
+    assert longest_token(tokenizer) == 4
+    tokenizer.normalizer = normalizers.NFC()
+    assert longest_token(tokenizer) == 16
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    assert longest_token(tokenizer) == 4
+    for normalizer in (normalizers.Strip(), normalizers.Replace("  ", " "), normalizers.StripAccents()):
+        tokenizer.normalizer = normalizer
+        assert longest_token(tokenizer) is None
+    assert longest_token(_word_piece()) is longest_token(_unigram()) is None
+    stripping = _byte_level()
+    stripping.add_special_tokens([tokenizers.AddedToken("<end>", rstrip=True)])
+    assert longest_token(stripping) is None
+
+
+@settings(max_examples=60)
+@given(text=LONG_TEXTS)
+def test_a_text_has_as_many_tokens_as_the_longest_allows(text: str) -> None:
+    tokenizer = _byte_level()
+    tokenizer.normalizer = normalizers.NFC()
+    longest = longest_token(tokenizer)
+    assert longest is not None and len(tokenizer.encode(text).ids) * longest >= len(text)
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(path: Path) -> None:
+    small = Tokenizer(path, context=64)
+    text = "x" * 100_000_000
+    before = time.process_time()
+    with pytest.raises(PromptTooLong, match=r"the text has 100000000 characters, the 64 tokens of the base's context"):
+        small.encode(text)
+    encoder = ConversationEncoder(small, raw=True, special_tokens=True, cancellation=Cancellation())
+    with pytest.raises(PromptTooLong):
+        encoder.encode([Message("user", text)], 60, overflow="refuse")
+    kept = encoder.encode([Message("user", text + "the end")], 60, overflow="truncate")
+    assert time.process_time() - before < 20
+    assert small.decode(kept.ids).endswith("xxthe end") and len(kept.ids) <= 60
+    assert small.encode("y" * 60_000) == Tokenizer(path).encode("y" * 60_000)
