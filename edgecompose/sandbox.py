@@ -14,7 +14,6 @@ from typing import Any
 
 import jinja2.ext
 import jinja2.sandbox
-import markupsafe
 from jinja2 import nodes, runtime
 from jinja2.utils import Cycler, Joiner, Namespace, pass_context
 from jinja2.visitor import NodeTransformer
@@ -315,10 +314,6 @@ def _dict(sandbox: Sandbox, pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     return dict(pairs)
 
 
-def _step(sandbox: Sandbox, steps: int) -> None:
-    sandbox.budget.spend(steps)
-
-
 def _condition(sandbox: Sandbox, value: Any) -> Any:
     sandbox.budget.spend(4)
     return value
@@ -326,7 +321,7 @@ def _condition(sandbox: Sandbox, value: Any) -> Any:
 
 _STEP, _CONDITION, _OPERAND, _SLICE, _JOIN, _DICT = " step", " condition", " operand", " slice", " join", " dict"
 _OPERATIONS: Mapping[str, Callable[..., Any]] = {
-    _STEP: _step,
+    _STEP: lambda sandbox, steps: sandbox.budget.spend(steps),
     _CONDITION: _condition,
     _OPERAND: _operand,
     _SLICE: _slice,
@@ -348,4 +343,4 @@ def _refused(what: str) -> jinja2.exceptions.SecurityError:
 
 def _escaping(*values: Any) -> int:
     """How much longer texts may become that one of these escapes."""
-    return 6 if any(isinstance(value, markupsafe.Markup) for value in values) else 1
+    return 6 if any(hasattr(value, "__html__") for value in values) else 1

@@ -130,7 +130,7 @@ def _mutate_item(rng: random.Random, holder: Any, key: Any, paths: list[tuple[An
     elif kind == 3 and isinstance(holder, dict):
         holder[rng.choice((*TEXTS, f"{key}x"))] = holder.pop(key)
     elif kind == 4 and isinstance(item, (int, float)) and not isinstance(item, bool):
-        holder[key] = rng.choice((item + 1, item - 1, -item, item * 2, item * 1000, item / 3, 0))
+        holder[key] = rng.choice((item + 1, item - 1, -item, item * 2, item * 1000, item // 3, 0))
     elif kind == 4 and isinstance(item, str):
         holder[key] = rng.choice((item + "x", item[:-1], item.upper(), item[::-1], f"./{item}", f"../{item}"))
     elif kind == 5:
