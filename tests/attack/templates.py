@@ -58,7 +58,15 @@ _GROWTH = ("ns.x ~ ns.x", "ns.x + ns.x", "[ns.x, ns.x]", "(ns.x, ns.x)", "{1: ns
 _EXPRESSIONS = (
     *("(E OPERATOR E)", "(E + E)", "(E ~ E)", "(E * E)", "(E % E)"),
     *("E|FILTER", "E|FILTER(A)", "(E)|map('FILTER', E)|list", "(E)|select('TEST', E)|list"),
-    *("(E).METHOD(A)", "(E).METHOD(A)", "(E).METHOD", "CALL(A)", "(E is TEST)", "(E is TEST(E))"),
+    *(
+        "(E ~ x).METHOD(A)",
+        "(E ~ x).METHOD(NUMBER)",
+        "(E).METHOD(A)",
+        "(E).METHOD",
+        "CALL(A)",
+        "(E is TEST)",
+        "(E is equalto(E))",
+    ),
     *("[E, E]", "(E, E)", "{E: E}", "(E)[E]", "(E)[E:E]", "(E if E else E)"),
 )
 _PLAIN = ("text", "{{ E }}", "{{ E }}", "{% set x = E %}", "{% set ns.x = E %}")
@@ -75,8 +83,7 @@ _STATEMENTS = (
     *("{% with x = E %}B{% endwith %}", "{% block NAME %}B{% endblock %}", "{% generation %}B{% endgeneration %}"),
     *(
         "{% for m in I %}{% break %}B{% endfor %}",
-        "{% include 'x' %}",
-        "{% import 'x' as y %}",
+        "{% for m in I %}{{ loop.length }}{{ loop.last }}{{ loop.changed(E) }}{% endfor %}",
         "{% macro f(a) %}B{{ f(E) }}{% endmacro %}",
     ),
 )
@@ -88,7 +95,8 @@ _PART = re.compile(r"\b(?:E|A|B|I|NAME|OPERATOR|FILTER|TEST|METHOD|CALL|NUMBER|G
 
 def random_template(rng: random.Random) -> str:
     """A template of a few statements, about half of which can be compiled and run."""
-    opening = "{% set ns = namespace(x=E) %}{% macro f(a, b=1) %}B{% endmacro %}"
+    opening = "{% set m = messages[0] %}{% set x = 'ab' %}{% set ns = namespace(x=1) %}{% set ns.x = E %}"
+    opening += "{% macro f(a, b=1) %}B{% endmacro %}"
     text = _filled(rng, opening + " B" * rng.randint(1, 3), 3)
     if rng.random() < 0.1:
         place = rng.randrange(len(text) + 1)
