@@ -16,6 +16,7 @@ from typing import Any
 import tokenizers
 
 from edgecompose.errors import ExportError
+from edgecompose.native import native
 from edgecompose_export.tokenizer.base_tokenizer import BaseTokenizer, assemble_tokenizer, default_template, id_of
 from edgecompose_export.tokenizer.post_processor import State, template_processing
 
@@ -190,13 +191,15 @@ def _with_added(
         state = state | {"pre_tokenizer": pre | {"add_prefix_space": prefix}}
     if not rows:
         return state
-    for row in rows:
-        content, single, left, right, normalized, is_special = _flags(row)
-        token = tokenizers.AddedToken(
-            content, single_word=single, lstrip=left, rstrip=right, normalized=normalized, special=is_special
-        )
-        loaded.add_tokens([token])
-    whole: State = json.loads(loaded.to_str())
+    with native(ExportError, f"the added tokens of '{folder}' cannot be used", "copy the tokenizer's files again"):
+        for row in rows:
+            content, single, left, right, normalized, is_special = _flags(row)
+            token = tokenizers.AddedToken(
+                content, single_word=single, lstrip=left, rstrip=right, normalized=normalized, special=is_special
+            )
+            loaded.add_tokens([token])
+        text = loaded.to_str()
+    whole: State = json.loads(text)
     return whole
 
 
