@@ -94,7 +94,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """An operator, once what it makes has been taken from the budget."""
-        self.budget.spend(3)
+        self.budget.spend(10)
         if _escaping(left, right) > 1:
             self.budget.grow(12 * (self.budget.measure(left) + self.budget.measure(right)))
         take_operator(self.budget, operator, left, right)
@@ -127,6 +127,11 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         elif not isinstance(__obj, _CALLABLE) and __obj not in _FUNCTIONS and not hasattr(__obj, "takes_budget"):
             raise _refused(f"calling {getattr(__obj, '__name__', type(__obj).__name__)}")
         return super().call(__context, __obj, *args, **kwargs)
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """An attribute; to see that it is a safe one takes longer than to get it."""
+        self.budget.spend(10)
+        return super().getattr(obj, attribute)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         """An item; a key that is neither text nor number is measured first, because hashing takes time."""
@@ -220,7 +225,7 @@ class _Counting(NodeTransformer):
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self._count(node)
         if node.test is not None:
-            node.test = _call(_CONDITION, node.test)
+            node.test = _call(_OPERAND, node.test)
         return node
 
     def visit_ScopedEvalContextModifier(self, node: nodes.ScopedEvalContextModifier) -> nodes.Node:
@@ -289,8 +294,8 @@ def _strftime_now(form: str) -> str:
 
 
 def _operand(sandbox: Sandbox, value: Any) -> Any:
-    """A side of a comparison."""
-    sandbox.budget.spend(1 if value is None or isinstance(value, int) else sandbox.budget.measure(value) >> 5)
+    """A side of a comparison, or the condition of a loop."""
+    sandbox.budget.spend(4 if value is None or isinstance(value, int) else 4 + (sandbox.budget.measure(value) >> 5))
     return value
 
 
@@ -314,15 +319,9 @@ def _dict(sandbox: Sandbox, pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     return dict(pairs)
 
 
-def _condition(sandbox: Sandbox, value: Any) -> Any:
-    sandbox.budget.spend(4)
-    return value
-
-
-_STEP, _CONDITION, _OPERAND, _SLICE, _JOIN, _DICT = " step", " condition", " operand", " slice", " join", " dict"
+_STEP, _OPERAND, _SLICE, _JOIN, _DICT = " step", " operand", " slice", " join", " dict"
 _OPERATIONS: Mapping[str, Callable[..., Any]] = {
     _STEP: lambda sandbox, steps: sandbox.budget.spend(steps),
-    _CONDITION: _condition,
     _OPERAND: _operand,
     _SLICE: _slice,
     _JOIN: _join,
