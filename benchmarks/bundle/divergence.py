@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.bundle.factors import Factors, Float
-from edgecompose.formats.peft import read_config, scale_of
+from edgecompose.formats.peft import PeftScales, read_config
 
 
 class Divergence:
@@ -27,7 +27,7 @@ class Divergence:
         opened = open_base(base)
         tokenizer = base_tokenizer(opened)
         self._model = PeftModel.from_pretrained(load_model(opened), folder).eval()
-        self._config = read_config(folder)
+        self._scales = PeftScales(folder.name, read_config(folder))
         lines = prompts.read_text(encoding="utf-8").split("\n")[:limit]
         texts = [tokenizer.chat([{"role": "user", "content": json.loads(x)["prompt"]}]) for x in lines if x.strip()]
         self._ids = [torch.tensor([tokenizer.encode(text)]) for text in texts]
@@ -45,7 +45,7 @@ class Divergence:
                     full = module.lora_A["default"].weight.shape[0]
                     a, b = (_padded(side[:, layer], full) for side in (pair.a, pair.b))
                     module.lora_A["default"].weight.copy_(torch.from_numpy(a))
-                    module.lora_B["default"].weight.copy_(torch.from_numpy(b.T / scale_of(match[1], self._config)))
+                    module.lora_B["default"].weight.copy_(torch.from_numpy(b.T / self._scales.scale(match[1])))
         answers, positions, same = [], [], []
         for ids, expected in zip(self._ids, self._expected, strict=True):
             logits = self._logits(ids)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file
 
-from edgecompose.formats.peft import WEIGHTS_FILE, read_config, scale_of
+from edgecompose.formats.peft import WEIGHTS_FILE, PeftScales, read_config
 
 Float = npt.NDArray[np.float32]
 Double = npt.NDArray[np.float64]
@@ -37,13 +37,13 @@ def read_factors(folder: Path) -> dict[str, Pair]:
     Raises:
         SystemExit: it holds other tensors.
     """
-    config = read_config(folder)
+    scales = PeftScales(folder.name, read_config(folder))
     halves: dict[str, dict[int, Float]] = {}
     for key, tensor in load_file(folder / WEIGHTS_FILE).items():
         match = _KEY.match(key)
         if match is None:
             raise SystemExit(f"'{folder}' holds the tensor '{key}', which is not a factor of a decoder layer")
-        scale = scale_of(match[1], config) if match[4] == "B" else 1.0
+        scale = scales.scale(match[1]) if match[4] == "B" else 1.0
         rows = tensor.T * scale if match[4] == "B" else tensor
         halves.setdefault(match[3] + match[4], {})[int(match[2])] = np.asarray(rows, np.float32)
     stacked = {key: np.stack([layers[i] for i in sorted(layers)], axis=1) for key, layers in halves.items()}

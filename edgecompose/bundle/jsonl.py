@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Generic, TypeVar
 
+from edgecompose.bundle.records import decode_text
 from edgecompose.errors import EdgeComposeError
 
 _T = TypeVar("_T")
+_LONGEST = 256 << 20
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_ARRAY = "begins a JSON array, expected one object a line; write each object on a line, without [ ] and commas between"
 
 
 def read_lines(path: Path, error: type[EdgeComposeError]) -> Iterator[tuple[str, Any]]:
@@ -23,17 +28,26 @@ def read_lines(path: Path, error: type[EdgeComposeError]) -> Iterator[tuple[str,
         error: the class of error to raise.
 
     Raises:
-        error: a line is no UTF-8, or no JSON; the message names it.
+        error: a line is no UTF-8, no JSON, longer than 256 MiB, or holds half a surrogate pair; the message names it.
         OSError: the file cannot be read.
     """
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(_LONGEST + 1), b""), 1):
             place = f"{path}:{number}"
+            if len(line) > _LONGEST:
+                raise error(f"{place} is longer than {_LONGEST >> 20} MiB; expected one object a line")
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                text = (decode_text(line) if number == 1 else line.decode("utf-8")).strip()
                 value = json.loads(text) if text else None
+                halves = "\\u" in text and _SURROGATE.search(json.dumps(value, ensure_ascii=False))
             except (ValueError, RecursionError) as reason:
-                raise error(f"{place} is not JSON in UTF-8 ({reason}); expected one object a line") from reason
+                array = number == 1 and line.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+                what = _ARRAY if array else f"is not JSON in UTF-8 ({reason!s:.200}); expected one object a line"
+                raise error(f"{place} {what}") from reason
+            if halves:
+                raise error(f"{place} holds half a surrogate pair, which is no Unicode text; write the whole character")
+            if number == 1 and isinstance(value, list) and value and isinstance(value[0], dict):
+                raise error(f"{place} {_ARRAY}")
             if text:
                 yield place, value
 

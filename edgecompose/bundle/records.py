@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
+import stat
 import types
 import typing
 from collections.abc import Mapping
@@ -14,6 +16,9 @@ from typing import Any, Literal, TypeVar
 from edgecompose.errors import ApiError, EdgeComposeError, ManifestInvalid
 
 _T = TypeVar("_T")
+_LARGEST = 256 << 20
+#: Byte order marks of UTF-16 and UTF-32.
+_OTHER_MARKS = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")
 _Error = type[EdgeComposeError]
 _LONGEST_NAME = 120
 #: Characters of a value in a message.
@@ -53,14 +58,42 @@ def read_json(path: Path, error: _Error, advice: str, *, place: str | None = Non
         place: what the file is, for messages; by default its path.
 
     Raises:
-        error: the file is missing, unreadable, no UTF-8, or no JSON.
+        error: the file is missing, unreadable, larger than 256 MiB, no UTF-8, or no JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_document(path))
     except (FileNotFoundError, NotADirectoryError) as reason:
         raise error(f"{place or repr(str(path))} is missing; {advice}") from reason
     except (OSError, ValueError, RecursionError) as reason:
-        raise error(f"{place or repr(str(path))} cannot be read as JSON: {reason}; {advice}") from reason
+        raise error(f"{place or repr(str(path))} cannot be read as JSON: {reason!s:.300}; {advice}") from reason
+
+
+def read_document(path: Path) -> str:
+    """The text of a plain file of at most 256 MiB; a pipe is not waited for.
+
+    Raises:
+        OSError: it cannot be opened, is no plain file, or is larger.
+        ValueError: it is not UTF-8.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    with open(os.open(path, flags), "rb") as stream:  # noqa: PTH123  # a descriptor
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            raise OSError("it is no plain file")
+        content = stream.read(_LARGEST + 1)
+    if len(content) > _LARGEST:
+        raise OSError(f"it is larger than {_LARGEST >> 20} MiB")
+    return decode_text(content)
+
+
+def decode_text(content: bytes) -> str:
+    """Text of UTF-8 bytes, without the byte order mark that Windows programs put first.
+
+    Raises:
+        ValueError: it is no UTF-8, such as the UTF-16 that `>` writes in PowerShell.
+    """
+    if content.startswith(_OTHER_MARKS):
+        raise ValueError("it is UTF-16 or UTF-32; save it as UTF-8")
+    return content.decode("utf-8-sig")
 
 
 def value_from_json(kind: type[_T], value: Any, place: str, error: _Error = ManifestInvalid) -> _T:

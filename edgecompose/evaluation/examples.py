@@ -124,8 +124,4 @@ def _texts(fields: Mapping[str, Any], name: str, place: str) -> tuple[str, ...]:
 def _text(value: Any, place: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise EvaluationError(f"{place} is {value!r:.80}; expected a text that is not blank")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise EvaluationError(f"{place} holds half a surrogate pair, which is no Unicode text; write UTF-8") from error
     return value

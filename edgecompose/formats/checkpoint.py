@@ -170,8 +170,8 @@ def read_shard(path: Path) -> Shard:
         with safetensors.safe_open(path, framework="np"), path.open("rb") as stream:  # it checks every offset
             size = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(size))
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"weights '{path}' cannot be read: {error}; copy them again") from error
+    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"weights '{path}' cannot be read: {error!s:.300}; copy them again") from error
     metadata = header.pop("__metadata__", None) or {}
     tensors = [StoredTensor(k, v["dtype"], tuple(v["shape"]), *v["data_offsets"]) for k, v in header.items()]
     return Shard(path, metadata, 8 + size, tuple(sorted(tensors, key=lambda tensor: (tensor.start, tensor.end))))
@@ -219,7 +219,8 @@ def to_float32(content: bytes, dtype: str) -> Float:
     """Numbers of a float type (F64, F32, F16, BF16; little-endian) as float32, in memory that may be written to."""
     if dtype == "BF16":
         return (np.frombuffer(content, "<u2").astype(np.uint32) << 16).view(np.float32)
-    return np.frombuffer(content, _NUMPY_TYPES[dtype]).astype(np.float32)
+    with np.errstate(over="ignore"):  # numbers of 64 bits may become infinite, which callers refuse
+        return np.frombuffer(content, _NUMPY_TYPES[dtype]).astype(np.float32)
 
 
 def from_float32(values: Float, dtype: str) -> bytes:

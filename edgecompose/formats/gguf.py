@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +16,16 @@ from edgecompose.engine.merged import MergedAdapter, require_adapters
 from edgecompose.errors import AdapterError, ExportError, MergeError, SlotMismatch, UnsupportedAdapter
 from edgecompose.formats.architectures import ARCHITECTURES, Architecture, architecture_of, gguf_architectures
 from edgecompose.formats.gguf_file import MAGIC, VERSIONS, GgufFile, GgufTensor, read_gguf, require_gguf
-from edgecompose.formats.lora import Half, LoraSource, Side, model_factors, pair_up, refuse_unknown
+from edgecompose.formats.lora import (
+    Half,
+    LoraSource,
+    Side,
+    check_name,
+    check_scale,
+    model_factors,
+    pair_up,
+    refuse_unknown,
+)
 
 Float = npt.NDArray[np.float32]
 _TENSOR = re.compile(r"^(blk\.(\d+)\.(\w+))\.weight\.lora_(a|b)$")
@@ -63,6 +71,7 @@ def read_gguf_lora(path: Path, base: BaseSpec) -> LoraSource:
     modules = {place: module for module, place in row.gguf_paths.items()}
     halves, unknown = [], []
     for tensor in file.tensors.values():
+        check_name(name, tensor.name)
         match = _TENSOR.match(tensor.name)
         if match is None or match[3] not in modules:
             unknown.append(tensor.name)
@@ -149,7 +158,7 @@ def _check_fields(adapter: str, fields: Mapping[str, Any], base: BaseSpec) -> tu
             raise UnsupportedAdapter(f"adapter '{adapter}' has {key} {fields.get(key)!r:.60}, expected {expected!r}")
     activated = sorted(key for key in fields if key.startswith("adapter.alora."))
     if activated:
-        raise UnsupportedAdapter(f"adapter '{adapter}' is an aLoRA ({', '.join(activated)}), which cannot be composed")
+        raise UnsupportedAdapter(f"adapter '{adapter}' is an aLoRA ({activated[0]:.60}), which cannot be composed")
     architecture, alpha = fields.get("general.architecture"), fields.get("adapter.lora.alpha", 0.0)
     rows = gguf_architectures()
     if not isinstance(architecture, str) or architecture not in rows:
@@ -163,8 +172,7 @@ def _check_fields(adapter: str, fields: Mapping[str, Any], base: BaseSpec) -> tu
             f"adapter '{adapter}' is for the architecture {architecture}, this base is {row.name} ({other}); "
             "export it against its own base"
         )
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise AdapterError(f"adapter '{adapter}': adapter.lora.alpha is {alpha!r:.60}, expected a number")
+    check_scale(adapter, "adapter.lora.alpha", alpha)
     return row, float(alpha)
 
 

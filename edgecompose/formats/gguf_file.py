@@ -29,8 +29,9 @@ VERSIONS = (2, 3)
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _LARGEST_DEPTH = 4
-#: Bytes of a header, and entries of a list in it, at most; the largest vocabularies have 16 MB and 0.6 million.
-_LARGEST_HEADER, _LARGEST_LIST = 1 << 27, 1 << 22
+#: Bytes of a header, entries of a list in it, and of all its lists, at most. The largest vocabularies have 16 MB and
+#: 0.6 million entries.
+_LARGEST_HEADER, _LARGEST_LIST, _MOST_ENTRIES = 1 << 27, 1 << 22, 1 << 23
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
@@ -69,7 +70,7 @@ class _Header:
     """Reads the header of a mapped file, never past its end."""
 
     def __init__(self, path: Path, data: memoryview) -> None:
-        self.path, self.size, self.position = path, len(data), 0
+        self.path, self.size, self.position, self.entries = path, len(data), 0, 0
         self._data = data[:_LARGEST_HEADER]
         self._whole = len(data) <= _LARGEST_HEADER
 
@@ -93,6 +94,11 @@ class _Header:
         count: int = self.number("Q", what)
         if count > _LARGEST_LIST or count * smallest > len(self._data) - self.position:
             raise self.fail(f"{what} has {count} entries at byte {self.position}, {self.end}")
+        self.entries += count
+        if self.entries > _MOST_ENTRIES:
+            raise self.fail(
+                f"{what} and the lists before it have {self.entries} entries, expected {_MOST_ENTRIES} at most"
+            )
         return count
 
     def number(self, code: str, what: str) -> Any:
@@ -103,7 +109,7 @@ class _Header:
         return raw.decode("utf-8", "surrogateescape" if what.startswith("value") else "replace")
 
     def value(self, kind: int, key: str, depth: int = 0) -> Any:
-        what = f"value of '{key:.60}'"
+        what = f"value of {key!r:.60}"
         if kind in _NUMBERS:
             return self.number(_NUMBERS[kind], what)
         if kind == _STRING:
@@ -230,8 +236,8 @@ def _parse(header: _Header) -> GgufFile:
     for _ in range(keys):
         key = header.text("key")
         if key in metadata:
-            raise header.fail(f"the key '{key:.60}' stands there twice")
-        kind = header.number("I", f"type of '{key:.60}'")
+            raise header.fail(f"the key {key!r:.60} stands there twice")
+        kind = header.number("I", f"type of {key!r:.60}")
         metadata[key] = header.value(kind, key)
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
@@ -241,7 +247,7 @@ def _parse(header: _Header) -> GgufFile:
     start, end = -(-header.position // alignment) * alignment, 0
     tensors = {}
     for tensor in described:
-        what = f"tensor '{tensor.name:.60}' ({tensor.type}, {list(tensor.shape)})"
+        what = f"tensor {tensor.name!r:.60} ({tensor.type}, {list(tensor.shape)})"
         if tensor.offset != end:  # as llama.cpp: one behind the other
             raise header.fail(f"{what} begins at byte {tensor.offset} of the data, expected {end}")
         if start + end + tensor.bytes > header.size:
@@ -257,26 +263,27 @@ def _tensor(header: _Header) -> GgufTensor:
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     name = header.text("tensor name")
-    axes = header.number("I", f"axes of '{name:.60}'")
+    axes = header.number("I", f"axes of {name!r:.60}")
     if not 1 <= axes <= 4:
-        raise header.fail(f"tensor '{name:.60}' has {axes} axes")
-    shape = tuple(header.number("Q", f"shape of '{name:.60}'") for _ in range(axes))[::-1]
-    kind, offset = header.number("I", f"type of '{name:.60}'"), header.number("Q", f"offset of '{name:.60}'")
+        raise header.fail(f"tensor {name!r:.60} has {axes} axes")
+    shape = tuple(header.number("Q", f"shape of {name!r:.60}") for _ in range(axes))[::-1]
+    kind, offset = header.number("I", f"type of {name!r:.60}"), header.number("Q", f"offset of {name!r:.60}")
     try:
         known = GGMLQuantizationType(kind)
     except ValueError:
         raise ExportError(
-            f"GGUF file '{header.path}': tensor '{name}' is of type {kind}, which is not known here; "
+            f"GGUF file '{header.path}': tensor {name!r:.60} is of type {kind}, which is not known here; "
             "quantise the model to one of the types that the guide lists"
         ) from None
     block, size = GGML_QUANT_SIZES[known]
     if shape[-1] % block or min(shape) < 1:
-        raise header.fail(f"tensor '{name}' has shape {shape}, rows of {known.name} are multiples of {block}")
+        raise header.fail(f"tensor {name!r:.60} has shape {shape}, rows of {known.name} are multiples of {block}")
     return GgufTensor(name, known.name, shape, offset=offset, bytes=math.prod(shape) // block * size)
 
 
 def _refuse_doubles(path: Path, names: Iterator[str]) -> None:
     seen: set[str] = set()
     doubled = sorted({name for name in names if name in seen or seen.add(name)})  # type: ignore[func-returns-value]
+    shown = [name if name.isprintable() else repr(name) for name in doubled[:4]]
     if doubled:
-        raise ExportError(f"GGUF file '{path}' holds a tensor twice: {', '.join(doubled[:4])}; convert it again")
+        raise ExportError(f"GGUF file '{path}' holds a tensor twice: {', '.join(shown)}; convert it again")

@@ -26,6 +26,9 @@ CONFIG_FILE = "adapter_config.json"
 _PLACE = re.compile(r"^((?:.*?\.)?)(\d+)\.((?:.*\.)?(\w+))$")
 #: What safetensors calls the types of numbers that factors may have.
 _TYPES = ("F64", "F32", "F16", "BF16")
+#: Ranks, scales and values of factors that no adapter exceeds.
+LARGEST_RANK, _LARGEST_SCALE, _LARGEST_FACTOR = 1 << 14, 1_000_000, 65504.0
+_LONGEST_NAME = 500
 #: Parts of multimodal models that have layers of the same names.
 _OTHER_TOWER = re.compile(r"vision|visual|audio")
 #: What transformers and GGUF files call embeddings and the output layer.
@@ -85,6 +88,7 @@ def read_tensors(path: Path, adapter: str) -> Iterator[tuple[str, Float]]:
     try:
         shard = read_shard(path)
         for tensor in shard.tensors:
+            check_name(adapter, tensor.name)
             if tensor.dtype not in _TYPES:
                 raise UnsupportedAdapter(
                     f"adapter '{adapter}': '{tensor.name}' is of type {tensor.dtype}, expected one of "
@@ -97,6 +101,28 @@ def read_tensors(path: Path, adapter: str) -> Iterator[tuple[str, Float]]:
                 yield tensor.name, to_float32(content, tensor.dtype).reshape(tensor.shape)
     except (OSError, CheckpointError) as error:
         raise AdapterError(f"adapter '{adapter}': {path.name} cannot be read: {error}") from error
+
+
+def check_name(adapter: str, name: str) -> None:
+    """Refuse a tensor whose name could not stand in a message.
+
+    Raises:
+        UnsupportedAdapter: it has characters that cannot be shown, or very many.
+    """
+    if not name.isprintable() or len(name) > _LONGEST_NAME:
+        raise UnsupportedAdapter(f"adapter '{adapter}' holds tensors that have no slot: {name!r:.80}; save it again")
+
+
+def check_scale(adapter: str, name: str, value: Any) -> None:
+    """Refuse a scale, or a number that scales are made of, that is none.
+
+    Raises:
+        AdapterError: it is no finite number of at most a million.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -_LARGEST_SCALE <= value <= _LARGEST_SCALE:
+        raise AdapterError(
+            f"adapter '{adapter}': {value!r:.60} is no usable {name}; give a number of at most {_LARGEST_SCALE:,}"
+        )
 
 
 def place_of(path: str) -> tuple[str, int] | None:
@@ -158,11 +184,12 @@ def pair_up(adapter: str, halves: Iterable[Half], scale_of: Callable[[str, int],
         if len(sides) < 2:
             raise AdapterError(f"adapter '{adapter}': '{path}' has lora_{''.join(sides)} alone")
         a, b = sides["A"], sides["B"]
-        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or 0 in a.shape:
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape) or len(a) > LARGEST_RANK:
             raise AdapterError(f"adapter '{adapter}': '{path}' has factors of shapes {a.shape} and {b.shape}")
-        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        if not all(np.abs(factor).max() <= _LARGEST_FACTOR for factor in (a, b)):  # NaN is not
             raise AdapterError(
-                f"adapter '{adapter}': '{path}' holds values that are not finite (NaN or infinity); train it again"
+                f"adapter '{adapter}': '{path}' holds values that are not finite (NaN or infinity), or beyond "
+                f"{_LARGEST_FACTOR:g}; train it again"
             )
         layers[layer] = LoraPair(a, b, scale_of(path, a.shape[0]))
     if not pairs:

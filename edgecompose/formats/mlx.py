@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,9 +14,11 @@ from edgecompose.bundle.files import sha256_of
 from edgecompose.errors import AdapterError, UnsupportedAdapter
 from edgecompose.formats.lora import (
     CONFIG_FILE,
+    LARGEST_RANK,
     Half,
     LoraSource,
     Side,
+    check_scale,
     pair_up,
     place_of,
     read_adapter_config,
@@ -107,19 +108,20 @@ def _rank_and_scale(adapter: str, config: Any) -> tuple[int, float]:
     """
     kind = config.get("fine_tune_type") or ("dora" if config.get("use_dora") else "lora")
     if kind != "lora":
-        raise UnsupportedAdapter(f"adapter '{adapter}' has fine_tune_type {kind!r}; only 'lora' can be composed")
+        raise UnsupportedAdapter(f"adapter '{adapter}' has fine_tune_type {kind!r:.60}; only 'lora' can be composed")
     parameters = config.get("lora_parameters")
     if not isinstance(parameters, Mapping):
         raise AdapterError(f"adapter '{adapter}': {CONFIG_FILE} has no lora_parameters, expected rank and scale there")
     rank, scale = parameters.get("rank"), parameters.get("scale")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise AdapterError(f"adapter '{adapter}' has rank {rank!r:.60}, expected a positive whole number")
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise AdapterError(f"adapter '{adapter}': {scale!r:.60} is no usable scale in lora_parameters; give a number")
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= LARGEST_RANK:
+        raise AdapterError(
+            f"adapter '{adapter}' has rank {rank!r:.60}, expected a positive whole number up to {LARGEST_RANK}"
+        )
+    check_scale(adapter, "scale in lora_parameters", scale)
     alpha = parameters.get("alpha", rank)
     if "num_layers" not in config and alpha != rank:
         raise UnsupportedAdapter(
             f"adapter '{adapter}' has scale {scale} and alpha {alpha!r:.60}, and mlx_lm up to 0.14 multiplied by "
             f"scale * alpha / rank, later by scale; put what was meant into scale, and remove alpha from {CONFIG_FILE}"
         )
-    return rank, float(scale)
+    return rank, float(cast(float, scale))

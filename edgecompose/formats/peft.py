@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save
 
+from edgecompose.budget import Budget
 from edgecompose.bundle.files import sha256_of
 from edgecompose.bundle.specs import BaseSpec
 from edgecompose.engine.merged import MergedAdapter, require_adapters
@@ -20,9 +21,11 @@ from edgecompose.errors import AdapterError, MergeError, UnsupportedAdapter
 from edgecompose.formats.architectures import architecture_of
 from edgecompose.formats.lora import (
     CONFIG_FILE,
+    LARGEST_RANK,
     Half,
     LoraSource,
     Side,
+    check_scale,
     is_of_vocabulary,
     model_factors,
     pair_up,
@@ -31,6 +34,7 @@ from edgecompose.formats.lora import (
     read_tensors,
     refuse_unknown,
 )
+from edgecompose.patterns import Pattern
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _KEY = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_(A|B)(?:\.\w+)?\.weight$")
@@ -55,6 +59,8 @@ _REFUSED = (
 _MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 #: What PEFT takes where a config names no lora_alpha.
 _PEFT_ALPHA = 8
+#: Steps that matching all modules with all patterns may take: seconds, where milliseconds are usual.
+_MATCHING_STEPS = 10_000_000
 
 
 def is_peft_folder(path: Path) -> bool:
@@ -82,13 +88,15 @@ def read_peft_folder(folder: Path) -> LoraSource:
             halves.append(Half(match[1], *place, cast(Side, match[2]), values))
     refuse_unknown(folder.name, unknown)
 
+    scales = PeftScales(folder.name, config)
+
     def scale(module_path: str, rank: int) -> float:
-        if rank != (expected := _rank_of(module_path, config)):
+        if rank != (expected := scales.rank(module_path)):
             raise AdapterError(
                 f"adapter '{folder.name}': '{module_path}' has rank {rank}, {CONFIG_FILE} says {expected}; "
                 "the scale would be wrong, so it is not exported"
             )
-        return scale_of(module_path, config)
+        return scales.scale(module_path)
 
     about = {
         "name": folder.name,
@@ -105,28 +113,78 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_adapter_config(folder)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise UnsupportedAdapter(f"adapter '{folder.name}' is of type {kind!r}; only LORA is supported")
+        raise UnsupportedAdapter(f"adapter '{folder.name}' is of type {kind!r:.60}; only LORA is supported")
     refused = [name + _new_tokens(name, config[name]) for name in _REFUSED if config.get(name)]
     if config.get("bias", "none") != "none":
-        refused.append(f"bias={config['bias']}")
+        refused.append(f"bias={config['bias']!s:.40}")
     init = str(config.get("init_lora_weights", "")).lower()
     if init.startswith(_MUTATING):
-        refused.append(f"init_lora_weights={init} (convert it to plain LoRA when saving)")
+        refused.append(f"init_lora_weights={init:.40} (convert it to plain LoRA when saving)")
     if refused:
         raise UnsupportedAdapter(
             f"adapter '{folder.name}' uses {', '.join(refused)}, which cannot be composed; not exported"
         )
-    if not isinstance(config.get("r"), int) or config["r"] < 1:
-        raise AdapterError(f"adapter '{folder.name}' has rank {config.get('r')!r}, expected a positive whole number")
-    _check_scales(folder.name, config)
     return config
 
 
-def scale_of(module_path: str, config: Mapping[str, Any]) -> float:
-    """PEFT's scale of one module: alpha / r, or alpha / sqrt(r) for rsLoRA, with the patterns applied."""
-    rank = _rank_of(module_path, config)
-    alpha = _pattern(module_path, config.get("alpha_pattern") or {}, config.get("lora_alpha", _PEFT_ALPHA))
-    return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+class PeftScales:
+    """Ranks and scales of modules, with the patterns of a config applied as PEFT applies them.
+
+    Args:
+        adapter: its name, for messages.
+        config: `adapter_config.json`.
+
+    Raises:
+        AdapterError: a rank or alpha is no usable number, or a pattern cannot be matched.
+    """
+
+    def __init__(self, adapter: str, config: Mapping[str, Any]) -> None:
+        self._adapter = adapter
+        self._rank, self._alpha = config.get("r"), config.get("lora_alpha", _PEFT_ALPHA)
+        self._by_root = bool(config.get("use_rslora"))
+        self._budget = Budget(steps=_MATCHING_STEPS, size=0, output=0, exceeded=self._exceeded)
+        self._ranks, self._alphas = self._patterns("rank_pattern", config), self._patterns("alpha_pattern", config)
+        for rank in (self._rank, *(rank for _, rank in self._ranks)):
+            if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= LARGEST_RANK:
+                raise AdapterError(
+                    f"adapter '{adapter}' has rank {rank!r:.60}, expected a positive whole number up to {LARGEST_RANK}"
+                )
+        for alpha in (self._alpha, *(alpha for _, alpha in self._alphas)):
+            check_scale(adapter, "alpha", alpha)
+
+    def rank(self, module_path: str) -> int:
+        """The rank of a module."""
+        return int(self._first(self._ranks, module_path, self._rank))
+
+    def scale(self, module_path: str) -> float:
+        """PEFT's scale of a module: alpha / r, or alpha / sqrt(r) for rsLoRA."""
+        rank = self.rank(module_path)
+        alpha = self._first(self._alphas, module_path, self._alpha)
+        return float(alpha / (math.sqrt(rank) if self._by_root else rank))
+
+    @staticmethod
+    def _first(patterns: Sequence[tuple[Pattern, Any]], module_path: str, default: Any) -> Any:
+        return next((value for pattern, value in patterns if pattern.matches(module_path)), default)
+
+    def _patterns(self, name: str, config: Mapping[str, Any]) -> list[tuple[Pattern, Any]]:
+        values = config.get(name) or {}
+        if not isinstance(values, dict):
+            raise AdapterError(f"adapter '{self._adapter}': {name} is {values!r:.60}, expected an object")
+        patterns = []
+        for key, value in values.items():
+            try:
+                patterns.append((Pattern(rf"(.*\.)?({key})$", self._budget), value))
+            except ValueError as error:
+                raise AdapterError(
+                    f"adapter '{self._adapter}': {name} has the unusable key {key!r:.80}: {error}; name the module"
+                ) from error
+        return patterns
+
+    def _exceeded(self, what: str) -> AdapterError:
+        return AdapterError(
+            f"adapter '{self._adapter}': the keys of rank_pattern and alpha_pattern take too much {what} to match; "
+            "name the modules"
+        )
 
 
 def write_peft_folder(merged: MergedAdapter, folder: Path, base: BaseSpec) -> list[Path]:
@@ -167,40 +225,9 @@ def _new_tokens(setting: str, value: Any) -> str:
         return " (trained with new tokens)"
     if setting != "modules_to_save":
         return ""
-    modules = [str(name) for name in value] if isinstance(value, list) else [str(value)]
+    modules = [f"{name!s:.40}" for name in value[:8]] if isinstance(value, list) else [f"{value!s:.40}"]
     meaning = ": trained with new tokens" if any(is_of_vocabulary(name) for name in modules) else ""
     return f" ({', '.join(modules)}{meaning})"
-
-
-def _rank_of(module_path: str, config: Mapping[str, Any]) -> Any:
-    return _pattern(module_path, config.get("rank_pattern") or {}, config["r"])
-
-
-def _check_scales(adapter: str, config: Mapping[str, Any]) -> None:
-    """Refuse ranks and alphas that give no scale."""
-    for name in ("rank_pattern", "alpha_pattern"):
-        pattern = config.get(name) or {}
-        if not isinstance(pattern, dict):
-            raise AdapterError(f"adapter '{adapter}': {name} is {pattern!r:.60}, expected an object")
-        for key in pattern:
-            try:
-                re.compile(key)
-            except re.error as error:
-                raise AdapterError(f"adapter '{adapter}': {name} has the unusable key {key!r}: {error}") from error
-    alphas = [config.get("lora_alpha", _PEFT_ALPHA), *(config.get("alpha_pattern") or {}).values()]
-    ranks = list((config.get("rank_pattern") or {}).values())
-    for value in (*alphas, *ranks):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise AdapterError(f"adapter '{adapter}': {value!r:.60} is no usable rank or alpha; expected a number")
-    if any(rank < 1 for rank in ranks):
-        raise AdapterError(f"adapter '{adapter}': rank_pattern has a rank below 1")
-
-
-def _pattern(module_path: str, patterns: Mapping[str, Any], default: Any) -> Any:
-    for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", module_path):
-            return value
-    return default
 
 
 def _config(ranks: dict[str, int], base: str) -> dict[str, Any]:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-import datetime
 import functools
 import json
+import threading
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from edgecompose.errors import BundleError, GenerationError
+from edgecompose.budget import Budget
+from edgecompose.errors import BundleError, EdgeComposeError, GenerationError
+from edgecompose.native import said
 
 if TYPE_CHECKING:  # a raw prompt is answered without it
     import jinja2
+
+    from edgecompose.sandbox import Sandbox
+
+#: Characters of a template at most; the longest of published models have 40 thousand.
+_LONGEST = 1 << 18
+#: Steps, bytes and characters of output that any template may take, and more of them for each message and for each
+#: character in messages. A template of a real model takes about 100 steps a message.
+_STEPS, _BYTES, _OUTPUT = (2_000_000, 2000, 1), (1 << 26, 1 << 15, 64), (1 << 20, 1 << 12, 8)
 
 
 class ChatTemplate:
@@ -19,11 +29,13 @@ class ChatTemplate:
 
     It sees `messages`, `add_generation_prompt`, and `tools` and `documents`, which are None. It may call
     `raise_exception` and `strftime_now` (local time), and use `{% break %}` and `{% continue %}`; `{% generation %}`
-    tags mark text and change none. It runs in a sandbox.
+    tags mark text and change none. It runs in a sandbox, and within limits of time, memory and output that are counted
+    in steps and bytes and grow with the messages.
     """
 
     def __init__(self, source: str) -> None:
         self._source = source
+        self._rendering = threading.Lock()  # one budget at a time
 
     def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
         """The conversation as text.
@@ -33,23 +45,40 @@ class ChatTemplate:
             add_generation_prompt: end where the assistant's answer begins.
 
         Raises:
-            GenerationError: the template refuses these messages, or fails on them; what it said is in the message.
+            GenerationError: the template refuses these messages, fails on them, or exceeds its limits; what it said is
+                in the message.
             BundleError: the template is not valid.
         """
-        template = self._template
-        try:
-            return template.render(
-                messages=[dict(message) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-            )
-        except Exception as error:  # a template is a program and may raise anything
-            raise GenerationError(f"the chat template refused the messages: {error}") from error
+        with self._rendering:
+            sandbox, template = self._compiled
+            sandbox.budget = _budget(messages)
+            try:
+                return template.render(
+                    messages=[dict(message) for message in messages],
+                    tools=None,
+                    documents=None,
+                    add_generation_prompt=add_generation_prompt,
+                )
+            except EdgeComposeError:
+                raise
+            except Exception as error:  # a template is a program and may raise anything
+                raise GenerationError(f"the chat template refused the messages: {said(error)}") from error
 
     @functools.cached_property
-    def _template(self) -> jinja2.Template:
-        return _compile(self._source)
+    def _compiled(self) -> tuple[Sandbox, jinja2.Template]:
+        from edgecompose.sandbox import Sandbox
+
+        if len(self._source) > _LONGEST:
+            raise BundleError(
+                f"the chat template of the bundle has {len(self._source):,} characters, expected at most {_LONGEST:,}; "
+                "export the base with another template"
+            )
+        sandbox = Sandbox()
+        sandbox.budget = _budget([])
+        try:
+            return sandbox, sandbox.template(self._source)
+        except Exception as error:  # jinja2 raises classes of all kinds, Python others on very deep ones
+            raise BundleError(f"the chat template of the bundle is not valid Jinja: {said(error)}") from error
 
 
 def self_contained(template: str, values: Mapping[str, str | Sequence[str]]) -> str:
@@ -67,40 +96,15 @@ def self_contained(template: str, values: Mapping[str, str | Sequence[str]]) -> 
     return f"{lines}\n{template}"
 
 
-def _compile(source: str) -> jinja2.Template:
-    import jinja2.ext
-    import jinja2.sandbox
+def _budget(messages: Sequence[Mapping[str, str]]) -> Budget:
+    """What a template may take for some messages."""
+    count, characters = len(messages), sum(len(value) for message in messages for value in message.values())
 
-    class Generation(jinja2.ext.Extension):
-        """Reads `{% generation %}` and leaves what is inside, in a scope of its own."""
+    def exceeded(what: str) -> GenerationError:
+        return GenerationError(
+            f"the chat template of the bundle exceeds its limit of {what} for {count} messages; use --raw to do "
+            "without it, or export the base with another template"
+        )
 
-        tags = {"generation"}
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body, lineno=line)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
-    )
-
-    def refuse(message: str) -> str:
-        raise jinja2.TemplateError(message)
-
-    def to_json(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | str | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    try:
-        return environment.from_string(source)
-    except (jinja2.TemplateError, RecursionError) as error:
-        raise BundleError(f"the chat template of the bundle is not valid Jinja: {error}") from error
+    steps, size, output = (base + each * count + more * characters for base, each, more in (_STEPS, _BYTES, _OUTPUT))
+    return Budget(steps=steps, size=size, output=output, exceeded=exceeded)

@@ -55,12 +55,31 @@ class ConversationEncoder:
             raise GenerationError(
                 "a conversation of several messages cannot be sent raw; leave --raw out, or send one prompt"
             )
+        if overflow == "truncate":
+            messages = self._shortened(messages)
         ids = whole = self._ids(messages)
         if overflow == "truncate" and len(ids) > most:
             ids = self._truncated(messages, ids, most)
         if not ids:
             raise GenerationError("the prompt is empty; give some text")
         return Encoded(ids, len(whole) - len(ids), "raw" if self.raw else "chat")
+
+    def _shortened(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """A conversation without what certainly exceeds the context, before any of it is tokenised."""
+        characters = sum(len(message.content) for message in messages)
+        most = self.tokenizer.most_characters if self.tokenizer.cannot_fit(characters) else None
+        if most is None:
+            return messages
+        begin = 0
+        for start in later_turns(messages):
+            if characters <= most:
+                break
+            characters -= sum(len(message.content) for message in messages[begin:start])
+            begin = start
+        if begin:
+            messages = without_turns_before(messages, begin)
+        last = messages[-1]
+        return (*messages[:-1], Message(last.role, last.content[-most:]))
 
     def _ids(self, messages: Sequence[Message]) -> list[int]:
         self.cancellation.check()

@@ -55,7 +55,8 @@ class LanguageModel(LazyParts):
     def tokenizer(self) -> Tokenizer:
         """The base's tokenizer and chat template."""
         template = None if self._spec.chat_template is None else self._bundle.text(self._spec.chat_template)
-        return Tokenizer(self._bundle.path(self._spec.tokenizer), chat_template=template)
+        spec, path = self._spec, self._bundle.path(self._spec.tokenizer)
+        return Tokenizer(path, chat_template=template, vocabulary=spec.vocabulary, context=spec.context)
 
     @Lazy
     def decoder(self) -> Decoder:

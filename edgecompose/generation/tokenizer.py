@@ -9,13 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgecompose.engine.memory import release_freed_memory
-from edgecompose.engine.tokenizer_file import open_tokenizer
-from edgecompose.errors import GenerationError
+from edgecompose.engine.tokenizer_file import encode_text, longest_token, open_tokenizer
+from edgecompose.errors import BundleError, GenerationError, PromptTooLong
 from edgecompose.generation.chat_template import ChatTemplate
+from edgecompose.native import native
 
 Message = dict[str, str]
 #: The private use area, whose characters no template changes, and how many of them make a mark that no text holds.
 _PRIVATE, _MARK_LENGTH = range(0xE000, 0xF900), 8
+#: Shorter texts are encoded without a look at how long tokens may be.
+_FEWEST_CHARACTERS = 1 << 16
 
 
 class Tokenizer:
@@ -26,8 +29,22 @@ class Tokenizer:
     false, special tokens that are written in a text are text: they are cut in two, and the parts encoded on their own.
     """
 
-    def __init__(self, path: Path, *, chat_template: str | None = None) -> None:
-        self._tokenizer = open_tokenizer(path)
+    def __init__(
+        self,
+        path: Path,
+        *,
+        chat_template: str | None = None,
+        vocabulary: int | None = None,
+        context: int | None = None,
+    ) -> None:
+        """Open a tokenizer.
+
+        Args:
+            chat_template: Jinja; None where the base has none.
+            vocabulary: number of tokens that the base has, beyond which an id is an error.
+            context: tokens that the base reads at most; a text that certainly has more is refused before it is encoded.
+        """
+        self._tokenizer, self._vocabulary, self._context = open_tokenizer(path), vocabulary, context
         release_freed_memory()  # reading 262,144 tokens leaves 190 MB that nothing uses
         self._template = None if chat_template is None else ChatTemplate(chat_template)
 
@@ -40,6 +57,18 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         """Whether `chat` can be called."""
         return self._template is not None
+
+    @functools.cached_property
+    def most_characters(self) -> int | None:
+        """Characters that the context of the base holds at most, None where that is not known."""
+        longest = None if self._context is None else longest_token(self._tokenizer)
+        return None if longest is None or self._context is None else self._context * longest
+
+    def cannot_fit(self, characters: int) -> bool:
+        """Whether a text of so many characters certainly exceeds the context of the base."""
+        if self._context is None or characters <= _FEWEST_CHARACTERS + 8 * self._context:
+            return False  # most texts, without a look at the vocabulary
+        return self.most_characters is not None and characters > 2 * self.most_characters  # the template adds some
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, none added.
@@ -97,8 +126,10 @@ class Tokenizer:
     @functools.cached_property
     def _added_tokens(self) -> tuple[list[int], list[int]]:
         """Ids that the tokenizer puts before and after a raw prompt."""
-        encoded = self._tokenizer.encode("a", add_special_tokens=True)
+        encoded = encode_text(self._tokenizer, "a", GenerationError)
         added = [bool(flag) for flag in encoded.special_tokens_mask]
+        if all(added):
+            raise BundleError("the tokenizer of the bundle has no token for the letter a; export the bundle again")
         first, last = added.index(False), len(added) - added[::-1].index(False)
         return list(encoded.ids[:first]), list(encoded.ids[last:])
 
@@ -131,18 +162,27 @@ class Tokenizer:
 
     @functools.cached_property
     def _prefixes_a_space(self) -> bool:
-        tokens = self._tokenizer.encode("a", add_special_tokens=False).tokens
+        tokens = encode_text(self._tokenizer, "a", GenerationError, add_special_tokens=False).tokens
         return bool(tokens) and str(tokens[0]).startswith("\u2581")
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        try:
-            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
-        except TypeError as error:  # a lone surrogate, which is how Python spells bytes that are not UTF-8
-            raise GenerationError(f"the text is not valid Unicode: {text!r:.80}; give UTF-8") from error
+        if self.cannot_fit(len(text)):
+            raise PromptTooLong(
+                f"the text has {len(text)} characters, the {self._context} tokens of the base's context have "
+                f"{self.most_characters} at most; shorten the prompt"
+            )
+        ids = list(encode_text(self._tokenizer, text, GenerationError, add_special_tokens=add_special_tokens).ids)
+        if self._vocabulary is not None and max(ids, default=0) >= self._vocabulary:
+            raise BundleError(
+                f"the tokenizer of the bundle gives the token id {max(ids)}, the base has {self._vocabulary} tokens; "
+                "export the bundle again"
+            )
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids` without special tokens."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+        with native(BundleError, "the tokenizer of the bundle cannot decode this answer"):
+            return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def token_id(self, token: str) -> int | None:
         """Id of one token by its exact spelling, None when there is no such token."""

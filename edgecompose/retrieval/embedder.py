@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from edgecompose.bundle.specs import EmbedderSpec
 from edgecompose.engine.device import Device, host, open_session
-from edgecompose.engine.tokenizer_file import open_tokenizer
+from edgecompose.engine.tokenizer_file import encode_ends, open_tokenizer
 from edgecompose.errors import BundleError, RetrievalError
 from edgecompose.native import native
 from edgecompose.retrieval.pooling import pool, pooling_of
@@ -68,13 +68,12 @@ class Embedder:
 
         Raises:
             RetrievalError: the text is empty, or no Unicode.
+            BundleError: the tokenizer is damaged.
         """
         if not text.strip():
             raise RetrievalError("an empty prompt cannot be embedded; give some text")
-        try:
-            return head_and_tail(self._tokenizer.encode(text).ids, self._spec.max_length)
-        except TypeError as error:  # a lone surrogate, as bytes that are not UTF-8 give on the command line
-            raise RetrievalError("the prompt is not valid Unicode; give UTF-8 text") from error
+        limit = self._spec.max_length
+        return head_and_tail(encode_ends(self._tokenizer, text, limit, RetrievalError), limit)
 
 
 def embedder_device(spec: EmbedderSpec, device: Device) -> Device:

@@ -15,6 +15,7 @@ from pathlib import Path
 from edgecompose.bundle.atomic import new_folder, replace_folder
 from edgecompose.bundle.files import Bundle, describe_file, write_manifest
 from edgecompose.bundle.manifest import MANIFEST_FILE, Defaults, Manifest
+from edgecompose.bundle.records import read_document
 from edgecompose.bundle.specs import AdapterSpec, BaseSpec, EmbedderSpec, IndexSpec, TaskSpec
 from edgecompose.errors import ExportError
 from edgecompose.retrieval.examples import read_examples
@@ -95,7 +96,7 @@ def _defaults(recipe: Recipe, path: Path, base: BaseSpec, advance: Advance) -> D
     """
     if base.chat_template is not None or recipe.defaults.prompt_form == "raw":
         return recipe.defaults
-    if "prompt_form" in tomllib.loads(path.read_text(encoding="utf-8-sig")).get("defaults", {}):
+    if "prompt_form" in tomllib.loads(read_document(path)).get("defaults", {}):
         raise ExportError(
             f"recipe '{path}' says prompt_form = \"chat\", but base '{base.source}' has no chat template; say "
             'prompt_form = "raw", or export the base with a chat template'

@@ -8,7 +8,7 @@ import logging
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,9 @@ from edgecompose_export.graphs.onnx_files import save_graph
 
 EmbedderPrecision = Literal["f32", "int8"]
 SPEC_FILE = "embedder.json"
+#: What configurations call the width where it is not `hidden_size`, by model type.
+_WIDTHS = {"distilbert": "dim"}
+_LARGEST = 1 << 20
 #: Tokens at each end of a prompt, where the question usually is.
 ENDS = 32
 
@@ -71,12 +74,12 @@ def export_embedder(
 
 def describe_encoder(source: Path, precision: EmbedderPrecision, ends: int = 0) -> EmbedderSpec:
     """The description of the sentence encoder in a folder."""
-    config = _read_json(source / "config.json")
+    config = _read_object(source / "config.json")
     weights = source / "model.safetensors"
     for file in (weights, source / "tokenizer.json"):
         if not file.is_file():
             raise ExportError(f"embedder '{source}' has no {file.name}; give a sentence-transformers folder")
-    modules = _read_json(source / "modules.json", optional=True) or []
+    modules = _read_modules(source)
     types = [str(m.get("type", "")).rsplit(".", 1)[-1] for m in modules]
     unknown = sorted(set(types) - {"Transformer", "Pooling", "Normalize"})
     if unknown:
@@ -84,20 +87,18 @@ def describe_encoder(source: Path, precision: EmbedderPrecision, ends: int = 0) 
             f"embedder '{source}' has modules {', '.join(unknown)}, expected Transformer, Pooling and Normalize"
         )
     pooling = _pooling(source, modules)
-    sizes = {key: config.get(key) for key in ("hidden_size", "max_position_embeddings")}
-    wrong = sorted(key for key, value in sizes.items() if not isinstance(value, int) or value < 1)
-    if wrong:
-        raise ExportError(f"embedder '{source}': config.json has no usable {', '.join(wrong)}")
-    positions = int(sizes["max_position_embeddings"] or 0)
-    bert = _read_json(source / "sentence_bert_config.json", optional=True) or {}
+    width = _size(source, config, _WIDTHS.get(str(config.get("model_type")), "hidden_size"))
+    positions = _size(source, config, "max_position_embeddings")
+    bert = _read_object(source / "sentence_bert_config.json", optional=True)
+    longest = _size(source, bert, "max_seq_length") if bert.get("max_seq_length") is not None else positions
     return EmbedderSpec(
         graph="encoder.onnx",
         tokenizer="tokenizer.json",
         identity=sha256_of(weights),
         precision=precision,
-        dimension=int(sizes["hidden_size"] or 0) * (3 if ends else 1),
+        dimension=width * (3 if ends else 1),
         ends=ends,
-        max_length=min(int(bert.get("max_seq_length") or positions), positions),
+        max_length=min(longest, positions),
         pooling=pooling,
         normalize="Normalize" in types or not modules,
         source=source.name,
@@ -120,17 +121,52 @@ def open_embedder(folder: Path) -> tuple[Embedder, EmbedderSpec]:
 
 
 def _pooling(source: Path, modules: list[dict[str, Any]]) -> str:
+    """The pooling, by flags or, since sentence-transformers 5.4, by name."""
     folder = next((m.get("path", "") for m in modules if str(m.get("type", "")).endswith("Pooling")), None)
     if folder is None:
         return "mean"
-    config = _read_json(source / folder / "config.json")
-    flags = sorted(k for k, v in config.items() if k.startswith("pooling_mode_") and v is True)
-    name = next((row.name for row in POOLINGS.values() if flags == [row.flag]), None)
-    if name is None:
+    if not isinstance(folder, str) or Path(folder).is_absolute() or ".." in Path(folder).parts:
         raise ExportError(
-            f"embedder '{source}' pools by {', '.join(flags) or 'nothing'}, expected {' or '.join(POOLINGS)}"
+            f"embedder '{source}': modules.json has the path {folder!r:.60}, expected one inside the folder"
         )
+    config = _read_object(source / folder / "config.json")
+    modes = config.get("pooling_mode", [])
+    names = sorted(str(mode) for mode in (modes if isinstance(modes, list) else [modes]))
+    flags = sorted(k for k, v in config.items() if k.startswith("pooling_mode_") and v is True)
+    name = next(
+        (row.name for row in POOLINGS.values() if names == [row.name] or (not names and flags == [row.flag])), None
+    )
+    if name is None:
+        shown = ", ".join(names or flags)
+        raise ExportError(f"embedder '{source}' pools by {shown or 'nothing':.200}, expected {' or '.join(POOLINGS)}")
     return name
+
+
+def _size(source: Path, config: Mapping[str, Any], name: str) -> int:
+    value = config.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST:
+        raise ExportError(
+            f"embedder '{source}': its configuration has no usable {name} ({value!r:.40}), expected a whole number"
+        )
+    return value
+
+
+def _read_modules(source: Path) -> list[dict[str, Any]]:
+    modules = _read_json(source / "modules.json", optional=True) or []
+    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
+        raise ExportError(
+            f"embedder '{source}': modules.json is no list of objects; give a sentence-transformers folder"
+        )
+    return modules
+
+
+def _read_object(path: Path, *, optional: bool = False) -> dict[str, Any]:
+    fields = _read_json(path, optional=optional)
+    if fields is None and optional:
+        return {}
+    if not isinstance(fields, dict):
+        raise ExportError(f"'{path}' holds no object; give a sentence-transformers folder")
+    return fields
 
 
 def _read_json(path: Path, *, optional: bool = False) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from edgecompose.bundle.manifest import Defaults, check_name
 from edgecompose.bundle.quantization import Bits
-from edgecompose.bundle.records import value_from_json
+from edgecompose.bundle.records import read_document, value_from_json
 from edgecompose.errors import ExportError, ManifestInvalid, MergeError
 from edgecompose.merging.methods import method_of
 from edgecompose.settings import MergeSettings, names_of
@@ -68,9 +68,15 @@ def read_recipe(path: Path) -> Recipe:
         ExportError: unreadable, not TOML, or a field missing, unknown or wrong.
     """
     try:
-        fields = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ExportError(f"recipe '{path}' cannot be read: {error}") from error
+        fields = tomllib.loads(read_document(path))
+    except RecursionError as error:
+        raise ExportError(f"recipe '{path}' cannot be read: it is nested too deep; give a flat recipe") from error
+    except (OSError, ValueError) as error:  # no TOML, no UTF-8, or an integer of thousands of digits
+        raise ExportError(f"recipe '{path}' cannot be read: {error!s:.300}; give a TOML file in UTF-8") from error
+    if _has_huge(fields):
+        raise ExportError(
+            f"recipe '{path}' holds a number of more than 64 bits, which TOML has not; give a smaller one"
+        )
     _refuse_renamed(fields, path)
     try:
         recipe = value_from_json(Recipe, fields, f"recipe '{path}'", ExportError)
@@ -86,6 +92,13 @@ def read_recipe(path: Path) -> Recipe:
         if unknown:
             raise ExportError(f"task '{name}' of '{path.name}' is mapped to unknown tasks: {', '.join(unknown)}")
     return recipe
+
+
+def _has_huge(value: Any) -> bool:
+    """Whether an integer is too large for TOML; Python reads it all the same, and cannot write it down."""
+    if isinstance(value, (dict, list)):
+        return any(map(_has_huge, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, int) and value.bit_length() > 63
 
 
 def _refuse_renamed(fields: Mapping[str, Any], path: Path) -> None:

@@ -23,7 +23,7 @@ from tests.attack.runner import FINDING_FILE, KINDS, Runner, Summary, scratch
 from tests.attack.target import Target
 
 #: Modules with `TARGETS`; one that is missing is an error.
-_MODULES = ("tests.attack.bundle_targets", "tests.attack.full_targets")
+_MODULES = tuple(f"tests.attack.{name}_targets" for name in ("bundle", "full", "formats", "texts", "requests"))
 _FINDINGS = Path("build/findings")
 
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgecompose.bundle import jsonl
 from edgecompose.bundle.jsonl import open_resumable, read_lines
 from edgecompose.errors import ApiError
 
@@ -43,6 +44,40 @@ def test_a_line_that_is_not_json_is_named(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"id": 1}\n' + line)
     with pytest.raises(ApiError, match=r"rows\.jsonl:2 is not JSON in UTF-8"):
+        list(read_lines(path, ApiError))
+
+
+@pytest.mark.parametrize("text", ['{"id": "\\ud83d"}', '{"\\udc00": 1}', '["x", {"a": ["\\ud83d\\u0020"]}]'])
+def test_half_a_surrogate_pair_names_its_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"id": "\\ud83d\\ude00"}}\n{{"id": "\\\\ud83d"}}\n{text}\n', encoding="utf-8")
+    with pytest.raises(ApiError, match=r"rows\.jsonl:3 holds half a surrogate pair"):
+        list(read_lines(path, ApiError))
+
+
+@pytest.mark.parametrize("content", ['[{"id": 1}, {"id": 2}]', '\ufeff[\n  {"id": 1}\n]\n', "[\n"])
+def test_a_json_array_is_explained(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ApiError, match=r"rows\.jsonl:1 begins a JSON array, expected one object a line"):
+        list(read_lines(path, ApiError))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32"])
+def test_other_encodings_are_named(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(f"\ufeff{json.dumps({'id': 1})}\n".encode(encoding))
+    with pytest.raises(
+        ApiError, match=r"rows\.jsonl:1 is not JSON in UTF-8 \(it is UTF-16 or UTF-32; save it as UTF-8"
+    ):
+        list(read_lines(path, ApiError))
+
+
+def test_a_line_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jsonl, "_LONGEST", 1 << 20)
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"id": 1}\n' + b'"' + b"x" * (1 << 20) + b'"\n')
+    with pytest.raises(ApiError, match=r"rows\.jsonl:2 is longer than 1 MiB"):
         list(read_lines(path, ApiError))
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
+from edgecompose.bundle import records
 from edgecompose.bundle.records import read_json, replace_from_json, shown, value_from_json
 from edgecompose.errors import ApiError, ExportError, ManifestInvalid
 
@@ -93,3 +95,34 @@ def test_a_file_that_is_no_json_is_named(tmp_path: Path, content: bytes | None, 
         read_json(path, ExportError, "make it")
     with pytest.raises(ExportError, match=f"the list {message}"):
         read_json(path, ExportError, "make it", place="the list")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_document(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_bytes(b'\xef\xbb\xbf{"a": "\xc3\xa9"}')
+    assert read_json(path, ManifestInvalid, "copy it") == {"a": "é"}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-16-be"])
+def test_other_encodings_say_what_to_do(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_bytes("\ufeff{}".encode(encoding))
+    with pytest.raises(
+        ManifestInvalid, match=r"x\.json' cannot be read as JSON: it is UTF-16 or UTF-32; save it as UTF-8"
+    ):
+        read_json(path, ManifestInvalid, "copy it")
+
+
+def test_what_is_no_plain_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    for name in ("pipe", "zeros"):
+        with pytest.raises(ManifestInvalid, match="cannot be read as JSON: it is no plain file; copy it"):
+            read_json(tmp_path / name, ManifestInvalid, "copy it")
+
+
+def test_a_document_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "_LARGEST", 1 << 20)
+    (tmp_path / "x.json").write_bytes(b" " * (1 << 20) + b"1")
+    with pytest.raises(ManifestInvalid, match="it is larger than 1 MiB"):
+        read_json(tmp_path / "x.json", ManifestInvalid, "copy it")

@@ -127,6 +127,29 @@ def test_a_recipe_that_is_not_there_is_refused(tmp_path: Path) -> None:
         read_recipe(tmp_path / "latin.toml")
 
 
+@pytest.mark.parametrize(
+    "value",
+    ["9" * 5000, "0x" + "f" * 5000, "[" * 2000 + "]" * 2000, "18446744073709551616", '"\\u0000"', "nan", "1979-05-27"],
+    ids=lambda value: value[:12],
+)
+def test_values_beyond_reason_in_a_recipe_end_in_one_line(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(f'name = "a"\nbase = "b"\nembedder = "c"\nbits = {value}\n[tasks.x]\nadapter = "a"\n', "utf-8")
+    with pytest.raises(ExportError, match=r"recipe\.toml") as raised:
+        read_recipe(path)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 500
+
+
+def test_a_recipe_may_have_a_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    text = 'name = "a"\r\nbase = "b"\r\nembedder = "c"\r\n[tasks.x]\r\nadapter = "a"\r\n'
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert list(read_recipe(path).tasks) == ["x"]
+    path.write_bytes(text.encode("utf-16"))
+    with pytest.raises(ExportError, match="it is UTF-16 or UTF-32; save it as UTF-8"):
+        read_recipe(path)
+
+
 def test_an_index_of_another_embedder_is_refused(zoo: TinyZoo, tmp_path: Path) -> None:
     folder, _ = zoo.embedder("f32", pooling="cls")
     embedder, spec = open_embedder(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -125,6 +126,43 @@ def test_an_unknown_pooling_is_refused(zoo: TinyZoo, tmp_path: Path, pooling: st
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("mode", ["mean", ["mean"], "cls", "max"])
+def test_a_pooling_may_have_a_name_instead_of_flags(zoo: TinyZoo, tmp_path: Path, mode: Any) -> None:
+    """As sentence-transformers writes it since version 5.4."""
+    folder = shutil.copytree(zoo.encoder(pooling="mean"), tmp_path / "encoder")
+    fields = {"embedding_dimension": 32, "pooling_mode": mode, "include_prompt": True}
+    tiny.write_json(folder / "1_Pooling/config.json", fields)
+    assert describe_encoder(folder, "f32").pooling == (mode if isinstance(mode, str) else mode[0])
+
+
+def test_a_byte_order_mark_in_a_folder_is_skipped(zoo: TinyZoo, tmp_path: Path) -> None:
+    folder = shutil.copytree(zoo.encoder(pooling="mean"), tmp_path / "encoder")
+    for name in ("config.json", "modules.json", "1_Pooling/config.json", "sentence_bert_config.json"):
+        (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
+    plain = describe_encoder(zoo.encoder(pooling="mean"), "f32")
+    assert describe_encoder(folder, "f32") == dataclasses.replace(plain, source="encoder")
+
+
+def test_the_width_of_a_distilbert_is_its_dim(tmp_path: Path) -> None:
+    """transformers calls it so in the configurations of this model alone."""
+    folder = tiny.write_encoder(tmp_path / "distil", pooling="mean")
+    tokens = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    config = transformers.DistilBertConfig(
+        vocab_size=tokens, dim=32, n_heads=2, n_layers=1, hidden_dim=48, max_position_embeddings=64
+    )
+    torch.manual_seed(0)
+    model = transformers.DistilBertModel(config).eval()
+    model.save_pretrained(folder)
+    assert describe_encoder(folder, "f32", 4).dimension == 96
+    export_embedder(folder, tmp_path / "out", "f32", ends=0)
+    embedder, _ = open_embedder(tmp_path / "out")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    with torch.no_grad():
+        hidden = model(torch.tensor([tokenizer("the cat sat")["input_ids"]])).last_hidden_state[0]
+    expected = torch.nn.functional.normalize(hidden.mean(0), dim=0).numpy()
+    assert np.abs(embedder.embed("the cat sat") - expected).max() <= 1e-4
+
+
 def _delete(name: str) -> Callable[[Path], object]:
     return lambda folder: (folder / name).unlink()
 
@@ -153,6 +191,15 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "dense layer": (_write("modules.json", _DENSE), "has modules Dense, expected Transformer, Pooling and Normalize"),
     "cut weights": (_cut_weights, "cannot be exported by optimum"),
     "no width": (_forget_width, "hidden_size"),
+    "modules that are none": (_write("modules.json", "[1]"), "no list of objects"),
+    "a config that is none": (_write("config.json", "[]"), "holds no object"),
+    "a window that is none": (_write("sentence_bert_config.json", '{"max_seq_length": "x"}'), "max_seq_length"),
+    "another folder": (
+        _write("modules.json", '[{"type": "x.Pooling", "path": "../1_Pooling"}]'),
+        "the path '../1_Pooling', expected one inside",
+    ),
+    "two poolings": (_write("1_Pooling/config.json", '{"pooling_mode": ["cls", "mean"]}'), "pools by cls, mean"),
+    "a pooling without a name": (_write("1_Pooling/config.json", '{"pooling_mode": 5}'), "pools by 5, expected mean"),
 }
 
 

@@ -139,8 +139,8 @@ GGUF_REFUSED: dict[str, tuple[dict[str, Any], Callable[[Tensors], None], type[Ed
     "aLoRA": ({"adapter.alora.invocation_tokens": [1, 2]}, as_it_is, UnsupportedAdapter, r"aLoRA \(adapter\.al"),
     "other architecture": ({"general.architecture": "qwen2"}, as_it_is, SlotMismatch, "qwen2, this base is llama"),
     "strange architecture": ({"general.architecture": "rwkv7"}, as_it_is, UnsupportedAdapter, "'rwkv7'; llama, qwen2"),
-    "NaN alpha": ({"adapter.lora.alpha": float("nan")}, as_it_is, AdapterError, "alpha is nan"),
-    "text alpha": ({"adapter.lora.alpha": "8"}, as_it_is, AdapterError, "alpha is '8'"),
+    "NaN alpha": ({"adapter.lora.alpha": float("nan")}, as_it_is, AdapterError, "nan is no usable adapter.lora.alpha"),
+    "text alpha": ({"adapter.lora.alpha": "8"}, as_it_is, AdapterError, "'8' is no usable adapter.lora.alpha"),
     "embedding": (
         {},
         with_tensor("token_embd.weight.lora_a", np.ones((4, 4), np.float32)),

@@ -62,6 +62,19 @@ def test_a_bad_line_is_named(path: Path, line: str, message: str) -> None:
         read_examples(path)
 
 
+def test_a_byte_order_mark_is_skipped(path: Path) -> None:
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD.encode())
+    assert read_examples(path) == [Example("2 + 2?", "4")]
+
+
+@pytest.mark.parametrize("field", ["prompt", "answer"])
+def test_half_a_surrogate_pair_names_its_line_before_any_work(path: Path, field: str) -> None:
+    bad = json.dumps({"prompt": "a", "answer": "b", field: "cut \ud83d"})
+    path.write_text("\n".join([GOOD, GOOD, bad, GOOD, GOOD]), encoding="utf-8")
+    with pytest.raises(ExportError, match=r"task\.jsonl:3 holds half a surrogate pair"):
+        read_examples(path)
+
+
 @pytest.mark.parametrize("content", [b"", b"\n \n", b"\xff\xfe"])
 def test_a_file_without_examples_is_refused(path: Path, content: bytes) -> None:
     path.write_bytes(content)

@@ -16,6 +16,7 @@ from typing import Any
 import tokenizers
 
 from edgecompose.errors import ExportError
+from edgecompose.native import native
 from edgecompose_export.tokenizer.base_tokenizer import BaseTokenizer, assemble_tokenizer, default_template, id_of
 from edgecompose_export.tokenizer.post_processor import State, template_processing
 
@@ -81,6 +82,9 @@ _BY_MODEL = {
     "qwen3": "Qwen2",
     "qwen3_moe": "Qwen2",
 }
+
+#: Ids without a token that a vocabulary may have beside as many as it has tokens.
+_MOST_HOLES = 1 << 16
 
 
 def tokenizer_of_folder(folder: Path) -> BaseTokenizer:
@@ -157,6 +161,14 @@ def _special_tokens(folder: Path, settings: Mapping[str, Any], kind: _Class) -> 
 
 def _load(folder: Path, state: State) -> Any:
     """Load the tokenizer, so that the export refuses a damaged file."""
+    rows = state.get("added_tokens")
+    added = [row.get("id") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    ids = [*state["model"]["vocab"].values(), *added]
+    largest = max((number for number in ids if isinstance(number, int)), default=0)
+    if largest > 2 * len(ids) + _MOST_HOLES:  # the library lists all ids between, in memory and on standard error
+        raise ExportError(
+            f"'{folder / 'tokenizer.json'}' has {len(ids)} tokens, one with the id {largest!s:.40}; copy it again"
+        )
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(state))
     except (KeyboardInterrupt, SystemExit):
@@ -179,13 +191,15 @@ def _with_added(
         state = state | {"pre_tokenizer": pre | {"add_prefix_space": prefix}}
     if not rows:
         return state
-    for row in rows:
-        content, single, left, right, normalized, is_special = _flags(row)
-        token = tokenizers.AddedToken(
-            content, single_word=single, lstrip=left, rstrip=right, normalized=normalized, special=is_special
-        )
-        loaded.add_tokens([token])
-    whole: State = json.loads(loaded.to_str())
+    with native(ExportError, f"the added tokens of '{folder}' cannot be used", "copy the tokenizer's files again"):
+        for row in rows:
+            content, single, left, right, normalized, is_special = _flags(row)
+            token = tokenizers.AddedToken(
+                content, single_word=single, lstrip=left, rstrip=right, normalized=normalized, special=is_special
+            )
+            loaded.add_tokens([token])
+        text = loaded.to_str()
+    whole: State = json.loads(text)
     return whole
 
 
