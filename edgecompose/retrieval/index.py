@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from bisect import bisect_right
 from collections.abc import Collection, Mapping
@@ -40,7 +41,8 @@ class ExampleIndex:
     """The examples of a bundle. Safe between threads.
 
     Args:
-        path: the index file, whose hash the caller has checked (USearch crashes on a damaged one).
+        source: the index file, which is mapped, or its bytes; the caller has checked the hash (USearch crashes on a
+            damaged one).
         whitening: from the embedder's vectors to those of the index; None where they are the same.
 
     Raises:
@@ -48,7 +50,7 @@ class ExampleIndex:
     """
 
     def __init__(
-        self, path: Path, spec: IndexSpec, tasks: Mapping[str, TaskSpec], whitening: Whitening | None = None
+        self, source: Path | bytes, spec: IndexSpec, tasks: Mapping[str, TaskSpec], whitening: Whitening | None = None
     ) -> None:
         self._tasks = dict(tasks)
         self._whitening = whitening
@@ -56,7 +58,8 @@ class ExampleIndex:
         spans = sorted((task.first_key, name) for name, task in tasks.items() if task.examples)
         self._starts = [start for start, _ in spans]
         self._names = [name for _, name in spans]
-        self._index = open_index(path, spec)
+        self._source = source  # USearch does not keep bytes alive
+        self._index = open_index(source, spec)
         self._lock = threading.Lock()  # USearch gives every search of one thread the same scratch memory
 
     def __len__(self) -> int:
@@ -125,10 +128,11 @@ def new_index(dimension: int, dtype: str, *, vectors: int = 0, editable: bool = 
     )
 
 
-def open_index(path: Path, spec: IndexSpec, *, editable: bool = False) -> Index:
+def open_index(source: Path | bytes, spec: IndexSpec, *, editable: bool = False) -> Index:
     """Open an index and compare it with its description (USearch itself accepts any mismatch).
 
     Args:
+        source: the file, or its bytes, which must live as long as the index.
         editable: read it into memory, for vectors to be added and fetched by key. Otherwise the file is mapped, read
             as a search walks it, and only searched: finding vectors by key needs a table of all keys.
 
@@ -137,27 +141,41 @@ def open_index(path: Path, spec: IndexSpec, *, editable: bool = False) -> Index:
     """
     from usearch.index import Index, MetricKind, ScalarKind
 
+    place, data = (source.name, str(source)) if isinstance(source, Path) else (spec.file, source)
     scalars = {"f16": ScalarKind.F16, "f32": ScalarKind.F32}
     try:
-        described = Index.metadata(str(path)) or {}
+        described = Index.metadata(data) or {}
     except (RuntimeError, ValueError, OSError) as error:
-        raise RetrievalError(f"index '{path.name}' cannot be read: {error}; export the bundle again") from error
+        raise RetrievalError(f"index '{place}' cannot be read: {error}; export the bundle again") from error
     index = new_index(spec.dimension, spec.dtype, vectors=spec.vectors, editable=editable)
     try:
         if described:
-            (index.load if editable else index.view)(str(path))
+            (index.load if editable else index.view)(data)
     except (RuntimeError, ValueError, OSError) as error:
-        raise RetrievalError(f"index '{path.name}' cannot be loaded: {error}; export the bundle again") from error
+        raise RetrievalError(f"index '{place}' cannot be loaded: {error}; export the bundle again") from error
     kinds = (described.get("kind_metric"), described.get("kind_scalar"))
     if described and kinds != (MetricKind.Cos, scalars[spec.dtype]):
         raise RetrievalError(
-            f"index '{path.name}' is of {kinds[0]} and {kinds[1]}, expected cosine in {spec.dtype}; "
-            "export the bundle again"
+            f"index '{place}' is of {kinds[0]} and {kinds[1]}, expected cosine in {spec.dtype}; export the bundle again"
         )
     stored = int(described.get("dimensions", spec.dimension)) if described else -1
     if stored != spec.dimension or len(index) != spec.vectors:
         raise RetrievalError(
-            f"index '{path.name}' holds {len(index)} vectors of {stored} dimensions, "
+            f"index '{place}' holds {len(index)} vectors of {stored} dimensions, "
             f"expected {spec.vectors} of {spec.dimension}; export the bundle again"
         )
     return index
+
+
+def save_index(index: Index, path: Path) -> None:
+    """Write an index to a file.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk.
+    """
+    try:
+        index.save(str(path))
+    except RuntimeError as error:
+        raise OSError(errno.ENOSPC, f"cannot be written ({error})", str(path)) from error
+    if path.stat().st_size < index.serialized_length:  # USearch does not look whether its last bytes were written
+        raise OSError(errno.ENOSPC, "cannot be written as a whole", str(path))

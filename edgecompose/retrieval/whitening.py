@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from edgecompose.errors import RetrievalError
 
@@ -83,7 +83,7 @@ def fit_whitening(vectors: Float, tasks: Sequence[int], *, shrinkage: float, dim
 
 def save_whitening(path: Path, whitening: Whitening) -> None:
     """Write a whitening as safetensors."""
-    save_file({"mean": whitening.mean, "matrix": np.ascontiguousarray(whitening.matrix)}, path)
+    path.write_bytes(save({"mean": whitening.mean, "matrix": np.ascontiguousarray(whitening.matrix)}))
 
 
 def load_whitening(path: Path, rows: int, columns: int) -> Whitening:
