@@ -19,7 +19,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import safetensors
-from safetensors.numpy import save
+from safetensors.numpy import load, save
 
 from edgecompose.bundle.quantization import BITS, Bits, QuantizedFactor, block_for
 from edgecompose.bundle.specs import SlotGroup
@@ -119,10 +119,18 @@ def load_adapter(path: Path, name: str, groups: Iterable[SlotGroup], base: str) 
         SlotMismatch: made for another base; lists every module that does not fit.
     """
     try:
-        with safetensors.safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, TypeError, AttributeError, safetensors.SafetensorError) as error:  # types that numpy lacks
+        content = path.read_bytes()
+    except OSError as error:
+        raise AdapterError(f"adapter '{name}' cannot be read: {error}; export it again") from error
+    return parse_adapter(content, name, groups, base)
+
+
+def parse_adapter(content: bytes, name: str, groups: Iterable[SlotGroup], base: str) -> Adapter:
+    """The adapter in the bytes of a file; arguments and errors are those of `load_adapter`."""
+    try:
+        tensors = load(content)
+        metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {}
+    except (ValueError, TypeError, AttributeError, KeyError, safetensors.SafetensorError) as error:
         raise AdapterError(f"adapter '{name}' cannot be read: {error}; export it again") from error
     if metadata.get("format") != FORMAT or metadata.get("bits") not in [str(b) for b in BITS]:
         raise AdapterError(
@@ -136,7 +144,7 @@ def load_adapter(path: Path, name: str, groups: Iterable[SlotGroup], base: str) 
         raise AdapterError(f"adapter '{name}' holds {', '.join(stray) or 'no module'}; export it again")
     modules = {module: _module(name, module, tensors, bits) for module in names}
     _check_fit(name, modules, {g.name: g for g in groups}, metadata.get("base", ""), base)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256(content).hexdigest()
     return Adapter(name, modules, bits, metadata.get("base", ""), digest)
 
 

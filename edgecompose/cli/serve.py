@@ -73,7 +73,7 @@ def serve(bundle: Path, device: str, stdio: bool, **options: Any) -> None:
     edgecompose serve models/demo
     edgecompose serve models/demo --stdio
     """
-    with open_composer(bundle, device) as composer:
+    with open_composer(bundle, device, in_memory=True) as composer:
         if stdio:
             composer.warm_up()
             StdioServer(composer, sys.stdin.buffer, _write_line, max_tokens=options["max_tokens"]).serve()

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from edgecompose.bundle.adapter import Adapter, load_adapter
+from edgecompose.bundle.adapter import Adapter, parse_adapter
 from edgecompose.bundle.files import Bundle
 from edgecompose.caching import Lazy, LazyParts, LruCache
 from edgecompose.engine.device import Device
@@ -53,8 +53,8 @@ class Blends(LazyParts):
         with self._loading:
             if name not in self._adapters:
                 base = self._bundle.manifest.base
-                path = self._bundle.adapter_file(name)
-                self._adapters[name] = load_adapter(path, name, base.slots, base.identity)
+                content = self._bundle.adapter_content(name)
+                self._adapters[name] = parse_adapter(content, name, base.slots, base.identity)
             return self._adapters[name]
 
     def blend(
