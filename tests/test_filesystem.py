@@ -42,9 +42,7 @@ def test_what_cannot_be_flushed_is_left(tmp_path: Path, monkeypatch: pytest.Monk
             sync(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("code", "says"), [(errno.ENOSPC, "No space left on device: '/a/b'"), (errno.EIO, "x")]
-)
+@pytest.mark.parametrize(("code", "says"), [(errno.ENOSPC, "No space left on device: '/a/b'"), (errno.EIO, "x")])
 def test_the_error_of_a_full_disk_names_what_was_written(code: int, says: str) -> None:
     with pytest.raises(OSError, match=says) as raised, naming(Path("/a/b")):
         raise OSError(code, "x")

@@ -79,11 +79,9 @@ class Bundle:
             raise FileDamaged(
                 f"bundle '{self.root}': file '{relative}' cannot be read: {error}; copy or export the bundle again"
             ) from error
-        if len(content) != entry.bytes or hashlib.sha256(content).hexdigest() != entry.sha256:
-            raise FileDamaged(
-                f"bundle '{self.root}': file '{relative}' is not the one that the manifest names; "
-                "copy or export the bundle again"
-            )
+        problem = _content_problem(relative, len(content), hashlib.sha256(content).hexdigest(), entry)
+        if problem is not None:
+            raise FileDamaged(f"bundle '{self.root}': {problem}; copy or export the bundle again")
         return content
 
     def graph_data(self, graph: str) -> dict[str, bytes]:
@@ -191,7 +189,12 @@ def file_problem(
     problem = _size_problem(root, relative, entry)
     if problem is not None:
         return problem
-    digest = sha256_of(root / relative, advance=advance)
+    return _content_problem(relative, entry.bytes, sha256_of(root / relative, advance=advance), entry)
+
+
+def _content_problem(relative: str, size: int, digest: str, entry: FileEntry) -> str | None:
+    if size != entry.bytes:
+        return f"file '{relative}' has {size} bytes, the manifest says {entry.bytes}"
     if digest != entry.sha256:
         return f"file '{relative}' has sha256 {digest[:12]}…, the manifest says {entry.sha256[:12]}…"
     return None

@@ -48,7 +48,7 @@ def test_an_adapter_is_read_as_it_was_when_the_bundle_was_opened(root: Path, cha
 def test_a_file_that_was_written_over_is_refused(root: Path, content: bytes) -> None:
     bundle = Bundle(root)
     (root / NAME).write_bytes(content)
-    with pytest.raises(FileDamaged, match=rf"'{NAME}' is not the one that the manifest names"):
+    with pytest.raises(FileDamaged, match=rf"'{NAME}' has (sha256 .*|\d+ bytes), the manifest says"):
         bundle.adapter_content("two")
     assert bundle.adapter_content("one") == (root / "adapters/one.safetensors").read_bytes()
 
@@ -59,6 +59,7 @@ def descriptors() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="seen on Linux")
 def test_descriptors_are_closed_with_the_bundle(root: Path) -> None:
+    gc.collect()
     before = descriptors()
     bundles = [Bundle(root) for _ in range(5)]
     assert descriptors() == before + 10

@@ -18,6 +18,7 @@ from tests.factories import write_bundle
 def as_version_4(fields: dict[str, Any]) -> dict[str, Any]:
     """A manifest as edgecompose wrote it before: settings in one row, and other words."""
     retrieval, merge = fields["defaults"].pop("retrieval"), fields["defaults"].pop("merge")
+    del retrieval["min_resemblance"]  # of which version 4 had none
     fields["defaults"] |= {
         **retrieval,
         **merge,
