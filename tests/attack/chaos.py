@@ -243,7 +243,7 @@ def main(
         summaries = []
         for summary in wreak(chosen, folder.resolve(), seed=seed, cases=cases, kills=kills, seconds=seconds):
             summaries.append(summary)
-            click.echo(f"{summary.writer}: {sum(summary.ends.values())} cases", err=True)
+            click.echo(f"{summary.writer}: {sum(summary.ends.values())} cases, {len(summary.faults)} faults", err=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     click.echo(json.dumps([one.as_json() for one in summaries]) if as_json else table(summaries))
