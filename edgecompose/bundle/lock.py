@@ -10,7 +10,6 @@ import errno
 import hashlib
 import json
 import os
-import socket
 import stat
 import sys
 import time
@@ -159,6 +158,8 @@ def _describe(descriptor: int) -> None:
     """Write who has the lock, where the file is empty or a lock of ours; a full disk is no reason to stop."""
     if os.fstat(descriptor).st_size and _holder(descriptor) is None:
         return
+    import socket  # only writers need it
+
     now = time.strftime("%Y-%m-%d %H:%M:%S")
     content = json.dumps(asdict(Holder(os.getpid(), socket.gethostname(), _command(), now))).encode()
     with suppress(OSError):
