@@ -19,7 +19,7 @@ from tests.fixtures_tiny import TinyZoo
 
 ROOT = Path(__file__).parents[2]
 #: One writer of each kind, and those whose libraries say nothing of a full disk; five cases each, one of each mode.
-SHORT = ("bundle --force", "add-task", "remove-task", "adapter", "examples into folder", "compose gguf", "batch")
+SHORT = ("bundle --force", "add-task", "examples into folder", "compose gguf", "batch")
 
 
 def careless(root: Path, parts: Path) -> None:
