@@ -56,6 +56,11 @@ bundle-fp32: $(FLOAT_BUNDLE) ## The same with a float32 base, 600 MB, which test
 real-models: $(INSTALLED) ## Fetch the larger base that some tests and benchmarks use (491 MB).
 	@$(BIN)/edgecompose-export fetch qwen2.5-coder-0.5b-instruct -o $(MODELS)
 
+chaos: $(INSTALLED) ## End every writer at random moments, fill its disk, and look at what is left (KILLS=1000 SEED=0).
+	$(BIN)/python -m tests.attack.chaos --kills $(or $(KILLS),1000) --seed $(or $(SEED),0)
+
+.PHONY: chaos
+
 bench: $(BUNDLE) ## Measure speed on this machine.
 	$(BIN)/python benchmarks/speed.py models/demo
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgecompose.bundle.adapter import AdapterModule, adapter_to_bytes
+from edgecompose.bundle.atomic import new_file
 from edgecompose.bundle.quantization import Bits, quantize, relative_error
 from edgecompose.bundle.records import read_json
 from edgecompose.bundle.specs import AdapterSpec, BaseSpec, SlotGroup
@@ -43,9 +44,19 @@ def convert_adapter(path: Path, base: BaseSpec, output: Path, bits: Bits = 4) ->
         SlotMismatch: made for another base; lists every slot that does not fit.
         AdapterError: unreadable, incomplete, or with values that are not finite.
         ExportError: `output` exists.
+        InUse: another process is writing it.
+        OSError: it cannot be written.
     """
-    if output.exists():
-        raise ExportError(f"'{output}' exists; remove it or give another file")
+    with new_file(output) as work:
+        if output.exists():
+            raise ExportError(f"'{output}' exists; remove it or give another file")
+        content, converted = _convert(path, base, bits)
+        work.write_bytes(content)
+    return replace(converted, spec=replace(converted.spec, file=output.name))
+
+
+def _convert(path: Path, base: BaseSpec, bits: Bits) -> tuple[bytes, ConvertedAdapter]:
+    """The quantised file of an adapter, and what it is."""
     source, groups = read_adapter(path, base), {group.name: group for group in base.slots}
     pairs = split_packed(source.pairs, groups)
     _check_slots(source.name, pairs, groups)
@@ -56,17 +67,16 @@ def convert_adapter(path: Path, base: BaseSpec, output: Path, bits: Bits = 4) ->
             modules[group.name], errors[group.name] = _quantize_group(layers, group, bits)
     rounded = {name: round(error, 5) for name, error in errors.items()}
     about = {**source.about, "errors": rounded, **_training_report(path)}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_bytes(adapter_to_bytes(modules, bits=bits, base=base.identity, source=about))
+    content = adapter_to_bytes(modules, bits=bits, base=base.identity, source=about)
     spec = AdapterSpec(
-        file=output.name,
+        file="",
         rank=max(module.rank for module in modules.values()),
         bits=bits,
         base=base.identity,
         error=round(float(np.mean(list(errors.values()))), 5),
         source=about,
     )
-    return ConvertedAdapter(spec, errors)
+    return content, ConvertedAdapter(spec, errors)
 
 
 def _check_slots(adapter: str, pairs: Pairs, groups: Mapping[str, SlotGroup]) -> None:

@@ -272,15 +272,17 @@ def _encode_choices(tokenizer: Tokenizer, choices: Sequence[str], *, raw: bool) 
     return [tokenizer.encode_continuation(f" {choice}" if raw else choice) for choice in choices]
 
 
-def open_bundle(path: str | Path, *, device: DeviceRequest = "auto") -> Composer:
+def open_bundle(path: str | Path, *, device: DeviceRequest = "auto", in_memory: bool = False) -> Composer:
     """Open a bundle for answering prompts; use it in a `with` statement.
 
     Args:
         path: the bundle's directory.
         device: 'auto', 'cpu' or 'cuda'.
+        in_memory: for programs that run for long: read the weights of bases of up to 512 MB into memory, so that nobody
+            who writes over their file can end this process. This takes a tenth more memory.
 
     Raises:
         BundleError: the bundle cannot be used.
         DeviceError: the device cannot be used.
     """
-    return Composer(Bundle(Path(path)), choose_device(device))
+    return Composer(Bundle(Path(path), in_memory=in_memory), choose_device(device))

@@ -16,6 +16,7 @@
     ├── GenerationError                 the prompt or the settings cannot be generated from
     │   └── PromptTooLong               prompt and answer exceed the context of the base
     ├── Cancelled                       the caller ended the work
+    ├── InUse                           another process is writing the same file or folder
     ├── ApiError                        a call to the server is malformed or not supported
     ├── EvaluationError                 examples, cached answers or a report of an evaluation cannot be used
     └── ExportError                     input that cannot be exported, or added to a bundle
@@ -90,6 +91,10 @@ class PromptTooLong(GenerationError):
 
 class Cancelled(EdgeComposeError):
     """The caller ended the work before it was done."""
+
+
+class InUse(EdgeComposeError):
+    """Another process is writing the same file or folder; the message names it."""
 
 
 class ApiError(EdgeComposeError):

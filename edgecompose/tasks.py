@@ -1,19 +1,21 @@
 """Adds tasks to a bundle, and removes them.
 
-A task comes and goes in one rename. Files whose content changes get a new name (the index carries a part of its hash),
-the manifest is replaced last, and only then are the files removed that only the old one named. A run that is killed at
-any moment leaves the old bundle or the new one, and at worst files that nothing names.
+A task comes and goes in one rename, under the bundle's lock. Files whose content changes get a new name (the index
+carries a part of its hash), the manifest is replaced last, and only then are the files removed that only the old one
+named. A run that is killed at any moment leaves the old bundle or the new one, and at worst files that nothing names,
+which the next change removes.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,16 +23,19 @@ import numpy.typing as npt
 
 from edgecompose.adapters import convert_adapter
 from edgecompose.bundle.adapter import adapter_metadata, load_adapter
-from edgecompose.bundle.files import Bundle, describe_file, sha256_of, write_manifest
+from edgecompose.bundle.atomic import place, remove_leftovers, undo_unfinished, work_folder
+from edgecompose.bundle.files import Bundle, describe_file, read_manifest, sha256_of, write_manifest
+from edgecompose.bundle.lock import lock
 from edgecompose.bundle.manifest import Manifest, check_name
 from edgecompose.bundle.quantization import Bits
-from edgecompose.bundle.specs import AdapterSpec, BaseSpec, FileEntry, IndexSpec, TaskSpec
+from edgecompose.bundle.specs import AdapterSpec, BaseSpec, IndexSpec, TaskSpec
 from edgecompose.engine.device import choose_device
 from edgecompose.errors import BundleError, ExportError, UnknownAdapter
+from edgecompose.filesystem import naming
 from edgecompose.formats.registry import detect_format, unknown_format
 from edgecompose.merging.merger import Merger
 from edgecompose.retrieval.examples import add_vectors, embed_prompts, prompt_lines, read_examples
-from edgecompose.retrieval.index import new_index, open_index, vectors_of
+from edgecompose.retrieval.index import new_index, open_index, save_index, vectors_of
 from edgecompose.retrieval.resemblance import typical_similarities
 from edgecompose.retrieval.retriever import Retriever
 from edgecompose.retrieval.whitening import load_whitening
@@ -38,6 +43,8 @@ from edgecompose.retrieval.whitening import load_whitening
 if TYPE_CHECKING:
     from usearch.index import Index
 
+#: Files that older versions left where they were killed, beside those that `place` notes.
+_LEFT_FILES = re.compile(r"examples-[0-9a-f]{12}\.(usearch|jsonl)|\.examples\.usearch\.tmp")
 #: Adapters whose inner products with one other are computed at once.
 _PAIRED = 8
 
@@ -61,35 +68,37 @@ def add_task(
 
     Raises:
         ExportError: the task is there already, or the examples cannot be used.
+        InUse: another process is changing the bundle.
+        OSError: something cannot be written; the bundle is as it was.
         AdapterError: the adapter cannot be read, or does not fit the base.
         BundleError: the bundle cannot be used.
     """
-    bundle = Bundle(root)
-    manifest = bundle.manifest
     check_name(name)
-    if name in manifest.tasks or name in manifest.adapters:
-        raise ExportError(f"bundle '{root}' already has a task '{name}'; remove it first, or give another name")
-    prompts = [example.prompt for example in read_examples(examples)]
-    spec = place_adapter(adapter, root, name=name, base=manifest.base, bits=bits)
-    index = open_index(bundle.path(manifest.index.file), manifest.index, editable=True)
-    first_key = max((task.first_key + task.examples for task in manifest.tasks.values()), default=0)
-    add_vectors(index, _vectors(bundle, prompts, advance), first_key)
-    texts = None
-    if manifest.index.texts is not None:
-        texts = bundle.text(manifest.index.texts) + prompt_lines(prompts, first_key)
-    adapters = {**manifest.adapters, name: spec}
-    task = TaskSpec({name: 1.0}, first_key, len(prompts))
-    tasks = {**manifest.tasks, name: task}
-    task = replace(task, similarity=typical_similarities(index, tasks).get(name))
-    changed = replace(
-        manifest,
-        tasks={**tasks, name: task},
-        adapters=adapters,
-        inner_products=pairwise_inner_products(root, adapters, manifest.base, known=manifest.inner_products),
-        **_store_index(bundle, index, texts, files={spec.file: describe_file(root / spec.file)}),
-    )
-    _commit(root, manifest, changed)
-    return changed
+    with _changing(root) as (bundle, work):
+        manifest = bundle.manifest
+        if name in manifest.tasks or name in manifest.adapters:
+            raise ExportError(f"bundle '{root}' already has a task '{name}'; remove it first, or give another name")
+        if f"adapters/{name}.safetensors" in manifest.files:
+            raise ExportError(f"bundle '{root}' has an adapter of another name in that of '{name}'; give another name")
+        prompts = [example.prompt for example in read_examples(examples)]
+        spec = place_adapter(adapter, work, name=name, base=manifest.base, bits=bits)
+        index = open_index(bundle.path(manifest.index.file), manifest.index, editable=True)
+        first_key = max((task.first_key + task.examples for task in manifest.tasks.values()), default=0)
+        add_vectors(index, _vectors(bundle, prompts, advance), first_key)
+        texts = None
+        if manifest.index.texts is not None:
+            texts = bundle.text(manifest.index.texts) + prompt_lines(prompts, first_key)
+        task = TaskSpec({name: 1.0}, first_key, len(prompts))
+        tasks = {**manifest.tasks, name: task}
+        task = replace(task, similarity=typical_similarities(index, tasks).get(name))
+        return _commit(
+            bundle,
+            work,
+            index,
+            texts,
+            tasks={**tasks, name: task},
+            adapters={**manifest.adapters, name: spec},
+        )
 
 
 def remove_task(root: Path, name: str) -> Manifest:
@@ -98,42 +107,34 @@ def remove_task(root: Path, name: str) -> Manifest:
     Raises:
         UnknownAdapter: the bundle has no such task.
         ExportError: it is the only task.
+        InUse: another process is changing the bundle.
+        OSError: something cannot be written; the bundle is as it was.
         BundleError: the bundle cannot be used.
     """
-    bundle = Bundle(root)
-    manifest = bundle.manifest
-    if name not in manifest.tasks:
-        raise UnknownAdapter(f"bundle '{root}' has no task '{name}'; it has: {', '.join(sorted(manifest.tasks))}")
-    if len(manifest.tasks) == 1:
-        raise ExportError(f"'{name}' is the only task of bundle '{root}'; a bundle needs one")
-    tasks = {key: task for key, task in manifest.tasks.items() if key != name}
-    old = open_index(bundle.path(manifest.index.file), manifest.index, editable=True)
-    index = new_index(manifest.index.dimension, manifest.index.dtype, vectors=manifest.index.vectors)
-    for task in tasks.values():
-        keys = np.arange(task.first_key, task.first_key + task.examples, dtype=np.uint64)
-        index.add(keys, vectors_of(old, keys), threads=1)
-    texts = None
-    if manifest.index.texts is not None:
-        lines = bundle.text(manifest.index.texts).split("\n")[:-1]  # JSON may hold other line separators
-        texts = "".join(f"{line}\n" for line in lines if not _is_of(line, manifest.tasks[name]))
-    used = set().union(*(task.adapters for task in tasks.values()))
-    adapters = {key: spec for key, spec in manifest.adapters.items() if key in used}
-    changed = replace(
-        manifest,
-        tasks=tasks,
-        adapters=adapters,
-        inner_products=pairwise_inner_products(root, adapters, manifest.base, known=manifest.inner_products),
-        **_store_index(bundle, index, texts),
-    )
-    named = set(changed.named_files())
-    named |= {f"{path}.data" for path in named}
-    changed = replace(changed, files={path: entry for path, entry in changed.files.items() if path in named})
-    _commit(root, manifest, changed)
-    return changed
+    with _changing(root) as (bundle, work):
+        manifest = bundle.manifest
+        if name not in manifest.tasks:
+            raise UnknownAdapter(f"bundle '{root}' has no task '{name}'; it has: {', '.join(sorted(manifest.tasks))}")
+        if len(manifest.tasks) == 1:
+            raise ExportError(f"'{name}' is the only task of bundle '{root}'; a bundle needs one")
+        tasks = {key: task for key, task in manifest.tasks.items() if key != name}
+        old = open_index(bundle.path(manifest.index.file), manifest.index, editable=True)
+        index = new_index(manifest.index.dimension, manifest.index.dtype, vectors=manifest.index.vectors)
+        for task in tasks.values():
+            keys = np.arange(task.first_key, task.first_key + task.examples, dtype=np.uint64)
+            index.add(keys, vectors_of(old, keys), threads=1)
+        texts = None
+        if manifest.index.texts is not None:
+            lines = bundle.text(manifest.index.texts).split("\n")[:-1]  # JSON may hold other line separators
+            texts = "".join(f"{line}\n" for line in lines if not _is_of(line, manifest.tasks[name]))
+        used = set().union(*(task.adapters for task in tasks.values()))
+        adapters = {key: spec for key, spec in manifest.adapters.items() if key in used}
+        return _commit(bundle, work, index, texts, tasks=tasks, adapters=adapters)
 
 
 def place_adapter(source: Path, root: Path, *, name: str, base: BaseSpec, bits: Bits) -> AdapterSpec:
-    """Copy a quantised adapter, or convert one of another format, to `adapters/NAME.safetensors` of a bundle.
+    """Copy a quantised adapter, or convert one of another format, to `adapters/NAME.safetensors` of a new bundle, or
+    of the folder of what is new in one.
 
     Raises:
         AdapterError: it cannot be read, or does not fit the base.
@@ -142,17 +143,12 @@ def place_adapter(source: Path, root: Path, *, name: str, base: BaseSpec, bits: 
     relative = f"adapters/{name}.safetensors"
     target = root / relative
     if detect_format(source) is not None:
-        target.unlink(missing_ok=True)
         return replace(convert_adapter(source, base, target, bits=bits).spec, file=relative)
     if not source.is_file():
         raise ExportError(f"{unknown_format(source)}, or a quantised file")
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
-    try:
-        adapter = load_adapter(target, name, base.slots, base.identity)
-    except Exception:
-        target.unlink()
-        raise
+    adapter = load_adapter(target, name, base.slots, base.identity)
     about = _source_of(target)
     errors = about.get("errors", {})
     error = float(np.mean(list(errors.values()))) if errors else 0.0
@@ -162,14 +158,16 @@ def place_adapter(source: Path, root: Path, *, name: str, base: BaseSpec, bits: 
 
 
 def pairwise_inner_products(
-    root: Path, adapters: Mapping[str, AdapterSpec], base: BaseSpec, *, known: Mapping[str, Mapping[str, float]]
+    adapters: Mapping[str, Path], base: BaseSpec, *, known: Mapping[str, Mapping[str, float]]
 ) -> dict[str, dict[str, float]]:
-    """Inner products of the updates of every two adapters of a bundle; those in `known` are not computed again."""
+    """Inner products of the updates of every two adapters, given by their files; those in `known` are not computed
+    again.
+    """
     names = sorted(adapters)
     result = {one: {other: known.get(one, {}).get(other) for other in names[i:]} for i, one in enumerate(names)}
     merger = Merger(choose_device("cpu"))
     load = functools.lru_cache(maxsize=2 * _PAIRED)(
-        lambda name: load_adapter(root / adapters[name].file, name, base.slots, base.identity)
+        lambda name: load_adapter(adapters[name], name, base.slots, base.identity)
     )
     for one, row in result.items():
         missing = [other for other, value in row.items() if value is None]
@@ -208,33 +206,6 @@ def _source_of(path: Path) -> dict[str, Any]:
     return source if isinstance(source, dict) else {}
 
 
-def _store_index(
-    bundle: Bundle, index: Index, texts: str | None, *, files: Mapping[str, FileEntry] = MappingProxyType({})
-) -> dict[str, Any]:
-    """Write a changed index (and texts) under new names.
-
-    Args:
-        files: other files that are new.
-
-    Returns:
-        The fields of the manifest that change.
-    """
-    root, manifest = bundle.root, bundle.manifest
-    work = root / ".examples.usearch.tmp"
-    index.save(str(work))
-    name = index_file_name(work)
-    work.replace(root / name)
-    old = (manifest.index.file, manifest.index.texts)
-    entries = {path: entry for path, entry in manifest.files.items() if path not in old}
-    entries |= {**files, name: describe_file(root / name)}
-    texts_name = None
-    if texts is not None:
-        texts_name = f"{Path(name).stem}.jsonl"
-        (root / texts_name).write_text(texts, encoding="utf-8")
-        entries[texts_name] = describe_file(root / texts_name)
-    return {"index": replace(manifest.index, file=name, vectors=len(index), texts=texts_name), "files": entries}
-
-
 def _is_of(line: str, task: TaskSpec) -> bool:
     """Whether a line of the texts belongs to a task.
 
@@ -248,8 +219,73 @@ def _is_of(line: str, task: TaskSpec) -> bool:
         raise BundleError(f"prompts of the bundle: {line!r:.80} is no object with a key; export it again") from error
 
 
-def _commit(root: Path, old: Manifest, new: Manifest) -> None:
-    """Make a changed manifest the bundle's, then remove the files that only the old one named."""
-    write_manifest(root, new)
-    for relative in set(old.files) - set(new.files):
-        (root / relative).unlink(missing_ok=True)
+@contextmanager
+def _changing(root: Path) -> Iterator[tuple[Bundle, Path]]:
+    """A bundle that no other process changes, without what ended writers left in it, and a folder for what is new.
+
+    Raises:
+        InUse: another process is changing the bundle.
+        BundleError: the bundle cannot be used.
+    """
+    read_manifest(root)  # before anything is made beside what is no bundle
+    with naming(root), lock(root) as held:
+        if held:
+            remove_leftovers(root.resolve())
+            undo_unfinished(root, keep=lambda: set(read_manifest(root).files))
+        bundle = Bundle(root)
+        for path in root.iterdir() if held else ():
+            if _LEFT_FILES.fullmatch(path.name) and path.name not in bundle.manifest.files:
+                path.unlink(missing_ok=True)
+        with work_folder(root, clean=held) as work:
+            yield bundle, work
+
+
+def _commit(
+    bundle: Bundle,
+    work: Path,
+    index: Index,
+    texts: str | None,
+    *,
+    tasks: Mapping[str, TaskSpec],
+    adapters: Mapping[str, AdapterSpec],
+) -> Manifest:
+    """Write a changed index (and texts) under new names, and let the bundle have them with these tasks and adapters.
+
+    Args:
+        work: the folder of what is new, with the adapters that are.
+
+    Raises:
+        ExportError: another program has changed the bundle.
+        OSError: something cannot be written; the bundle is as it was.
+    """
+    root, old = bundle.root, bundle.manifest
+    save_index(index, work / "examples.usearch")
+    file = index_file_name(work / "examples.usearch")
+    (work / "examples.usearch").rename(work / file)
+    texts_file = None
+    if texts is not None:
+        texts_file = f"{Path(file).stem}.jsonl"
+        (work / texts_file).write_text(texts, encoding="utf-8")
+    new = {p.relative_to(work).as_posix(): describe_file(p) for p in sorted(work.rglob("*")) if p.is_file()}
+    unused = {old.index.file, old.index.texts}
+    unused |= {spec.file for spec in old.adapters.values()} - {spec.file for spec in adapters.values()}
+    stay = {path: entry for path, entry in old.files.items() if path not in unused}
+    places = {n: (work if spec.file in new else root) / spec.file for n, spec in adapters.items()}
+    changed = replace(
+        old,
+        tasks=dict(tasks),
+        adapters=dict(adapters),
+        inner_products=pairwise_inner_products(places, old.base, known=old.inner_products),
+        index=replace(old.index, file=file, vectors=len(index), texts=texts_file),
+        files={**stay, **new},
+    )
+    if bundle.changed:
+        raise ExportError(f"bundle '{root}' was changed by another program meanwhile; run this again")
+    place(
+        work,
+        root,
+        retired=sorted(set(old.files) - set(changed.files)),
+        keep=lambda: set(read_manifest(root).files),
+        commit=lambda: write_manifest(root, changed),
+    )
+    return changed

@@ -121,7 +121,13 @@ fi
 
 made=''
 missing=$prefix
-while [ ! -d "$missing" ]; do made=$missing; missing=$(dirname -- "$missing"); done
+while [ ! -d "$missing" ]; do
+    if [ -e "$missing" ] || [ -h "$missing" ]; then # what undo would remove is only what is made below
+        fail "'$missing' is not a directory (a file, or a link to nothing); give another --prefix"
+    fi
+    made=$missing
+    missing=$(dirname -- "$missing")
+done
 new=$prefix/.new.$$ old=$prefix/.old.$$ done='' linked=''
 undo() {
     [ -z "$done" ] || return 0

@@ -160,6 +160,29 @@ def test_what_is_not_ours_is_left_alone(unpacked: Path, home: Path) -> None:
     assert sorted(path.name for path in home.rglob("*")) == [".local", "bin", "edgecompose", "file", "full"]
 
 
+@pytest.mark.parametrize("place", ["link", "file", "link/below", "file/below", "absent"])
+def test_nothing_that_was_there_is_removed_by_a_failure(tmp_path: Path, home: Path, place: str) -> None:
+    """Our script with an executable that does not run; a link to nothing, a file, and paths through them."""
+    archive, kept = tmp_path / "archive", tmp_path / "kept"
+    for folder in (archive / "bin", archive / "bundle", kept):
+        folder.mkdir(parents=True)
+    text = (ROOT / "packaging/install.sh").read_text(encoding="utf-8")
+    platform_name = f"{platform.system().lower()}-{platform.machine()}"
+    (archive / "install.sh").write_text(text.replace("@platform@", platform_name), encoding="utf-8")
+    (archive / "bin/edgecompose").write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+    (archive / "bin/edgecompose").chmod(0o755)
+    (archive / "README.txt").touch()
+    names = ("README.txt", "bin/edgecompose", "install.sh")
+    sums = (f"{hashlib.sha256((archive / name).read_bytes()).hexdigest()}  ./{name}\n" for name in names)
+    (archive / "SHA256SUMS").write_text("".join(sums).replace("./", ""), encoding="utf-8")
+    (kept / "link").symlink_to("nowhere/at/all")
+    (kept / "file").write_text("mine", encoding="utf-8")
+    message = faults(call("sh", archive / "install.sh", "--prefix", kept / place, home=home))
+    assert ("the executable does not run here" if place == "absent" else "is not a directory") in message
+    assert sorted(path.name for path in kept.iterdir()) == ["file", "link"]
+    assert ((kept / "link").readlink(), (kept / "file").read_text(encoding="utf-8")) == (Path("nowhere/at/all"), "mine")
+
+
 @built
 def test_the_archive_lists_all_that_it_holds(unpacked: Path) -> None:
     hash_of_all, name = (ARCHIVE.parent / f"{ARCHIVE.name}.sha256").read_text(encoding="utf-8").split()

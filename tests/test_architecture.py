@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 RUNTIME, EXPORT = ROOT / "edgecompose", ROOT / "export" / "edgecompose_export"
 BUILD_TIME = {"torch", "transformers", "peft", "optimum", "onnx", "onnx_ir", "gguf", "edgecompose_export"}
 #: The rooms that each room may import, beside itself and the ground. Data flows down this list.
-GROUND = {"errors", "timing", "caching", "settings", "closing", "cancellation", "native", "tensors"}
+GROUND = {"errors", "timing", "caching", "settings", "closing", "cancellation", "native", "tensors", "filesystem"}
 GROUND |= {"budget", "patterns", "sandbox"}  # for the programs and expressions of strangers
 ROOMS: dict[str, set[str]] = {
     "bundle": set(),

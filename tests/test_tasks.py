@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from edgecompose import EdgeComposeError, Request, open_bundle, tasks
-from edgecompose.bundle import files
+from edgecompose import EdgeComposeError, Request, filesystem, open_bundle, tasks
+from edgecompose.bundle import atomic, files
 from edgecompose.bundle.files import Bundle, read_manifest, verify
+from edgecompose.bundle.lock import lock
 from edgecompose.bundle.manifest import MANIFEST_FILE
 from edgecompose.bundle.specs import TaskSpec
-from edgecompose.errors import BundleError, ExportError, ManifestInvalid, UnknownAdapter
+from edgecompose.bundle.upgrade import upgrade_bundle
+from edgecompose.errors import BundleError, ExportError, InUse, ManifestInvalid, UnknownAdapter
 from edgecompose.settings import RetrievalSettings
 from edgecompose.tasks import add_task, remove_task
 from tests.fixtures_tiny import NEW_PROMPTS, TASKS, TinyZoo
@@ -165,11 +170,12 @@ STEPS: dict[str, tuple[Any, str, Any]] = {
     "embedding": (tasks, "embed_prompts", fail),
     "saving the index": ("usearch.index.Index", "save", fail),
     "naming the index": (tasks, "index_file_name", fail),
-    "placing the index": (Path, "replace", fail_for("usearch", Path.replace)),
+    "placing the adapter": (atomic, "put", fail_for("travel", filesystem.put)),
+    "placing the index": (atomic, "put", fail_for("usearch", filesystem.put)),
     "hashing": (tasks, "describe_file", fail),
     "writing texts or the manifest": (Path, "write_text", fail),
     "flushing": (files, "sync", fail),
-    "placing the manifest": (Path, "replace", fail_for("manifest", Path.replace)),
+    "placing the manifest": (atomic, "put", fail_for("manifest", filesystem.put)),
 }
 
 
@@ -194,7 +200,7 @@ def test_a_change_that_fails_leaves_the_old_bundle(
     assert (bundle_copy / MANIFEST_FILE).read_bytes() == manifest
     after = run(bundle_copy)
     assert (after.text, after.retrieval) == (old.text, old.retrieval)
-    assert all("is not in the manifest" in fault for fault in verify(bundle_copy))
+    assert verify(bundle_copy) == []
     add_task(bundle_copy, "travel", *new_task)
     assert verify(bundle_copy) == []
 
@@ -210,6 +216,7 @@ def test_a_removal_that_fails_leaves_the_old_bundle(
             remove_task(bundle_copy, "animals")
     after = run(bundle_copy)
     assert (after.text, after.retrieval) == (old.text, old.retrieval)
+    assert verify(bundle_copy) == []
     remove_task(bundle_copy, "animals")
     assert verify(bundle_copy) == []
 
@@ -220,7 +227,7 @@ def test_everything_is_on_disk_before_the_manifest_names_it(
     manifest = add_task(bundle_copy, "travel", *new_task)
     (work,) = {name for name in synced if name.startswith(f".{MANIFEST_FILE}.")}
     before = synced[: synced.index(work)]
-    assert set(before) == {Path(name).name for name in manifest.files}
+    assert set(before) >= {Path(name).name for name in manifest.files}
     assert synced[-1] == bundle_copy.name
 
 
@@ -234,6 +241,86 @@ def test_a_cleaning_up_that_fails_leaves_the_new_bundle(
     assert "travel" in Bundle(bundle_copy).manifest.tasks
     assert run(bundle_copy, NEW_PROMPTS[0], NEAREST).retrieval.weights == {"travel": pytest.approx(1)}
     assert all("is not in the manifest" in fault for fault in verify(bundle_copy))
+    (bundle_copy / "README.md").write_text("mine", encoding="utf-8")
+    remove_task(bundle_copy, "animals")
+    assert verify(bundle_copy) == ["file 'README.md' is not in the manifest; remove it"]
+
+
+def test_a_full_disk_is_an_error_of_the_system_whatever_usearch_raises(
+    bundle_copy: Path, new_task: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise RuntimeError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("usearch.index.Index.save", refuse)
+        with pytest.raises(OSError, match=r"No space left on device: .*copy'"):
+            add_task(bundle_copy, "travel", *new_task)
+    assert verify(bundle_copy) == []
+
+
+def test_a_second_change_is_refused_and_names_the_first(bundle_copy: Path, new_task: tuple[Path, Path]) -> None:
+    before = contents(bundle_copy)
+    with lock(bundle_copy):
+        for change in (
+            lambda: add_task(bundle_copy, "travel", *new_task),
+            lambda: remove_task(bundle_copy, "animals"),
+            lambda: upgrade_bundle(bundle_copy),
+        ):
+            with pytest.raises(InUse, match=f"is being written by process {os.getpid()} on "):
+                change()
+    assert contents(bundle_copy) == before
+
+
+def test_of_two_that_add_tasks_at_once_none_is_lost(
+    zoo: TinyZoo, bundle_copy: Path, new_task: tuple[Path, Path]
+) -> None:
+    """Each either adds its task or says that it did not."""
+    added, refused = [], []
+
+    def add(name: str) -> None:
+        try:
+            add_task(bundle_copy, name, *new_task)
+            added.append(name)
+        except InUse:
+            refused.append(name)
+
+    threads = [threading.Thread(target=add, args=(f"travel{i}",)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(added) + len(refused) == 3 and added
+    assert set(read_manifest(bundle_copy).tasks) == {*TASKS, *added}
+    assert verify(bundle_copy) == []
+
+
+def test_a_change_of_another_program_is_not_overwritten(
+    bundle_copy: Path, new_task: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a file system has no locks, the manifest tells."""
+    compute = tasks.pairwise_inner_products
+
+    def change(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(tasks, "pairwise_inner_products", compute)
+        result = compute(*arguments, **options)
+        remove_task(bundle_copy, "animals")
+        return result
+
+    monkeypatch.setattr(tasks, "lock", lambda path: contextlib.nullcontext(False))
+    monkeypatch.setattr(tasks, "pairwise_inner_products", change)
+    with pytest.raises(ExportError, match="was changed by another program meanwhile; run this again"):
+        add_task(bundle_copy, "travel", *new_task)
+    assert set(read_manifest(bundle_copy).tasks) == {"numbers", "colours"}
+
+
+def test_what_killed_changes_left_is_removed_and_nothing_else(bundle_copy: Path, new_task: tuple[Path, Path]) -> None:
+    for name in ("examples-0123456789ab.usearch", "examples-0123456789ab.jsonl", ".manifest.json.77.tmp"):
+        (bundle_copy / name).touch()
+    (bundle_copy / ".77.tmp" / "adapters").mkdir(parents=True)
+    (bundle_copy / "adapters" / "mine.safetensors").touch()
+    add_task(bundle_copy, "travel", *new_task)
+    assert verify(bundle_copy) == ["file 'adapters/mine.safetensors' is not in the manifest; remove it"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from benchmarks.measuring.adapters import gaussian_adapter
-from edgecompose.bundle.adapter import Adapter, load_adapter
+from edgecompose.bundle.adapter import Adapter, parse_adapter
 from edgecompose.bundle.files import Bundle
 from edgecompose.bundle.records import value_from_json
 from edgecompose.bundle.specs import BaseSpec
@@ -43,7 +43,7 @@ class Base:
         spec = bundle.manifest.base
         names = sorted(bundle.manifest.adapters)[:_ADAPTERS]
         adapters = [
-            load_adapter(bundle.adapter_file(name), name=name, groups=spec.slots, base=spec.identity) for name in names
+            parse_adapter(bundle.adapter_content(name), name, groups=spec.slots, base=spec.identity) for name in names
         ]
         adapters += _gaussian_adapters(spec, _ADAPTERS - len(adapters))
         bundle.path(spec.graph)  # checks the data file of all graphs

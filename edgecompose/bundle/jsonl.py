@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Generic, TypeVar
 
+from edgecompose.bundle.lock import lock
 from edgecompose.bundle.records import decode_text
 from edgecompose.errors import EdgeComposeError
+from edgecompose.filesystem import naming
 
 _T = TypeVar("_T")
 _LONGEST = 256 << 20
@@ -81,10 +83,12 @@ def open_resumable(
 
     Raises:
         error: a line is something else; the message names it.
+        InUse: another process is appending to it.
         OSError: the file cannot be read or written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
+    plain = path.is_file() or not path.exists()
+    with naming(path), lock(path) if plain else nullcontext(), path.open("a+b") as file:
         file.seek(0)
         earlier, end = [], 0
         for number, line in enumerate(file, 1):

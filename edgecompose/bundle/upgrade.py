@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from edgecompose.bundle.atomic import write_text
+from edgecompose.bundle.atomic import remove_leftovers, write_text
 from edgecompose.bundle.files import read_manifest_text
+from edgecompose.bundle.lock import lock
 from edgecompose.bundle.manifest import MANIFEST_FILE, SCHEMA_VERSION, manifest_from_json, manifest_to_json
 from edgecompose.errors import ManifestInvalid
+from edgecompose.filesystem import naming
 
 #: Version 4 -> 5: names of settings, by the group that they belong to now.
 _RETRIEVAL = {
@@ -40,8 +42,17 @@ def upgrade_bundle(root: Path) -> bool:
     Raises:
         ManifestInvalid: no manifest, or one that breaks the contract of its version.
         UnsupportedSchema: a version that is too old or too new.
+        InUse: another process is changing the bundle.
         OSError: it cannot be written.
     """
+    read_manifest_text(root)  # before anything is made beside what is no bundle
+    with naming(root), lock(root) as held:
+        if held:
+            remove_leftovers(root / MANIFEST_FILE)
+        return _upgrade(root)
+
+
+def _upgrade(root: Path) -> bool:
     text = read_manifest_text(root)
     try:
         fields = json.loads(text)

@@ -149,12 +149,12 @@ def _option_type(name: str, hint: Any, item: Setting) -> click.ParamType[Any]:
     return click.FloatRange(min=low, min_open=is_open, max=item.high)
 
 
-def open_composer(bundle: Path, device: str) -> Composer:
+def open_composer(bundle: Path, device: str, *, in_memory: bool = False) -> Composer:
     """The bundle on the device; a note on stderr says where auto fell back to the CPU."""
     from edgecompose.composer import open_bundle
     from edgecompose.engine.device import has_cuda_provider
 
-    composer = open_bundle(bundle, device=cast("DeviceRequest", device))
+    composer = open_bundle(bundle, device=cast("DeviceRequest", device), in_memory=in_memory)
     if device == "auto" and composer.device.kind == "cpu" and has_cuda_provider():
         click.echo(f"edgecompose: {composer.device.reason}", err=True)
     return composer

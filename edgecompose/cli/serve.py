@@ -91,7 +91,7 @@ def serve(bundle: Path, device: str, stdio: bool, **options: Any) -> None:
         active=options["active"],
         queue=options["queue"],
     )
-    with open_composer(bundle, device) as composer:
+    with open_composer(bundle, device, in_memory=True) as composer:
         if not stdio:
             code = run_server(composer, settings, host=options["host"], port=options["port"], ready=_say_where)
             click.get_current_context().exit(code)

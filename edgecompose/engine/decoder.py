@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from edgecompose.bundle.specs import BaseSpec
 from edgecompose.engine.decoder_state import DecoderState, check_capacity
@@ -35,12 +37,18 @@ def decoder_graph(spec: BaseSpec, device: Device, *, fused: bool = False) -> str
 
 
 class Decoder:
-    """A session of the decoder graph. It holds no state of any sequence."""
+    """A session of the decoder graph. It holds no state of any sequence.
 
-    def __init__(self, graph: Path, spec: BaseSpec, device: Device) -> None:
+    Args:
+        data: contents of files beside the graph that are not to be mapped.
+    """
+
+    def __init__(
+        self, graph: Path, spec: BaseSpec, device: Device, *, data: Mapping[str, bytes] = MappingProxyType({})
+    ) -> None:
         self.spec = spec
         self.device = device
-        self._session = open_session(graph, device, name="decoder")
+        self._session = open_session(graph, device, name="decoder", data=data)
         inputs = {**_sequence_axes(spec), **slot_axes(spec.slots)}
         check_graph(self._session, "decoder", inputs, _output_axes(spec))
         cache_dtype(self._session)

@@ -5,11 +5,13 @@ Telemetry of ONNX Runtime is switched off here, before the import (its Linux whe
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
@@ -129,7 +131,13 @@ def host(reason: str) -> Device:
 
 
 def open_session(
-    graph: Path | bytes, device: Device, *, name: str, threads: int | None = None, folder: Path | None = None
+    graph: Path | bytes,
+    device: Device,
+    *,
+    name: str,
+    threads: int | None = None,
+    folder: Path | None = None,
+    data: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Session:
     """Open a graph on the device and make sure that it really runs there.
 
@@ -138,6 +146,7 @@ def open_session(
         name: what the graph is, for messages.
         threads: intra-op threads; None takes one per core, of those that this process may run on.
         folder: where the tensors of a graph that is given as bytes lie, if not in it.
+        data: contents of files beside the graph that are not to be mapped; they are copied.
 
     Raises:
         BundleError: ONNX Runtime refuses the graph.
@@ -153,6 +162,9 @@ def open_session(
         options.intra_op_num_threads = threads
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    if data:
+        sizes = [len(content) for content in data.values()]
+        options.add_external_initializers_from_files_in_memory(list(data), list(data.values()), sizes)
     source = graph if isinstance(graph, bytes) else str(graph)
     with native(BundleError, f"ONNX Runtime refuses the {name} graph"):
         session = onnxruntime.InferenceSession(source, options, providers=_with_options(device.providers))
@@ -192,7 +204,11 @@ def write_adapter_file(path: Path, tensors: Mapping[str, np.ndarray[Any, Any]]) 
     values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(t)) for name, t in tensors.items()}
     content.set_parameters(values)
     path.touch()  # ONNX Runtime says nothing where it cannot write
-    content.export_adapter(str(path))
+    try:
+        content.export_adapter(str(path))
+        onnxruntime.AdapterFormat.read_adapter(str(path))  # nor where the disk was full before the end
+    except Exception as error:  # ONNX Runtime raises its own classes, all derived from Exception
+        raise OSError(errno.ENOSPC, "cannot be written as a whole", str(path)) from error
 
 
 def usable_cores() -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jinja2
 
+from edgecompose.bundle.atomic import new_files
 from edgecompose.evaluation.charts import Chart, colours, draw_charts
 from edgecompose.evaluation.results import Evaluation, Result, Summary
 from edgecompose.evaluation.table import interval, percent, signed
@@ -39,16 +40,17 @@ def write_report(evaluation: Evaluation, summary: Summary, result: Mapping[str, 
 
     Raises:
         EvaluationError: matplotlib is not installed.
-        OSError: a file cannot be written.
+        InUse: another process is writing to the folder.
+        OSError: a file cannot be written; the older report stays.
     """
     charts = draw_charts(summary)
     files: dict[str, bytes] = {"index.html": page(evaluation, result, charts, colours(summary)).encode("utf-8")}
     for chart in charts:
         files |= {f"{chart.name}.svg": chart.svg.encode("utf-8"), f"{chart.name}.png": chart.png}
     files["result.json"] = json.dumps(result, indent=1, ensure_ascii=False).encode("utf-8") + b"\n"
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
+    with new_files(folder, last="index.html") as work:
+        for name, content in files.items():
+            (work / name).write_bytes(content)
     return [folder / name for name in files]
 
 

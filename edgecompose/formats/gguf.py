@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from edgecompose.bundle.atomic import new_file
 from edgecompose.bundle.files import sha256_of
 from edgecompose.bundle.specs import BaseSpec
 from edgecompose.engine.merged import MergedAdapter, require_adapters
@@ -102,22 +104,39 @@ def write_gguf_lora(merged: MergedAdapter, path: Path, base: BaseSpec) -> Path:
 
     require_adapters(merged)
     row = _row(base)
-    if path.exists():
-        raise MergeError(f"'{path}' exists; give another file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer = GGUFWriter(path, row.gguf)
-    try:
-        writer.add_type("adapter")
-        writer.add_string("adapter.type", "lora")
-        writer.add_float32("adapter.lora.alpha", 1.0)
-        for name, values in gguf_tensors(merged, base):
-            writer.add_tensor(name, values)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-    finally:
-        writer.close()
+    with new_file(path) as work:
+        if path.exists():
+            raise MergeError(f"'{path}' exists; give another file")
+        writer = GGUFWriter(work, row.gguf)
+        try:
+            writer.add_type("adapter")
+            writer.add_string("adapter.type", "lora")
+            writer.add_float32("adapter.lora.alpha", 1.0)
+            for name, values in gguf_tensors(merged, base):
+                writer.add_tensor(name, values)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
+        _check_whole(work)
     return path
+
+
+def _check_whole(path: Path) -> None:
+    """Make sure that a file has all its bytes: NumPy says nothing where the disk was full.
+
+    Raises:
+        OSError: it ends too early.
+    """
+    from gguf.constants import GGUF_DEFAULT_ALIGNMENT
+
+    try:
+        read_gguf(path)
+    except ExportError as error:
+        raise OSError(errno.ENOSPC, "cannot be written as a whole", str(path)) from error
+    if path.stat().st_size % GGUF_DEFAULT_ALIGNMENT:
+        raise OSError(errno.ENOSPC, "cannot be written as a whole", str(path))
 
 
 def gguf_tensors(merged: MergedAdapter, base: BaseSpec) -> Iterator[tuple[str, Float]]:

@@ -68,11 +68,11 @@ def write_merged_model(
         OSError: something cannot be read or written.
     """
     require_adapters(merged)
-    if output.exists():
-        raise MergeError(f"'{output}' exists; give another folder")
-    checkpoint.check_base(base.identity, advance=advance)
-    changes = _changes(checkpoint, row_updates(merged, base), weight_shapes(base))
     with new_folder(output) as work:
+        if output.exists():
+            raise MergeError(f"'{output}' exists; give another folder")
+        checkpoint.check_base(base.identity, advance=advance)
+        changes = _changes(checkpoint, row_updates(merged, base), weight_shapes(base))
         for shard in checkpoint.shards:
             metadata = {key: value for key, value in shard.metadata.items() if key != BASE_KEY}
             write_shard(shard, work / shard.path.name, metadata, changes, advance=advance)

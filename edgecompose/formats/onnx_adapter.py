@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from edgecompose.bundle.atomic import new_file
 from edgecompose.engine.device import write_adapter_file
 from edgecompose.engine.merged import MergedAdapter, require_adapters
 from edgecompose.engine.slots import slot_tensors
@@ -20,8 +21,8 @@ def write_onnx_adapter(merged: MergedAdapter, path: Path) -> Path:
         OSError: the file cannot be written.
     """
     require_adapters(merged)
-    if path.exists():
-        raise MergeError(f"'{path}' exists; give another file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_adapter_file(path, slot_tensors(merged))
+    with new_file(path) as work:
+        if path.exists():
+            raise MergeError(f"'{path}' exists; give another file")
+        write_adapter_file(work, slot_tensors(merged))
     return path

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from safetensors.numpy import save
 
 from edgecompose.budget import Budget
+from edgecompose.bundle.atomic import new_files
 from edgecompose.bundle.files import sha256_of
 from edgecompose.bundle.specs import BaseSpec
 from edgecompose.engine.merged import MergedAdapter, require_adapters
@@ -200,10 +201,6 @@ def write_peft_folder(merged: MergedAdapter, folder: Path, base: BaseSpec) -> li
         BundleError: the base's architecture is not known.
     """
     require_adapters(merged)
-    paths = [folder / CONFIG_FILE, folder / WEIGHTS_FILE]
-    present = [path.name for path in paths if path.exists()]
-    if present:
-        raise MergeError(f"'{folder}' already holds {', '.join(present)}; give another folder")
     row = architecture_of(base.architecture)
     tensors: dict[str, npt.NDArray[np.float32]] = {}
     ranks: dict[str, int] = {}
@@ -213,9 +210,13 @@ def write_peft_folder(merged: MergedAdapter, folder: Path, base: BaseSpec) -> li
             tensors[f"{path}.lora_A.weight"] = a[layer]
             tensors[f"{path}.lora_B.weight"] = np.ascontiguousarray(b[layer].T)
         ranks[row.paths[name].split(".")[-1]] = a.shape[1]
-    folder.mkdir(parents=True, exist_ok=True)
-    paths[1].write_bytes(save(tensors, metadata={"format": "pt"}))
-    paths[0].write_text(json.dumps(_config(ranks, base.source), indent=1) + "\n", encoding="utf-8")
+    paths = [folder / CONFIG_FILE, folder / WEIGHTS_FILE]
+    with new_files(folder, last=CONFIG_FILE) as work:
+        present = [path.name for path in paths if path.exists()]
+        if present:
+            raise MergeError(f"'{folder}' already holds {', '.join(present)}; give another folder")
+        (work / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
+        (work / CONFIG_FILE).write_text(json.dumps(_config(ranks, base.source), indent=1) + "\n", encoding="utf-8")
     return paths
 
 

@@ -61,7 +61,10 @@ class LanguageModel(LazyParts):
     @Lazy
     def decoder(self) -> Decoder:
         """The base model."""
-        decoder = Decoder(graph_path(self._bundle, decoder_graph(self._spec, self._device)), self._spec, self._device)
+        graph = decoder_graph(self._spec, self._device)
+        data = self._bundle.graph_data(self._spec.graph) if self._device.kind == "cpu" else {}
+        decoder = Decoder(graph_path(self._bundle, graph), self._spec, self._device, data=data)
+        del data
         release_freed_memory()
         return decoder
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from edgecompose.bundle.adapter import Adapter, load_adapter
+from edgecompose.bundle.adapter import Adapter, parse_adapter
 from edgecompose.bundle.files import Bundle
 from edgecompose.caching import Lazy, LazyParts, LruCache
 from edgecompose.engine.device import Device
@@ -54,8 +54,8 @@ class Blends(LazyParts):
         with self._loading:
             if name not in self._adapters:
                 base = self._bundle.manifest.base
-                path = self._bundle.adapter_file(name)
-                adapter = load_adapter(path, name, base.slots, base.identity)
+                content = self._bundle.adapter_content(name)
+                adapter = parse_adapter(content, name, base.slots, base.identity)
                 spec = self._bundle.manifest.adapters[name]
                 if (adapter.rank, adapter.bits) != (spec.rank, spec.bits):
                     raise AdapterError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -20,11 +22,22 @@ Float = npt.NDArray[np.float32]
 class Embedder:
     """A sentence encoder. It embeds one text at a time: int8 activations are scaled over a whole batch, so the vector
     of a text would depend on the other texts. It runs where `embedder_device` says.
+
+    Args:
+        data: contents of files beside the graph that are not to be mapped.
     """
 
-    def __init__(self, graph: Path, tokenizer: Path, spec: EmbedderSpec, device: Device) -> None:
+    def __init__(
+        self,
+        graph: Path,
+        tokenizer: Path,
+        spec: EmbedderSpec,
+        device: Device,
+        *,
+        data: Mapping[str, bytes] = MappingProxyType({}),
+    ) -> None:
         self._spec, self._pooling = spec, pooling_of(spec.pooling)
-        self._session = open_session(graph, embedder_device(spec, device), name="embedder")
+        self._session = open_session(graph, embedder_device(spec, device), name="embedder", data=data)
         self._inputs = {i.name for i in self._session.get_inputs()}
         self._tokenizer = open_tokenizer(tokenizer)
 

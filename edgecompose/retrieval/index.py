@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from bisect import bisect_right
 from collections.abc import Collection, Mapping
@@ -42,7 +43,7 @@ class ExampleIndex:
     """The examples of a bundle. Safe between threads.
 
     Args:
-        path: the index file, whose hash the caller has checked.
+        source: the index file, which is mapped, or its bytes; the caller has checked the hash.
         whitening: from the embedder's vectors to those of the index; None where they are the same.
 
     Raises:
@@ -50,7 +51,7 @@ class ExampleIndex:
     """
 
     def __init__(
-        self, path: Path, spec: IndexSpec, tasks: Mapping[str, TaskSpec], whitening: Whitening | None = None
+        self, source: Path | bytes, spec: IndexSpec, tasks: Mapping[str, TaskSpec], whitening: Whitening | None = None
     ) -> None:
         self._tasks = dict(tasks)
         self._whitening = whitening
@@ -58,7 +59,8 @@ class ExampleIndex:
         spans = sorted((task.first_key, name) for name, task in tasks.items() if task.examples)
         self._starts = [start for start, _ in spans]
         self._names = [name for _, name in spans]
-        self._index = open_index(path, spec)
+        self._source = source  # USearch does not keep bytes alive
+        self._index = open_index(source, spec)
         self._lock = threading.Lock()  # USearch gives every search of one thread the same scratch memory
 
     def __len__(self) -> int:
@@ -129,23 +131,25 @@ def new_index(dimension: int, dtype: str, *, vectors: int = 0, editable: bool = 
     )
 
 
-def open_index(path: Path, spec: IndexSpec, *, editable: bool = False) -> Index:
+def open_index(source: Path | bytes, spec: IndexSpec, *, editable: bool = False) -> Index:
     """Open an index whose file fits its description and leads nowhere else (USearch itself accepts whatever it reads).
 
     Args:
+        source: the file, or its bytes, which must live as long as the index.
         editable: read it into memory, for vectors to be added and fetched by key. Otherwise the file is mapped, read
             as a search walks it, and only searched: finding vectors by key needs a table of all keys.
 
     Raises:
         RetrievalError: unreadable, or of another size, dimension or type than `spec` says.
     """
-    check_index_file(path, spec, unique=editable)
+    place, data = (source.name, str(source)) if isinstance(source, Path) else (spec.file, source)
+    check_index_file(source, spec, unique=editable)
     index = new_index(spec.dimension, spec.dtype, vectors=spec.vectors, editable=editable)
-    with native(RetrievalError, f"index '{path.name}' cannot be loaded"):
-        (index.load if editable else index.view)(str(path))
+    with native(RetrievalError, f"index '{place}' cannot be loaded"):
+        (index.load if editable else index.view)(data)
     if len(index) != spec.vectors:
         raise RetrievalError(
-            f"index '{path.name}' holds {len(index)} vectors, expected {spec.vectors}; export the bundle again"
+            f"index '{place}' holds {len(index)} vectors, expected {spec.vectors}; export the bundle again"
         )
     return index
 
@@ -160,3 +164,17 @@ def vectors_of(index: Index, keys: npt.NDArray[np.uint64]) -> Float:
         if not index.contains(keys).all():
             raise ValueError("a task has examples that it lacks")
         return np.asarray(index.get(keys), np.float32).reshape(len(keys), index.ndim)
+
+
+def save_index(index: Index, path: Path) -> None:
+    """Write an index to a file.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk.
+    """
+    try:
+        index.save(str(path))
+    except RuntimeError as error:
+        raise OSError(errno.ENOSPC, f"cannot be written ({error})", str(path)) from error
+    if path.stat().st_size < index.serialized_length:  # USearch does not look whether its last bytes were written
+        raise OSError(errno.ENOSPC, "cannot be written as a whole", str(path))

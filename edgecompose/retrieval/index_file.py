@@ -67,20 +67,23 @@ class _Graph:
         return 4 + 4 * self.connectivity
 
 
-def check_index_file(path: Path, spec: IndexSpec, *, unique: bool = False) -> None:
+def check_index_file(source: Path | bytes, spec: IndexSpec, *, unique: bool = False) -> None:
     """Make sure that USearch reads only what is there, whatever it does with the index.
 
     Args:
+        source: the file, or its bytes.
         unique: keys must differ, as an index must have it to which vectors are added.
 
     Raises:
         RetrievalError: unreadable, of another size, dimension, type or version than `spec` and this program expect, or
             with a graph that leads out of it.
     """
+    place = source.name if isinstance(source, Path) else spec.file
     try:
-        _check(np.memmap(path, np.uint8, "r"), spec, unique=unique)
+        content = np.memmap(source, np.uint8, "r") if isinstance(source, Path) else np.frombuffer(source, np.uint8)
+        _check(content, spec, unique=unique)
     except (OSError, ValueError, _Malformed) as reason:  # ValueError: an empty file
-        raise RetrievalError(f"index '{path.name}' cannot be read: {reason}; export the bundle again") from reason
+        raise RetrievalError(f"index '{place}' cannot be read: {reason}; export the bundle again") from reason
 
 
 def _check(content: Bytes, spec: IndexSpec, *, unique: bool) -> None:

@@ -16,7 +16,7 @@ from edgecompose.engine.device import Device
 from edgecompose.engine.graph_file import graph_path
 from edgecompose.engine.memory import release_freed_memory
 from edgecompose.retrieval.embedder import Embedder
-from edgecompose.retrieval.index import ExampleIndex, Neighbour
+from edgecompose.retrieval.index import EXACT_BELOW, ExampleIndex, Neighbour
 from edgecompose.retrieval.resemblance import resemblance
 from edgecompose.retrieval.routing import adapter_weights, weigh
 from edgecompose.retrieval.whitening import load_whitening
@@ -58,7 +58,8 @@ class Retriever(LazyParts):
     def embedder(self) -> Embedder:
         """The sentence encoder."""
         spec = self._manifest.embedder
-        return Embedder(graph_path(self._bundle, spec.graph), self._bundle.path(spec.tokenizer), spec, self._device)
+        graph, tokenizer = graph_path(self._bundle, spec.graph), self._bundle.path(spec.tokenizer)
+        return Embedder(graph, tokenizer, spec, self._device, data=self._bundle.graph_data(spec.graph))
 
     @Lazy
     def index(self) -> ExampleIndex:
@@ -67,7 +68,9 @@ class Retriever(LazyParts):
         if spec.whitening is not None:
             path = self._bundle.path(spec.whitening)
             whitening = load_whitening(path, self._manifest.embedder.dimension, spec.dimension)
-        return ExampleIndex(self._bundle.path(spec.file), spec, self._manifest.tasks, whitening)
+        in_memory = spec.vectors <= EXACT_BELOW  # all are read by every search
+        source = self._bundle.content(spec.file) if in_memory else self._bundle.path(spec.file)
+        return ExampleIndex(source, spec, self._manifest.tasks, whitening)
 
     def release(self) -> None:
         """Drop encoder and index, and give their memory back; they are loaded again when needed."""

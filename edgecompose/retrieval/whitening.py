@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from edgecompose.errors import RetrievalError
 from edgecompose.tensors import tensors_of
@@ -91,7 +91,7 @@ def fit_whitening(vectors: Float, tasks: Sequence[int], *, shrinkage: float, dim
 
 def save_whitening(path: Path, whitening: Whitening) -> None:
     """Write a whitening as safetensors."""
-    save_file({"mean": whitening.mean, "matrix": np.ascontiguousarray(whitening.matrix)}, path)
+    path.write_bytes(save({"mean": whitening.mean, "matrix": np.ascontiguousarray(whitening.matrix)}))
 
 
 def load_whitening(path: Path, rows: int, columns: int) -> Whitening:

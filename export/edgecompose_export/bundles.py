@@ -1,7 +1,6 @@
 """Builds bundles from recipes.
 
-A bundle appears in one rename. Replacing one (--force) takes two; killed between them, it leaves the old bundle as
-`.<name>.<pid>.old`.
+A bundle appears in one rename, and takes the place of an older one (--force) in one step (`bundle.atomic`).
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from edgecompose.bundle.atomic import new_folder, replace_folder
+from edgecompose.bundle.atomic import new_folder
 from edgecompose.bundle.files import Bundle, describe_file, write_manifest
 from edgecompose.bundle.manifest import MANIFEST_FILE, Defaults, Manifest
 from edgecompose.bundle.records import read_document
@@ -49,22 +48,19 @@ def build_bundle(
     Raises:
         ExportError: `output` exists, or a part of the recipe cannot be used.
         AdapterError: an adapter does not fit the base.
+        InUse: another process is making or changing the bundle.
+        OSError: something cannot be read or written; an older bundle stays.
     """
     recipe, root = read_recipe(recipe_path), recipe_path.parent
-    if output.exists() and not force:
-        raise ExportError(f"'{output}' exists; give --force to replace it, or another directory")
-    if output.exists() and not output.is_dir():
-        raise ExportError(f"'{output}' is a file; give a directory")
-    if output.exists() and any(output.iterdir()) and not (output / MANIFEST_FILE).is_file():
-        raise ExportError(f"'{output}' is not a bundle and is not empty, so it is not replaced")
-    with new_folder(output, put=replace_folder) as work:
+    with new_folder(output, replace=force) as work:
+        _refuse_taken(output, force=force)
         advance("copying base and embedder")
         spec = _copy_base(base or root / recipe.base, work)
         embedder = _copy_embedder(root / recipe.embedder, work)
         defaults = _defaults(recipe, recipe_path, spec, advance)
         advance("adapters")
         adapters = _place_adapters(recipe, root, work, spec)
-        inner = pairwise_inner_products(work, adapters, spec, known={})
+        inner = pairwise_inner_products({n: work / a.file for n, a in adapters.items()}, spec, known={})
         advance("examples")
         table = _place_examples(recipe, root, work)
         index, tasks = _take_index(work, table, recipe, embedder)
@@ -86,6 +82,17 @@ def build_bundle(
         write_manifest(work, manifest)
         Bundle(work)
     return manifest
+
+
+def _refuse_taken(output: Path, *, force: bool) -> None:
+    if not output.exists():
+        return
+    if not force:
+        raise ExportError(f"'{output}' exists; give --force to replace it, or another directory")
+    if not output.is_dir():
+        raise ExportError(f"'{output}' is a file; give a directory")
+    if any(output.iterdir()) and not (output / MANIFEST_FILE).is_file():
+        raise ExportError(f"'{output}' is not a bundle and is not empty, so it is not replaced")
 
 
 def _defaults(recipe: Recipe, path: Path, base: BaseSpec, advance: Advance) -> Defaults:

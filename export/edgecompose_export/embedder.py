@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import onnx
 
+from edgecompose.bundle.atomic import new_files
 from edgecompose.bundle.files import sha256_of
 from edgecompose.bundle.records import read_json, value_from_json
 from edgecompose.bundle.specs import EmbedderSpec
@@ -51,24 +52,26 @@ def export_embedder(
     Raises:
         ExportError: not such a folder, a pooling that is not in `edgecompose.retrieval.pooling`, or `output` holds an
             embedder.
+        InUse: another process is writing to it.
+        OSError: it cannot be written; nothing is there then.
     """
-    if (output / SPEC_FILE).exists():
-        raise ExportError(f"'{output}' already holds an exported embedder; remove it or give another folder")
     spec = describe_encoder(source, precision, ends)
-    output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output, prefix=".build-") as scratch:
-        work = Path(scratch)
-        advance("exporting through optimum")
-        _export_float(source, work)
-        shutil.copyfile(source / "tokenizer.json", output / spec.tokenizer)
-        shutil.copyfile(work / "model.onnx", work / "float.onnx")
-        if precision == "int8":
-            advance("quantising to int8")
-            _quantize(work / "float.onnx", work / "int8.onnx")
-        save_graph(onnx.load(work / ("int8.onnx" if precision == "int8" else "float.onnx")), output / spec.graph)
-        advance("comparing with float32")
-        spec = dataclasses.replace(spec, cosine=_mean_cosine(work / "float.onnx", output, spec))
-    (output / SPEC_FILE).write_text(json.dumps(dataclasses.asdict(spec), indent=1) + "\n", encoding="utf-8")
+    with new_files(output, last=SPEC_FILE) as new:
+        if (output / SPEC_FILE).exists():
+            raise ExportError(f"'{output}' already holds an exported embedder; remove it or give another folder")
+        with tempfile.TemporaryDirectory(dir=new, prefix=".build-") as scratch:
+            work = Path(scratch)
+            advance("exporting through optimum")
+            _export_float(source, work)
+            shutil.copyfile(source / "tokenizer.json", new / spec.tokenizer)
+            shutil.copyfile(work / "model.onnx", work / "float.onnx")
+            if precision == "int8":
+                advance("quantising to int8")
+                _quantize(work / "float.onnx", work / "int8.onnx")
+            save_graph(onnx.load(work / ("int8.onnx" if precision == "int8" else "float.onnx")), new / spec.graph)
+            advance("comparing with float32")
+            spec = dataclasses.replace(spec, cosine=_mean_cosine(work / "float.onnx", new, spec))
+        (new / SPEC_FILE).write_text(json.dumps(dataclasses.asdict(spec), indent=1) + "\n", encoding="utf-8")
     return spec
 
 

@@ -16,13 +16,14 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from edgecompose.bundle.atomic import new_files
 from edgecompose.bundle.manifest import check_name
 from edgecompose.bundle.records import read_json, value_from_json
 from edgecompose.bundle.specs import EmbedderSpec, IndexSpec
 from edgecompose.errors import ExportError
 from edgecompose.retrieval.embedder import Embedder
 from edgecompose.retrieval.examples import Example, add_vectors, embed_prompts, prompt_lines
-from edgecompose.retrieval.index import new_index
+from edgecompose.retrieval.index import new_index, save_index
 from edgecompose.retrieval.whitening import Whitening, fit_whitening, save_whitening
 
 Float = npt.NDArray[np.float32]
@@ -71,11 +72,27 @@ def write_examples(
 
     Raises:
         ExportError: no task, or `output` already holds an index.
+        InUse: another process is writing to it.
+        OSError: it cannot be written; nothing is there then.
     """
     if not tasks:
         raise ExportError("no task is named; give at least one as NAME=FILE.jsonl")
-    if (output / TABLE_FILE).exists():
-        raise ExportError(f"'{output}' already holds examples; remove it or give another folder")
+    with new_files(output, last=TABLE_FILE) as work:
+        if (output / TABLE_FILE).exists():
+            raise ExportError(f"'{output}' already holds examples; remove it or give another folder")
+        return _write(tasks, embedder, spec, work, whiten=whiten, keep_text=keep_text, advance=advance)
+
+
+def _write(
+    tasks: Mapping[str, Sequence[Example]],
+    embedder: Embedder,
+    spec: EmbedderSpec,
+    folder: Path,
+    *,
+    whiten: bool,
+    keep_text: bool,
+    advance: Callable[[int], None],
+) -> ExampleTable:
     spans: dict[str, KeySpan] = {}
     labels: list[int] = []
     for number, (name, examples) in enumerate(tasks.items()):
@@ -88,25 +105,22 @@ def write_examples(
     dimension = spec.dimension if whitening is None else whitening.matrix.shape[1]
     index = new_index(dimension, INDEX_DTYPE, vectors=len(vectors))
     add_vectors(index, vectors if whitening is None else whitening(vectors), 0)
-    output.mkdir(parents=True, exist_ok=True)
-    index.save(str(output / INDEX_FILE))
-    if whitening is not None:
-        save_whitening(output / WHITENING_FILE, whitening)
-    texts = None
-    if keep_text:
-        texts = TEXTS_FILE
-        (output / texts).write_text(prompt_lines(prompts, 0), encoding="utf-8")
     described = IndexSpec(
         file=INDEX_FILE,
         vectors=len(index),
         dimension=dimension,
         embedder=spec.space,
         dtype=INDEX_DTYPE,
-        texts=texts,
+        texts=TEXTS_FILE if keep_text else None,
         whitening=None if whitening is None else WHITENING_FILE,
     )
     table = ExampleTable(described, spans)
-    (output / TABLE_FILE).write_text(json.dumps(dataclasses.asdict(table), indent=1) + "\n", encoding="utf-8")
+    save_index(index, folder / INDEX_FILE)
+    if whitening is not None:
+        save_whitening(folder / WHITENING_FILE, whitening)
+    if keep_text:
+        (folder / TEXTS_FILE).write_text(prompt_lines(prompts, 0), encoding="utf-8")
+    (folder / TABLE_FILE).write_text(json.dumps(dataclasses.asdict(table), indent=1) + "\n", encoding="utf-8")
     return table
 
 

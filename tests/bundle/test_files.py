@@ -69,7 +69,7 @@ def test_a_sound_bundle_opens_and_has_no_fault(root: Path) -> None:
     bundle = Bundle(root)
     assert bundle.manifest.name == "test"
     assert bundle.path(GRAPH) == root / GRAPH
-    assert bundle.adapter_file("two") == root / "adapters/two.safetensors"
+    assert bundle.adapter_content("two") == (root / "adapters/two.safetensors").read_bytes()
     assert bundle.text("base/chat.jinja") == (root / "base/chat.jinja").read_text(encoding="utf-8")
     hashed: list[int] = []
     assert verify(root, advance=hashed.append) == []
@@ -78,7 +78,7 @@ def test_a_sound_bundle_opens_and_has_no_fault(root: Path) -> None:
 
 def test_an_unknown_adapter_is_named_with_those_that_there_are(root: Path) -> None:
     with pytest.raises(UnknownAdapter, match="'three'.*one, two"):
-        Bundle(root).adapter_file("three")
+        Bundle(root).adapter_content("three")
 
 
 SEEN_AT_ONCE: dict[str, tuple[Callable[[Path], object], str]] = {

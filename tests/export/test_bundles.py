@@ -15,6 +15,7 @@ pytest.importorskip("torch", reason="a package of edgecompose-export")
 pytest.importorskip("onnx", reason="a package of edgecompose-export")
 
 from edgecompose import EdgeComposeError, Request, open_bundle
+from edgecompose.bundle import atomic
 from edgecompose.bundle.files import Bundle, verify
 from edgecompose.bundle.manifest import MANIFEST_FILE
 from edgecompose.errors import ExportError
@@ -263,6 +264,7 @@ def test_a_last_rename_that_fails_leaves_the_old_bundle(
     def fail_last(path: Path, target: Path) -> Path:
         return fail() if path.name.endswith(".tmp") and Path(target) == bundle_copy else rename(path, target)
 
+    monkeypatch.setattr(atomic, "exchange", lambda one, other: False)
     monkeypatch.setattr(Path, "rename", fail_last)
     with pytest.raises(OSError, match="disk full"):
         build_bundle(recipe, bundle_copy, force=True)

@@ -103,17 +103,18 @@ def write_checkpoint(base: Base, output: Path, dtype: DType = "float32") -> str:
     Raises:
         ExportError: `output` exists or cannot be written, or transformers has no class for such a decoder.
     """
-    if output.exists():
-        raise ExportError(f"'{output}' exists; remove it or give another folder")
     fields = _config(base) | {"dtype": dtype}
     identity = base.identity
     try:
         with new_folder(output) as work:
+            if output.exists():
+                raise ExportError(f"'{output}' exists; remove it or give another folder")
             _write_json(work / CONFIG_FILE, fields)
             _write_tokenizer(base, work)
             _write_weights(base, work, dtype, metadata={"format": "pt", BASE_KEY: identity})
     except OSError as error:
-        raise ExportError(f"'{output}' cannot be written: {error.strerror or error}; give another folder") from error
+        reason = str(error) if error.errno is None else os.strerror(error.errno)
+        raise ExportError(f"'{output}' cannot be written: {reason}; give another folder") from error
     return identity
 
 

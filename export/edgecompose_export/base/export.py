@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +56,7 @@ def export_base(
     try:
         return _export_to(path, output, precision, accept_distance=accept_distance, advance=advance)
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = str(error) if error.errno is None else os.strerror(error.errno)
         of_base = isinstance(error.filename, str) and Path(error.filename).is_relative_to(path)
         if of_base and not output.is_relative_to(path):
             raise ExportError(f"'{error.filename}' cannot be read: {reason}; check it, or copy it again") from error
@@ -72,13 +73,11 @@ def export_base(
 def _export_to(
     path: Path, output: Path, precision: Precision | None, *, accept_distance: bool, advance: Callable[[str], None]
 ) -> BaseSpec:
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ExportError(f"'{output}' exists and is not empty; remove it or give another folder")
-    advance("opening the base")
-    base = open_base(path)
-    if output.is_dir():
-        output.rmdir()
     with new_folder(output) as work:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise ExportError(f"'{output}' exists and is not empty; remove it or give another folder")
+        advance("opening the base")
+        base = open_base(path)
         return _export(
             base, work, precision or default_precision(base), accept_distance=accept_distance, advance=advance
         )

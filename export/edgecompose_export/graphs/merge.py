@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from edgecompose.bundle.atomic import write_bytes
 from edgecompose.merging.gather import RESIDENT_BLOCK
 
 #: What is computed from the rows.
@@ -226,6 +227,6 @@ def write_graphs(folder: Path) -> list[Path]:
     for name, content in all_graphs().items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        write_bytes(path, content)
         paths.append(path)
     return paths

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgecompose.bundle.atomic import replaced_file
 from edgecompose.errors import ExportError
 from edgecompose.retrieval.examples import Example
 
@@ -36,7 +38,11 @@ class TrainingRun:
     optimizer: Any
 
     def save(self, path: Path) -> None:
-        """Write the state, replacing an older one at once."""
+        """Write the state, in the place of an older one.
+
+        Raises:
+            OSError: it cannot be written; the older one stays.
+        """
         import torch
 
         state = {
@@ -45,9 +51,11 @@ class TrainingRun:
             "parameters": [p.detach().cpu() for p in self.parameters],
             "optimizer": self.optimizer.state_dict(),
         }
-        temporary = path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        temporary.replace(path)
+        with replaced_file(path) as work:
+            try:
+                torch.save(state, work)
+            except RuntimeError as error:  # what torch makes of a full disk
+                raise OSError(errno.ENOSPC, f"cannot be written ({error})", str(path)) from error
 
     def resume(self, path: Path) -> None:
         """Load the state at `path`, if there is one.

@@ -6,6 +6,7 @@ Each example has the form that `edgecompose run` sends (chat template), the raw 
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import tempfile
@@ -14,7 +15,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from edgecompose.bundle.atomic import files_together
+from edgecompose.bundle.lock import lock
 from edgecompose.errors import ExportError
+from edgecompose.filesystem import naming
+from edgecompose.formats.lora import CONFIG_FILE
 from edgecompose.generation.tokenizer import Tokenizer
 from edgecompose.retrieval.examples import Example
 from edgecompose_export.base.checkpoint import load_model
@@ -55,16 +62,30 @@ def train_adapter(
     Raises:
         ExportError: no example is short enough, the loss stopped being a number, or `output`
             holds the state of a run with other settings.
+        InUse: another process is training to `output`.
+        OSError: something cannot be written; the last saved state stays.
     """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with naming(output), lock(output):
+        return _train(base, examples, output, settings, advance)
+
+
+def _train(
+    base: Base,
+    examples: Sequence[Example],
+    output: Path,
+    settings: TrainSettings,
+    advance: Callable[[int, int, float], None],
+) -> dict[str, Any]:
     import torch
 
     torch.manual_seed(settings.seed)
-    output.mkdir(parents=True, exist_ok=True)
     tokenizer, end = base_tokenizer(base), _end(base)
     sequences = [_forms(tokenizer, example, settings.prompt_form, end=end) for example in examples]
     short = [forms for forms in sequences if all(len(form.ids) <= settings.max_length for form in forms)]
     if not short:
         raise ExportError(f"no example is at most {settings.max_length} tokens long; raise --max-length")
+    output.mkdir(exist_ok=True)
     plan = plan_batches(short, settings)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = _with_lora(load_model(base), settings).to(device).train()
@@ -81,12 +102,25 @@ def train_adapter(
     losses = _run(
         model, plan, output / STATE_FILE, report=report, peak=settings.learning_rate, end=end, advance=advance
     )
-    model.save_pretrained(output, safe_serialization=True)
     tail = losses[-max(1, len(losses) // 10) :]
     report |= {"final_loss": sum(tail) / len(tail), "precision": _precision(device)[0]}
-    (output / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    with files_together(output, last=CONFIG_FILE) as work:
+        _save_adapter(model, work)
+        (work / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (output / STATE_FILE).unlink(missing_ok=True)
     return report
+
+
+def _save_adapter(model: Any, folder: Path) -> None:
+    """Write the PEFT folder of a model.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        model.save_pretrained(folder, safe_serialization=True)
+    except SafetensorError as error:  # what the library makes of a full disk
+        raise OSError(errno.ENOSPC, f"cannot be written ({error})", str(folder)) from error
 
 
 def _run(
