@@ -132,6 +132,27 @@ def remove_task(root: Path, name: str) -> Manifest:
         return _commit(bundle, work, index, texts, tasks=tasks, adapters=adapters)
 
 
+def measure_tasks(root: Path) -> bool:
+    """Measure the similarity that is typical of each task of a bundle where none was, as in bundles of older versions.
+
+    Returns:
+        Whether the manifest has changed; nothing else does.
+
+    Raises:
+        InUse: another process is changing the bundle.
+        BundleError, RetrievalError: the bundle cannot be used.
+        OSError: the manifest cannot be written; it is as it was.
+    """
+    with _changing(root) as (bundle, _):
+        manifest, index = bundle.manifest, bundle.manifest.index
+        if all(task.similarity is not None for task in manifest.tasks.values()):
+            return False
+        changed = replace(manifest, tasks=measure_similarities(bundle.path(index.file), index, manifest.tasks))
+        if changed != manifest:
+            write_manifest(root, changed)
+        return changed != manifest
+
+
 def place_adapter(source: Path, root: Path, *, name: str, base: BaseSpec, bits: Bits) -> AdapterSpec:
     """Copy a quantised adapter, or convert one of another format, to `adapters/NAME.safetensors` of a new bundle, or
     of the folder of what is new in one.

@@ -23,7 +23,8 @@ pytestmark = [
 PROMPTS = {
     "yelp": "Customer review of a business: The staff were rude and my room was dirty. Never again.\n"
     "Would you call this customer's experience positive or negative?\nAnswer:",
-    "mrpc": "First: The firm will close two plants.\nSecond: Two plants will be closed by the firm.\n"
+    "mrpc": "First: The company said on Friday that it will close two of its plants.\n"
+    "Second: Two plants will be closed, the company announced on Friday.\n"
     "Do both sentences mean the same? Say yes or no.\nAnswer:",
     "snli": "A photo is described as: A boy in a red shirt climbs a rock.\nIs it then true that: A child is outdoors.\n"
     "Say yes, maybe or no.\nAnswer:",

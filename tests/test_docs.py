@@ -72,6 +72,7 @@ _NOT_HERE = "needs a program that is not installed with ours"
 NOT_RUN: dict[str, str] = {
     "make demo": _BUILDS,
     **dict.fromkeys(("make check", "make test"), "runs tests"),
+    "make fuzz SECONDS=600 SEED=1": "takes ten minutes; tests/attack runs shorter ones",
     "make airgap": _BUILDS,
     "make binary": _BUILDS,
     "make airgap BUNDLE_DIR=my-bundle": _BUILDS,

@@ -55,11 +55,11 @@ def test_a_prompt_of_a_task_is_sent_as_its_adapters_were_trained(composer: Compo
     assert composer.run(prompt, Request(max_tokens=2)).retrieval.weights
 
 
-@pytest.mark.parametrize("text", (*OPENERS[13:17], *TASKS))
+@pytest.mark.parametrize("text", (OPENERS[13], TASKS[0]))
 def test_the_same_call_has_the_same_answer_with_and_without_the_prompt_cache(composer: Composer, text: str) -> None:
     talk = [Message("user", text)]
-    for _ in range(3):
-        answers = [composer.run(talk, Request(max_tokens=24, prompt_cache=cache == "c")).text for cache in "-cc-c"]
+    for _ in range(2):
+        answers = [composer.run(talk, Request(max_tokens=16, prompt_cache=cache == "c")).text for cache in "-cc"]
         assert len(set(answers)) == 1
         while composer.model.read_ahead():
             pass

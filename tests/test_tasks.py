@@ -21,7 +21,7 @@ from edgecompose.bundle.specs import TaskSpec
 from edgecompose.bundle.upgrade import upgrade_bundle
 from edgecompose.errors import BundleError, ExportError, InUse, ManifestInvalid, UnknownAdapter
 from edgecompose.settings import RetrievalSettings
-from edgecompose.tasks import add_task, remove_task
+from edgecompose.tasks import add_task, measure_tasks, remove_task
 from tests.fixtures_tiny import NEW_PROMPTS, TASKS, TinyZoo
 from tests.recipes import NEAREST, PROMPT, contents, fail, fail_for, run, write_recipe
 
@@ -331,3 +331,16 @@ def test_a_line_of_prompts_that_is_no_object_with_a_key_is_one_error(line: str) 
     assert tasks._is_of('{"key": 3, "prompt": "x"}', TaskSpec({}, 2, 2))
     with pytest.raises(BundleError, match="is no object with a key"):
         tasks._is_of(line, TaskSpec({}, 2, 2))
+
+
+def test_the_similarities_of_an_older_bundle_are_measured(bundle_copy: Path) -> None:
+    path = bundle_copy / MANIFEST_FILE
+    text, measured = path.read_text(encoding="utf-8"), read_manifest(bundle_copy)
+    assert not measure_tasks(bundle_copy) and path.read_text(encoding="utf-8") == text
+    fields = json.loads(text)
+    for task in fields["tasks"].values():
+        assert 0 < task.pop("similarity") <= 1
+    path.write_text(json.dumps(fields), encoding="utf-8")
+    assert run(bundle_copy, NEW_PROMPTS[0], NEAREST).retrieval.resemblance is None
+    assert measure_tasks(bundle_copy)
+    assert read_manifest(bundle_copy) == measured and verify(bundle_copy) == []

@@ -42,6 +42,8 @@ _OWN = {
     "overflow": "what to do with a conversation that is too long: refuse it, or leave its oldest turns out",
     "choices": "answers to score instead of generating one",
     "prompt_cache": "reuse what an earlier answer under the same blend has read; by default true for chats",
+    "special_tokens": "read special tokens that are written in the prompt as such; by default only at /v1/completions, "
+    "else they are text",
     "explain": "false leaves `edgecompose` out of the response, but for scores of choices",
 }
 _STATUS = {

@@ -14,7 +14,7 @@ from edgecompose.bundle.upgrade import upgrade_bundle
 from edgecompose.cli.console import counting
 from edgecompose.cli.options import bundle_argument, json_option, print_json
 from edgecompose.formats.registry import READABLE
-from edgecompose.tasks import add_task, remove_task
+from edgecompose.tasks import add_task, measure_tasks, remove_task
 
 bits_option = click.option(
     "--bits",
@@ -97,6 +97,7 @@ def upgrade(bundle: Path, as_json: bool) -> None:
     edgecompose bundle upgrade models/demo
     """
     changed = upgrade_bundle(bundle)
+    changed = measure_tasks(bundle) or changed
     if as_json:
         print_json({"bundle": str(bundle), "schema_version": SCHEMA_VERSION, "changed": changed})
     else:

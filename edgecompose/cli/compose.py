@@ -77,6 +77,8 @@ def compose(
     if (row.write_into is not None) != (checkpoint is not None):
         raise click.UsageError(f"--checkpoint FOLDER goes with --format {_WITH_WEIGHTS}; give both or neither")
     text = read_prompt(prompt)
+    if options["min_resemblance"] is None and not options["adapters"]:
+        options["min_resemblance"] = 0.0  # whoever writes a blend wants one
     with open_composer(bundle, device) as composer:
         base, composition = composer.bundle.manifest.base, composer.compose(text, request_of(composer, options))
         paths = _write(row, composition.merged, output, base=base, checkpoint=checkpoint)

@@ -54,6 +54,7 @@ class _Own:
     overflow: Overflow | None = None
     choices: tuple[str, ...] | None = None
     prompt_cache: bool | None = None
+    special_tokens: bool | None = None
     explain: bool = True
 
 

@@ -12,7 +12,7 @@ from edgecompose.cli.main import main
 from tests.fixtures_tiny import TASKS
 
 PROMPT = TASKS["animals"][0]
-RETRIEVAL_KEYS = {"weights", "neighbours", "distribution"}
+RETRIEVAL_KEYS = {"weights", "resemblance", "neighbours", "distribution"}
 
 
 def call(*arguments: object, stdin: bytes | None = None) -> Result:

@@ -27,6 +27,7 @@ def test_an_answer_as_json_has_the_documented_keys(bundle: Path) -> None:
         "method",
         "attachment",
         "weights",
+        "resemblance",
         "neighbours",
         "distribution",
         "device",
@@ -121,13 +122,14 @@ def test_a_prompt_that_is_missing_is_a_wrong_call(bundle: Path, monkeypatch: pyt
 
 
 def test_every_option_reaches_the_composer(bundle: Path) -> None:
-    retrieval = ("--neighbours", 9, "--nucleus", 1, "--routing-temperature", 0.05, "--exclude", "animals")
+    retrieval: tuple[object, ...] = ("--neighbours", 9, "--nucleus", 1, "--routing-temperature", 0.05)
+    retrieval += ("--exclude", "animals", "--min-resemblance", 0)
     result = result_of("run", bundle, PROMPT, *retrieval, "--max-tokens", 3)
     assert len(result["neighbours"]) == 9
     assert set(result["weights"]) == {"numbers", "colours"}
     assert result["tokens"]["generated"] <= 3
     request = Request(
-        retrieval=RetrievalSettings(neighbours=9, nucleus=1.0, routing_temperature=0.05),
+        retrieval=RetrievalSettings(neighbours=9, nucleus=1.0, routing_temperature=0.05, min_resemblance=0),
         exclude=("animals",),
         max_tokens=3,
     )

@@ -335,7 +335,9 @@ def test_where_no_task_stands_out_the_base_answers_in_its_chat_template(zoo: Tin
         assert alone.retrieval.weights == {} and alone.retrieval.distribution
         assert alone.prompt_tokens > plain
         assert opened.run(prompt, replace(unsure, raw=True)).prompt_tokens == plain
-        assert opened.run(prompt, Request(weights={}, max_tokens=2)).prompt_tokens == plain
+        base = Request(weights={}, max_tokens=2)
+        assert opened.run(prompt, base).prompt_tokens > plain, "by the bundle's settings no task stands out"
+        assert opened.run(prompt, replace(base, choices=("a", "b"), max_tokens=None)).prompt_form == "raw"
 
 
 def test_the_index_has_a_learned_metric_by_default(zoo: TinyZoo, tmp_path: Path) -> None:

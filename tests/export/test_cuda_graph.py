@@ -265,6 +265,11 @@ def test_cuda_is_opened_without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
         def get_providers(self) -> list[str]:
             return [name for name, _ in opened[-1]]
 
+        def get_inputs(self) -> list[Any]:
+            return []
+
+        get_outputs = get_overridable_initializers = get_inputs
+
     monkeypatch.setattr("edgecompose.engine.device.onnxruntime.InferenceSession", Session)
     monkeypatch.setattr(devices, "has_cuda_provider", lambda: True)
     devices.open_session(b"", choose_device("cuda"), name="any")

@@ -36,7 +36,9 @@ PROMPTS = {
     "reviews": [
         f"Review: the {noun} was {word}. Positive or negative?" for noun in ("food", "room") for word in ("good", "bad")
     ],
-    "sums": [f"Add the numbers: {a} + {b} =" for a in range(2) for b in range(2)],
+    "order": [
+        f"Premise: {a} is larger than {b}. Does it follow that {b} is smaller? yes or no:" for a in "xy" for b in "zw"
+    ],
 }
 _NO_ADAPTER = MergedAdapter({}, "base")
 
@@ -159,7 +161,7 @@ def test_openers_are_answered_in_the_chat_template_and_the_same_each_time(compos
 
 def test_a_conversation_is_the_same_with_and_without_the_prompt_cache(composer: Composer) -> None:
     talk = [Message("user", "Write a Python function that adds two numbers, and explain each of its lines. " * 10)]
-    for weights in ({}, {"reviews": 0.5, "sums": 0.5}):
+    for weights in ({}, {"reviews": 0.5, "order": 0.5}):
         for _ in range(2):
             requests = [Request(weights=weights, max_tokens=8, prompt_cache=cache) for cache in (False, True, True)]
             texts = {composer.run(talk, request).text for request in requests}

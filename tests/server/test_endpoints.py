@@ -50,9 +50,9 @@ def test_embeddings_are_tokenised_away_from_the_event_loop_and_the_encoder_is_op
     opened, tokenised = [], []
     init, tokens = Embedder.__init__, Embedder.tokens
 
-    def opening(self: Embedder, *arguments: Any) -> None:
+    def opening(self: Embedder, *arguments: Any, **options: Any) -> None:
         opened.append(served.composer.retriever._loading._is_owned())  # type: ignore[attr-defined]
-        init(self, *arguments)
+        init(self, *arguments, **options)
 
     def tokenising(self: Embedder, text: str) -> list[int]:
         with contextlib.suppress(RuntimeError):

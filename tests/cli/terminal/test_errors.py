@@ -32,7 +32,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], str]] = {
         "'animals' is named twice",
     ),
     "infinite weight": (("run", "{bundle}", PROMPT, "--adapter", "animals=inf"), "not finite"),
-    "too long": (("run", "{bundle}", PROMPT, "--max-tokens", "512"), "the base has a context of 512"),
+    "too long": (("run", "{bundle}", PROMPT * 60), "the base has a context of 512"),
     "unlike ranks": (
         ("run", "{bundle}", PROMPT, "--method", "linear", "--adapter", "animals=1", "--adapter", "numbers=1"),
         "ranks [2, 4]",

@@ -66,7 +66,13 @@ def test_a_signal_while_a_command_works(bundle: Path, tmp_path: Path, number: in
         output = tmp_path / f"at-{moment}"
         done = at_event(number, moment, "edgecompose", *arguments, output)
         assert (done.returncode, done.stderr.strip()) == (128 + number, ""), moment
-        assert not list(tmp_path.glob(f"{output.name}*")) or "written" in done.stdout, moment
+        left = [path.name for path in tmp_path.glob(f"*{output.name}*")]
+        assert left in ([], [output.name]), moment
+        assert not left or contents(output) == contents(tmp_path / "whole"), moment
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 #: A command whose work is a body of code.
