@@ -31,8 +31,8 @@ from edgecompose.bundle.quantization import Bits
 from edgecompose.bundle.specs import AdapterSpec, BaseSpec, IndexSpec, TaskSpec
 from edgecompose.engine.device import choose_device
 from edgecompose.errors import BundleError, ExportError, UnknownAdapter
-from edgecompose.filesystem import naming
 from edgecompose.formats.registry import detect_format, unknown_format
+from edgecompose.guard.filesystem import naming
 from edgecompose.merging.merger import Merger
 from edgecompose.retrieval.examples import add_vectors, embed_prompts, prompt_lines, read_examples
 from edgecompose.retrieval.index import new_index, open_index, save_index, vectors_of

@@ -70,12 +70,9 @@ _AIRGAP = "tests/test_airgap.py does the same with the installer"
 _NOT_HERE = "needs a program that is not installed with ours"
 #: Command lines that no test of this file runs, and why.
 NOT_RUN: dict[str, str] = {
-    "make demo": _BUILDS,
     **dict.fromkeys(("make check", "make test"), "runs tests"),
     "make fuzz SECONDS=600 SEED=1": "takes ten minutes; tests/attack runs shorter ones",
-    "make airgap": _BUILDS,
-    "make binary": _BUILDS,
-    "make airgap BUNDLE_DIR=my-bundle": _BUILDS,
+    **dict.fromkeys(("make demo", "make airgap", "make binary", "make airgap BUNDLE_DIR=my-bundle"), _BUILDS),
     "edgecompose-export fetch qwen2.5-coder-0.5b-instruct -o build/models": "downloads; see tests/export/test_fetch.py",
     "pip install 'edgecompose[cpu]'": _DOWNLOADS,
     "pip install 'edgecompose[gpu]'": _DOWNLOADS,

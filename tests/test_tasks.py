@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from edgecompose import EdgeComposeError, Request, filesystem, open_bundle, tasks
+from edgecompose import EdgeComposeError, Request, open_bundle, tasks
 from edgecompose.bundle import atomic, files
 from edgecompose.bundle.files import Bundle, read_manifest, verify
 from edgecompose.bundle.lock import lock
@@ -20,6 +20,7 @@ from edgecompose.bundle.manifest import MANIFEST_FILE
 from edgecompose.bundle.specs import TaskSpec
 from edgecompose.bundle.upgrade import upgrade_bundle
 from edgecompose.errors import BundleError, ExportError, InUse, ManifestInvalid, UnknownAdapter
+from edgecompose.guard import filesystem
 from edgecompose.settings import RetrievalSettings
 from edgecompose.tasks import add_task, measure_tasks, remove_task
 from tests.fixtures_tiny import NEW_PROMPTS, TASKS, TinyZoo

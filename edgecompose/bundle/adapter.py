@@ -23,7 +23,7 @@ from edgecompose.bundle.quantization import BITS, Bits, QuantizedFactor, block_f
 from edgecompose.bundle.records import depth_exceeds, named
 from edgecompose.bundle.specs import LARGEST_WEIGHT, MOST_RANK, SlotGroup
 from edgecompose.errors import AdapterError, SlotMismatch
-from edgecompose.tensors import metadata_of, tensors_of
+from edgecompose.guard.tensors import metadata_of, tensors_of
 
 Float = npt.NDArray[np.float32]
 FORMAT = "edgecompose-adapter/3"

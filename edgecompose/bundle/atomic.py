@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from edgecompose.bundle.lock import lock, short_name
-from edgecompose.filesystem import exchange, naming, put, sync
+from edgecompose.guard.filesystem import exchange, naming, put, sync
 
 #: In a folder that files are being placed in: their names, until all are there. Older ones wait in the writer's folder.
 UNFINISHED = ".unfinished.json"

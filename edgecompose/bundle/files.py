@@ -16,7 +16,7 @@ from edgecompose.bundle.manifest import MANIFEST_FILE, Manifest, check_path, man
 from edgecompose.bundle.records import named
 from edgecompose.bundle.specs import FileEntry
 from edgecompose.errors import FileDamaged, ManifestInvalid, UnknownAdapter, UnsupportedSchema
-from edgecompose.filesystem import sync
+from edgecompose.guard.filesystem import sync
 
 _CHUNK = 1 << 20
 _MANIFEST_LIMIT = 64 << 20

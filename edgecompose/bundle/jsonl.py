@@ -13,7 +13,7 @@ from typing import IO, Any, Generic, TypeVar
 from edgecompose.bundle.lock import lock
 from edgecompose.bundle.records import decode_text
 from edgecompose.errors import EdgeComposeError
-from edgecompose.filesystem import naming
+from edgecompose.guard.filesystem import naming
 
 _T = TypeVar("_T")
 _LONGEST = 256 << 20

@@ -11,7 +11,7 @@ from edgecompose.bundle.files import read_manifest_text
 from edgecompose.bundle.lock import lock
 from edgecompose.bundle.manifest import MANIFEST_FILE, SCHEMA_VERSION, manifest_from_json, manifest_to_json
 from edgecompose.errors import ManifestInvalid
-from edgecompose.filesystem import naming
+from edgecompose.guard.filesystem import naming
 
 #: Version 4 -> 5: names of settings, by the group that they belong to now.
 _RETRIEVAL = {

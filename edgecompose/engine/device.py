@@ -32,7 +32,7 @@ except ImportError as error:  # pragma: no cover - depends on the installation
     ) from error
 
 from edgecompose.errors import BundleError, DeviceError
-from edgecompose.native import native
+from edgecompose.guard.native import native
 
 DeviceRequest = Literal["auto", "cpu", "cuda"]
 #: ONNX Runtime has no type information; these names say which of its objects is meant.

@@ -9,7 +9,7 @@ from edgecompose.engine.device import Device, IOBinding, OrtValue, Session, host
 from edgecompose.engine.fusing import FusedWeights
 from edgecompose.engine.merged import MergedAdapter
 from edgecompose.errors import BundleError, GenerationError
-from edgecompose.native import native
+from edgecompose.guard.native import native
 
 #: A cache has room for a multiple of so many tokens, so that the next sequence under the same blend can have it.
 _CAPACITY_STEP = 64

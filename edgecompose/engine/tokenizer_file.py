@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 
 from edgecompose.errors import BundleError, EdgeComposeError
-from edgecompose.native import native
+from edgecompose.guard.native import native
 
 #: Characters at each end of a text that are tokenised first, for each token that is read there; and at most.
 _FIRST_WINDOW, _LARGEST_WINDOW = 16, 1 << 18

@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save
 
-from edgecompose.budget import Budget
 from edgecompose.bundle.atomic import new_files
 from edgecompose.bundle.files import sha256_of
 from edgecompose.bundle.specs import BaseSpec
@@ -35,7 +34,8 @@ from edgecompose.formats.lora import (
     read_tensors,
     refuse_unknown,
 )
-from edgecompose.patterns import Pattern
+from edgecompose.guard.budget import Budget
+from edgecompose.guard.patterns import Pattern
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _KEY = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_(A|B)(?:\.\w+)?\.weight$")

@@ -8,14 +8,14 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from edgecompose.budget import Budget
 from edgecompose.errors import BundleError, EdgeComposeError, GenerationError
-from edgecompose.native import said
+from edgecompose.guard.budget import Budget
+from edgecompose.guard.native import said
 
 if TYPE_CHECKING:  # a raw prompt is answered without it
     import jinja2
 
-    from edgecompose.sandbox import Sandbox
+    from edgecompose.guard.sandbox import Sandbox
 
 #: Characters of a template at most; the longest of published models have 40 thousand.
 _LONGEST = 1 << 18
@@ -66,7 +66,7 @@ class ChatTemplate:
 
     @functools.cached_property
     def _compiled(self) -> tuple[Sandbox, jinja2.Template]:
-        from edgecompose.sandbox import Sandbox
+        from edgecompose.guard.sandbox import Sandbox
 
         if len(self._source) > _LONGEST:
             raise BundleError(

@@ -12,7 +12,7 @@ from edgecompose.engine.memory import release_freed_memory
 from edgecompose.engine.tokenizer_file import encode_text, longest_token, open_tokenizer
 from edgecompose.errors import BundleError, GenerationError, PromptTooLong
 from edgecompose.generation.chat_template import ChatTemplate
-from edgecompose.native import native
+from edgecompose.guard.native import native
 
 Message = dict[str, str]
 #: The private use area, whose characters no template changes, and how many of them make a mark that no text holds.

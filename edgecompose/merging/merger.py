@@ -22,12 +22,12 @@ from edgecompose.engine.device import Device, View
 from edgecompose.engine.memory import BufferPool, aligned
 from edgecompose.engine.merged import SIDES, MergedAdapter, MergedModule, MergeReport, Side
 from edgecompose.errors import MergeError
+from edgecompose.guard.native import native
 from edgecompose.merging import core_space
 from edgecompose.merging.gather import HostRows, Part, Parts, ResidentRows, Rows, layer_chunks, ranks_of
 from edgecompose.merging.methods import check_weights, composition_digest, effective, method_of
 from edgecompose.merging.recombination import Recombiner
 from edgecompose.merging.runner import GraphRunner
-from edgecompose.native import native
 from edgecompose.settings import MergeSettings
 
 Double = npt.NDArray[np.float64]

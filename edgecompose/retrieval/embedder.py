@@ -13,7 +13,7 @@ from edgecompose.bundle.specs import EmbedderSpec
 from edgecompose.engine.device import Device, host, open_session
 from edgecompose.engine.tokenizer_file import encode_ends, open_tokenizer
 from edgecompose.errors import BundleError, RetrievalError
-from edgecompose.native import native
+from edgecompose.guard.native import native
 from edgecompose.retrieval.pooling import pool, pooling_of
 
 Float = npt.NDArray[np.float32]

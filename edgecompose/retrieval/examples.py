@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from edgecompose.bundle.jsonl import read_lines
 from edgecompose.errors import ExportError, RetrievalError
-from edgecompose.native import native
+from edgecompose.guard.native import native
 from edgecompose.retrieval.embedder import Embedder, normalize
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from edgecompose.bundle.specs import IndexSpec, TaskSpec
 from edgecompose.errors import RetrievalError, UnknownAdapter
-from edgecompose.native import native
+from edgecompose.guard.native import native
 from edgecompose.retrieval.index_file import check_index_file
 from edgecompose.retrieval.whitening import Whitening
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from edgecompose.bundle.specs import TaskSpec
 from edgecompose.errors import RetrievalError
-from edgecompose.native import native
+from edgecompose.guard.native import native
 from edgecompose.retrieval.index import EXACT_BELOW, Neighbour, vectors_of
 
 if TYPE_CHECKING:

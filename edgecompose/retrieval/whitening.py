@@ -16,7 +16,7 @@ import numpy.typing as npt
 from safetensors.numpy import save
 
 from edgecompose.errors import RetrievalError
-from edgecompose.tensors import tensors_of
+from edgecompose.guard.tensors import tensors_of
 
 Float = npt.NDArray[np.float32]
 #: The largest magnitude of a number of a whitening; squared norms of what it maps stay finite in float32.

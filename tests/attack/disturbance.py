@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 import click
 
-from edgecompose import filesystem
 from edgecompose.bundle import atomic
 from edgecompose.errors import EdgeComposeError
+from edgecompose.guard import filesystem
 
 #: 'step': SIGKILL before a step, 'moment': at a moment of time, 'error': one step fails, as on a broken disk, 'full':
 #: no file may grow beyond some bytes, which the libraries that are not Python meet as well.

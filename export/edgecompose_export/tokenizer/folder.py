@@ -16,7 +16,7 @@ from typing import Any
 import tokenizers
 
 from edgecompose.errors import ExportError
-from edgecompose.native import native
+from edgecompose.guard.native import native
 from edgecompose_export.tokenizer.base_tokenizer import BaseTokenizer, assemble_tokenizer, default_template, id_of
 from edgecompose_export.tokenizer.post_processor import State, template_processing
 

@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from edgecompose.bundle.atomic import files_together
 from edgecompose.bundle.lock import lock
 from edgecompose.errors import ExportError
-from edgecompose.filesystem import naming
 from edgecompose.formats.lora import CONFIG_FILE
 from edgecompose.generation.tokenizer import Tokenizer
+from edgecompose.guard.filesystem import naming
 from edgecompose.retrieval.examples import Example
 from edgecompose_export.base.checkpoint import load_model
 from edgecompose_export.base.source import Base

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from edgecompose.filesystem import exchange, naming, put, sync
+from edgecompose.guard.filesystem import exchange, naming, put, sync
 
 
 def test_two_folders_change_places_in_one_step(tmp_path: Path) -> None:

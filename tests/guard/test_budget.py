@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgecompose.budget import Budget, has_method, take_format, take_method, take_operator
 from edgecompose.errors import GenerationError
+from edgecompose.guard.budget import Budget, has_method, take_format, take_method, take_operator
 
 TEXT = st.text(max_size=20)
 SMALL = st.integers(0, 60)

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgecompose import patterns
-from edgecompose.budget import Budget
 from edgecompose.errors import AdapterError
-from edgecompose.patterns import Pattern
+from edgecompose.guard import patterns
+from edgecompose.guard.budget import Budget
+from edgecompose.guard.patterns import Pattern
 
 ATOMS = st.sampled_from(
     [

@@ -10,7 +10,7 @@ import tokenizers
 from hypothesis import given
 
 from edgecompose.errors import BundleError, EdgeComposeError, MergeError, RetrievalError
-from edgecompose.native import native, said
+from edgecompose.guard.native import native, said
 from tests.factories import TEXT
 
 

@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as arrays
 from safetensors.numpy import load, save
 
 from edgecompose.errors import AdapterError, RetrievalError
-from edgecompose.tensors import metadata_of, tensors_of
+from edgecompose.guard.tensors import metadata_of, tensors_of
 from tests.attack.mutations import mutate_bytes
 
 DTYPES = [np.uint8, np.int32, np.int64, np.float16, np.float32, np.float64, np.bool_]

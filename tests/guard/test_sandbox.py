@@ -16,7 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from edgecompose.errors import BundleError, GenerationError
 from edgecompose.generation import chat_template
 from edgecompose.generation.chat_template import ChatTemplate
-from tests.hostile_templates import ENDLESS, INVALID, REFUSED
+from tests.guard.hostile_templates import ENDLESS, INVALID, REFUSED
 
 HELLO = [{"role": "user", "content": "hello"}]
 TALK = [{"role": "user" if i % 2 == 0 else "assistant", "content": f"message {i}"} for i in range(9999)]

@@ -13,7 +13,7 @@ from re import _constants as sre  # type: ignore[attr-defined]
 from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
 
-from edgecompose.budget import Budget
+from edgecompose.guard.budget import Budget
 
 _LONGEST = 1000
 #: Ways through an expression that Python's engine may try.

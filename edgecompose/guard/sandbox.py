@@ -18,7 +18,7 @@ from jinja2 import nodes, runtime
 from jinja2.utils import Cycler, Joiner, Namespace, pass_context
 from jinja2.visitor import NodeTransformer
 
-from edgecompose.budget import (
+from edgecompose.guard.budget import (
     Budget,
     bytes_of,
     has_method,

@@ -1,0 +1,1 @@
+"""What stands between files, programs and libraries of others and the rest."""
