@@ -120,7 +120,7 @@ class RetrievalSettings:
     shortcut: float = setting(1.0, "Share of the top task at which it is taken alone.", above=0, high=1)
     fallback: float = setting(0.0, "Share of the top task below which the base answers alone.", low=0, high=1)
     min_resemblance: float = setting(
-        0.55,
+        0.7,
         "Resemblance below which the base answers alone, in its chat template; 1 is that of a task's own examples.",
         low=0,
         high=10,
