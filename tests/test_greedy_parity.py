@@ -38,7 +38,7 @@ pytestmark = [
 PROMPTS = calibration_prompts()[:20]
 TOKENS = 16
 #: Every prompt gets the adapters that it is nearest to, however far those are.
-REQUEST = Request(retrieval=RetrievalSettings(fallback=0.0), max_tokens=TOKENS)
+REQUEST = Request(retrieval=RetrievalSettings(fallback=0.0, min_resemblance=0.0), max_tokens=TOKENS)
 
 
 @pytest.fixture(scope="module")
