@@ -16,7 +16,7 @@ from edgecompose.bundle.manifest import MANIFEST_FILE, Manifest, check_path, man
 from edgecompose.bundle.records import named
 from edgecompose.bundle.specs import FileEntry
 from edgecompose.errors import FileDamaged, ManifestInvalid, UnknownAdapter, UnsupportedSchema
-from edgecompose.guard.filesystem import sync
+from edgecompose.guard.filesystem import read_plain, sync
 
 _CHUNK = 1 << 20
 _MANIFEST_LIMIT = 64 << 20
@@ -152,19 +152,6 @@ def read_manifest_text(root: Path) -> str:
         return content.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestInvalid(f"bundle '{root}': {MANIFEST_FILE} cannot be read: {error!s:.300}") from error
-
-
-def read_plain(path: Path, limit: int) -> bytes:
-    """The first `limit` + 1 bytes of a plain file; a pipe or a device is neither waited for nor read.
-
-    Raises:
-        OSError: it cannot be opened, or is no plain file.
-    """
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    with open(os.open(path, flags), "rb") as stream:  # noqa: PTH123 - a descriptor
-        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-            raise OSError(f"'{path}' is no plain file")
-        return stream.read(limit + 1)
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:

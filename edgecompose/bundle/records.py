@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
-import stat
 import types
 import typing
 from collections.abc import Mapping
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from edgecompose.errors import ApiError, EdgeComposeError, ManifestInvalid
+from edgecompose.guard.filesystem import read_plain
 
 _T = TypeVar("_T")
 _LARGEST = 256 << 20
@@ -75,11 +74,7 @@ def read_document(path: Path) -> str:
         OSError: it cannot be opened, is no plain file, or is larger.
         ValueError: it is not UTF-8.
     """
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    with open(os.open(path, flags), "rb") as stream:  # noqa: PTH123  # a descriptor
-        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-            raise OSError("it is no plain file")
-        content = stream.read(_LARGEST + 1)
+    content = read_plain(path, _LARGEST)
     if len(content) > _LARGEST:
         raise OSError(f"it is larger than {_LARGEST >> 20} MiB")
     return decode_text(content)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,3 +82,16 @@ def sync(path: Path) -> None:
     except OSError as error:
         if error.errno not in _UNFLUSHED:
             raise
+
+
+def read_plain(path: Path, limit: int) -> bytes:
+    """The first `limit` + 1 bytes of a plain file; a pipe or a device is neither waited for nor read.
+
+    Raises:
+        OSError: it cannot be opened, or is no plain file.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    with open(os.open(path, flags), "rb") as stream:  # noqa: PTH123 - a descriptor
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            raise OSError(f"'{path}' is no plain file")
+        return stream.read(limit + 1)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from edgecompose.bundle.files import Bundle, describe_file, read_manifest, read_plain, verify
+from edgecompose.bundle.files import Bundle, describe_file, read_manifest, verify
 from edgecompose.bundle.manifest import MANIFEST_FILE, manifest_to_json
 from edgecompose.errors import BundleError, FileDamaged, ManifestInvalid, UnknownAdapter
+from edgecompose.guard.filesystem import read_plain
 from tests.factories import write_bundle
 
 GRAPH, OTHER = "base/model.onnx", "embedder/model.onnx"
