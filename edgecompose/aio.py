@@ -74,6 +74,7 @@ class AsyncComposer(AsyncClosing):
         """
         job = self._threads.submit(work)
         ended = asyncio.wrap_future(job)
+        ended.add_done_callback(_retrieve)  # a caller that is cancelled, even twice, does not read it
         try:
             return await asyncio.shield(ended)
         except asyncio.CancelledError:
@@ -81,9 +82,13 @@ class AsyncComposer(AsyncClosing):
                 cancellation.cancel()
             if not job.cancel():
                 await asyncio.wait([ended])
-            if ended.done() and not ended.cancelled():
-                ended.exception()  # nobody reads it any more
             raise
+
+
+def _retrieve(ended: asyncio.Future[T]) -> None:
+    """Look at a result, so that asyncio does not report an exception that nobody reads."""
+    if not ended.cancelled():
+        ended.exception()
 
 
 class AsyncGeneration(AsyncClosing):

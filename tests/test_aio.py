@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import Coroutine
 from pathlib import Path
@@ -101,3 +102,30 @@ def test_errors_are_those_of_the_composer(bundle: Path) -> None:
                     await aio.run("x " * 2000)
 
     check(work())
+
+
+def test_what_fails_after_its_caller_was_cancelled_twice_is_reported_to_nobody(bundle: Path) -> None:
+    begun, go_on, reports = threading.Event(), threading.Event(), []
+
+    def fail() -> None:
+        begun.set()
+        go_on.wait(30)
+        raise PromptTooLong("late")
+
+    async def work() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: reports.append(context["message"]))
+        with open_bundle(bundle, device="cpu") as composer:
+            async with AsyncComposer(composer) as aio:
+                call = asyncio.create_task(aio.call(fail))
+                await asyncio.to_thread(begun.wait, 30)
+                for _ in range(2):
+                    call.cancel()
+                    await asyncio.sleep(0.05)
+                assert call.cancelled()
+                go_on.set()
+                del call
+                await asyncio.sleep(0.3)
+                gc.collect()
+
+    check(work())
+    assert reports == []
