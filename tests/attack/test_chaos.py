@@ -17,6 +17,9 @@ from tests.attack.chaos_writers import Writer, make_parts
 from tests.attack.disturbance import Disturbance, Mode, run_disturbed
 from tests.fixtures_tiny import TinyZoo
 
+#: It starts processes; `make check` leaves it out.
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 #: One writer of each kind, and those whose libraries say nothing of a full disk; five cases each, one of each mode.
 SHORT = ("bundle --force", "add-task", "examples into folder", "compose gguf", "batch")

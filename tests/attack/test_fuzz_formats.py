@@ -14,6 +14,9 @@ from tests.attack.fuzz import attack
 from tests.attack.target import Target
 from tests.attack.texts_targets import TARGETS as TEXTS
 
+#: It starts processes; `make check` leaves it out.
+pytestmark = pytest.mark.slow
+
 CASES = {"template": 25, "base-folder": 10, "peft": 40}
 
 

@@ -11,6 +11,9 @@ from edgecompose.errors import ApiError
 from tests.attack.requests_targets import TARGETS
 from tests.attack.target import Target
 
+#: It starts processes; `make check` leaves it out.
+pytestmark = pytest.mark.slow
+
 CASES = {"requests": 500, "jsonrpc": 500}
 
 

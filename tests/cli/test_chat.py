@@ -16,6 +16,9 @@ from edgecompose.cli.chat import _COMMAND
 from tests.cli.calls import call, fault_of
 from tests.cli.processes import Terminal, command, run_in_shell
 
+#: It starts processes; `make check` leaves it out.
+pytestmark = pytest.mark.slow
+
 TALK = b"the cat sat on a mat\ntwo and two is four\n/new\n\n  \ntwo and two is four\n/exit\nnever read\n"
 
 

@@ -13,6 +13,9 @@ import pytest
 from tests.cli.calls import PROMPT
 from tests.cli.processes import PATIENCE, Terminal, environment, hear_signals
 
+#: It starts processes; `make check` leaves it out.
+pytestmark = pytest.mark.slow
+
 #: Runs a package as a program, and sends itself a signal at one of the events that Python reports to auditors: imports,
 #: opened files, and the like. Their number does not depend on the speed of the machine; for moment -1 it is printed.
 AT_EVENT = """

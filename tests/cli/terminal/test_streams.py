@@ -18,6 +18,9 @@ from edgecompose.errors import EdgeComposeError
 from tests.cli.calls import PROMPT
 from tests.cli.processes import environment, run_in_shell
 
+#: It starts processes; `make check` leaves it out.
+pytestmark = pytest.mark.slow
+
 FULL = "standard output': No space left on device"
 CLOSED = "standard output': Bad file descriptor; it is closed"
 

@@ -21,6 +21,9 @@ from edgecompose.engine.decoder_state import DecoderState
 from edgecompose.retrieval.embedder import Embedder
 from tests.server.served import PROMPT, SETTINGS, TALK, Served, serving
 
+#: It starts processes; `make check` leaves it out.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[int]]]:

@@ -20,6 +20,9 @@ pytest.importorskip("torch", reason="exports need the packages of edgecompose-ex
 from edgecompose.engine.decoder_state import DecoderState
 from tests.server.served import SETTINGS, TALK, Served, serving
 
+#: It starts processes; `make check` leaves it out.
+pytestmark = pytest.mark.slow
+
 QUICK = replace(
     SETTINGS, header_seconds=0.3, body_seconds=0.3, write_seconds=0.3, idle_seconds=0.3, connections=20, active=1
 )
