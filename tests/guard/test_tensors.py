@@ -45,8 +45,8 @@ def entry(first: int, last: int, shape: Any = (), dtype: Any = "U8") -> dict[str
 )
 def test_it_reads_what_the_library_wrote(values: dict[str, Any], metadata: dict[str, str]) -> None:
     content = save(values, metadata or None)
-    tensors, found = tensors_of(content, "x", AdapterError)
-    assert found == metadata
+    tensors, read_metadata = tensors_of(content, "x", AdapterError)
+    assert read_metadata == metadata
     assert set(tensors) == set(values)
     for name, value in load(content).items():
         assert tensors[name].dtype == value.dtype and tensors[name].shape == value.shape

@@ -25,13 +25,13 @@ from edgecompose.server.jsonrpc import (
 @given(st.lists(st.binary(max_size=20).map(lambda line: line.replace(b"\n", b"")), max_size=8), st.integers(0, 99))
 def test_lines_are_those_of_the_input_however_it_comes(lines: list[bytes], seed: int) -> None:
     draw, stream = random.Random(seed), io.BytesIO(b"\n".join(lines))
-    found = list(bounded_lines(lambda size: stream.read(draw.randint(1, 7)), 12))
+    result = list(bounded_lines(lambda size: stream.read(draw.randint(1, 7)), 12))
     expected = [line if len(line) <= 12 else TooLong(12) for line in lines]
     while expected and expected[-1] == b"":
         expected.pop()
-    while found and found[-1] == b"":
-        found.pop()
-    assert found == expected
+    while result and result[-1] == b"":
+        result.pop()
+    assert result == expected
 
 
 def test_a_line_without_end_is_not_kept() -> None:

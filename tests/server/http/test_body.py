@@ -18,8 +18,8 @@ class Client:
 
     def __init__(self, *parts: bytes, pause: float = 0, kind: str = "application/json", **headers: str) -> None:
         self.parts, self.pause, self.read = list(parts), pause, 0
-        given = {"content-type": kind, **{name.replace("_", "-"): value for name, value in headers.items()}}
-        encoded = [(name.encode(), value.encode()) for name, value in given.items()]
+        sent = {"content-type": kind, **{name.replace("_", "-"): value for name, value in headers.items()}}
+        encoded = [(name.encode(), value.encode()) for name, value in sent.items()]
         scope = {"type": "http", "method": "POST", "path": "/", "headers": encoded, "query_string": b""}
         self.http = HttpRequest(scope, self.receive)
 

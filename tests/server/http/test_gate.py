@@ -127,12 +127,12 @@ ASKS = {
 def test_a_page_of_an_admitted_site_may_call(bundle: Path, key: str | None) -> None:
     with serving(bundle, replace(SETTINGS, key=key, origins=(ORIGIN, "app://obsidian.md"))) as served:
         url = f"{served.url}/v1/chat/completions"
-        asked = httpx.options(url, headers=ASKS)
-        assert asked.status_code == 204 and not asked.content
-        assert asked.headers["Access-Control-Allow-Origin"] == ORIGIN
-        assert "POST" in asked.headers["Access-Control-Allow-Methods"]
-        assert asked.headers["Access-Control-Allow-Headers"] == ASKS["Access-Control-Request-Headers"]
-        assert "Origin" in asked.headers.get_list("Vary")
+        preflight = httpx.options(url, headers=ASKS)
+        assert preflight.status_code == 204 and not preflight.content
+        assert preflight.headers["Access-Control-Allow-Origin"] == ORIGIN
+        assert "POST" in preflight.headers["Access-Control-Allow-Methods"]
+        assert preflight.headers["Access-Control-Allow-Headers"] == ASKS["Access-Control-Request-Headers"]
+        assert "Origin" in preflight.headers.get_list("Vary")
         assert httpx.options(url, headers={**ASKS, "Origin": "app://obsidian.md"}).status_code == 204
         refused = httpx.options(url, headers={**ASKS, "Origin": "http://evil.example"})
         assert refused.status_code == 403 and "Access-Control-Allow-Origin" not in refused.headers
