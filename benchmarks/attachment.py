@@ -33,8 +33,8 @@ from benchmarks.measuring.results import write_dated
 from benchmarks.measuring.timing import elapsed_ms, median_ratio, medians
 from edgecompose.bundle.records import value_from_json
 from edgecompose.bundle.specs import BaseSpec
-from edgecompose.engine.decoder import Decoder, FusedDecoder
-from edgecompose.engine.decoder_state import DecoderState
+from edgecompose.engine.decoding.decoder import Decoder, FusedDecoder
+from edgecompose.engine.decoding.decoder_state import DecoderState
 from edgecompose.engine.device import choose_device
 from edgecompose.engine.fusing import Fuser, fused_bytes
 from edgecompose.engine.merged import MergedAdapter

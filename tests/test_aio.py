@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("torch", reason="exports need the packages of edgecompose-export")
 
 from edgecompose import AsyncComposer, Request, open_bundle
-from edgecompose.engine.decoder_state import DecoderState
+from edgecompose.engine.decoding.decoder_state import DecoderState
 from edgecompose.errors import PromptTooLong
 from tests.fixtures_tiny import TASKS
 

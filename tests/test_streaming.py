@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("torch", reason="exports need the packages of edgecompose-export")
 
 from edgecompose import Answer, Composer, Request, open_bundle
-from edgecompose.engine.decoder_state import DecoderState
+from edgecompose.engine.decoding.decoder_state import DecoderState
 from edgecompose.errors import GenerationError, PromptTooLong
 from tests.generation.models import PROMPTS
 

@@ -13,7 +13,7 @@ from edgecompose.bundle.adapter import Adapter, parse_adapter
 from edgecompose.bundle.files import Bundle
 from edgecompose.bundle.records import value_from_json
 from edgecompose.bundle.specs import BaseSpec
-from edgecompose.engine.decoder import decoder_graph
+from edgecompose.engine.decoding.decoder import decoder_graph
 from edgecompose.engine.device import Device, host
 from edgecompose.errors import BundleError
 from edgecompose.generation.tokenizer import Tokenizer

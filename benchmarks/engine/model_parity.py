@@ -14,7 +14,7 @@ from benchmarks.engine.bases import PROMPT, Base
 from benchmarks.engine.parity import Compared, one_line
 from edgecompose.bundle.adapter import Adapter
 from edgecompose.bundle.files import Bundle
-from edgecompose.engine.decoder import Decoder
+from edgecompose.engine.decoding.decoder import Decoder
 from edgecompose.engine.device import Device
 from edgecompose.merging.merger import Merger
 from edgecompose.retrieval.embedder import Embedder, embedder_device

@@ -15,7 +15,7 @@ from benchmarks.measuring.timing import Timing, time_rounds
 from edgecompose.bundle.files import Bundle
 from edgecompose.bundle.quantization import Bits
 from edgecompose.composer import Composer
-from edgecompose.engine.decoder import Decoder
+from edgecompose.engine.decoding.decoder import Decoder
 from edgecompose.engine.device import Device
 from edgecompose.merging.merger import Merger
 from edgecompose.request import Request

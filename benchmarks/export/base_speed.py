@@ -19,7 +19,7 @@ from benchmarks.measuring.machine import machine, today
 from benchmarks.measuring.processes import run
 from benchmarks.measuring.prompts import PROMPT
 from benchmarks.measuring.timing import Step, median_ratio, medians, rates_in_turns
-from edgecompose.engine.decoder import Decoder
+from edgecompose.engine.decoding.decoder import Decoder
 from edgecompose.engine.device import choose_device
 from edgecompose.engine.merged import MergedAdapter
 from edgecompose.generation.tokenizer import Tokenizer
@@ -33,7 +33,7 @@ import json, os, sys
 from pathlib import Path
 from edgecompose.bundle.adapter import load_adapter
 from edgecompose.engine.merged import MergedAdapter
-from edgecompose.engine.decoder import Decoder
+from edgecompose.engine.decoding.decoder import Decoder
 from edgecompose.engine.device import choose_device
 from edgecompose.bundle.specs import BaseSpec
 from edgecompose.merging.merger import Merger

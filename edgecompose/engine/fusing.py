@@ -51,7 +51,7 @@ class Fuser:
         self._device = device
         self._session = open_session(graph, device, name="fuse")
         weights = require_fusing(spec).weights
-        check_graph(self._session, "fuse", slot_axes(spec.slots), weight_axes(weights))
+        check_graph(self._session, "fuse", slot_axes(spec.slots, axis=1), weight_axes(weights))
         self._places, self._values = _lay_out(weights)
         # the memory of one fused base is kept for the next: fresh pages cost more than fusing does
         self._pool = BufferPool(device, idle_bytes=4 * self._values)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # giving memory back needs no ONNX Runtime
-    from edgecompose.engine.device import Device, OrtValue
+    from edgecompose.engine.device import Device, OrtValue, Session
 
 #: A buffer is used again for less than it can hold, down to this share.
 _LEAST_USE = 0.5
@@ -58,3 +60,25 @@ def release_freed_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:  # other C libraries, such as musl, have none and keep less
             trim(0)
+
+
+def copy_memory(device: Device, source: int, target: int, *, size: int) -> None:
+    """Copy `size` bytes from one address of a device to another; the two places do not overlap."""
+    if device.kind == "cpu":
+        ctypes.memmove(target, source, size)
+        return
+    import numpy as np
+
+    binding = _copy_session(device).io_binding()
+    binding.bind_input("x", device.kind, 0, np.uint8, [size], source)
+    binding.bind_output("y", device.kind, 0, np.uint8, [size], target)
+    binding.synchronize_inputs()
+    _copy_session(device).run_with_iobinding(binding)
+    binding.synchronize_outputs()
+
+
+@functools.lru_cache(maxsize=1)
+def _copy_session(device: Device) -> Session:
+    from edgecompose.engine.device import open_session
+
+    return open_session(Path(__file__).with_name("copy.onnx").read_bytes(), device, name="copy")

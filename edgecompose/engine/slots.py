@@ -22,27 +22,35 @@ def slot_name(layer: int, module: str, side: Side) -> str:
 
 
 def slot_tensors(adapter: MergedAdapter) -> dict[str, npt.NDArray[np.float32]]:
-    """A blend's factors on the host, (R, n_in) or (R, n_out), by the names of the slots that they are for."""
+    """A blend's factors on the host, (1, 1, R, n_in) or (1, 1, R, n_out), by the decoder's slots that they are for."""
     return {
-        slot_name(layer, name, side): factor[layer]
+        slot_name(layer, name, side): factor[None, None, layer]
         for name, factors in adapter.factors().items()
         for side, factor in zip(SIDES, factors, strict=True)
         for layer in range(len(factor))
     }
 
 
-def slot_axes(groups: Sequence[SlotGroup]) -> dict[str, dict[int, int]]:
-    """Every slot of a graph: A is (r, n_in), B is (r, n_out), for any rank r."""
+def slot_axes(groups: Sequence[SlotGroup], *, axis: int) -> dict[str, dict[int, int]]:
+    """Every slot of a graph, for any rank r: A is (..., r, n_in), B is (..., r, n_out).
+
+    Args:
+        axis: that of n_in and n_out: 1 where the graph takes one blend, 3 where it takes several.
+    """
     return {
-        slot_name(layer, group.name, side): {1: width}
+        slot_name(layer, group.name, side): {axis: width}
         for group in groups
         for layer in range(group.layers)
         for side, width in zip(SIDES, (group.n_in, group.n_out), strict=True)
     }
 
 
-def bind_slots(binding: IOBinding, adapter: MergedAdapter, device: Device) -> None:
-    """Bind each layer's slots to their places in the blend's buffer, without a copy."""
+def bind_slots(binding: IOBinding, adapter: MergedAdapter, device: Device, *, leading: tuple[int, ...] = ()) -> None:
+    """Bind each layer's slots to their places in the blend's buffer, without a copy.
+
+    Args:
+        leading: axes of size 1 before those of rank and width.
+    """
     if not adapter.modules:
         return
     memory = adapter.buffer.data_ptr()
@@ -50,8 +58,8 @@ def bind_slots(binding: IOBinding, adapter: MergedAdapter, device: Device) -> No
         for side in SIDES:
             offset, (layers, rank, width) = module.place(side)
             for layer in range(layers):
-                address = memory + 4 * (offset + layer * rank * width)
-                binding.bind_input(slot_name(layer, name, side), device.kind, 0, np.float32, (rank, width), address)
+                address, shape = memory + 4 * (offset + layer * rank * width), (*leading, rank, width)
+                binding.bind_input(slot_name(layer, name, side), device.kind, 0, np.float32, shape, address)
 
 
 def check_graph(session: Session, name: str, inputs: Axes, outputs: Axes) -> None:

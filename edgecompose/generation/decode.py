@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from edgecompose.engine.decoder_state import DecoderState
+from edgecompose.engine.decoding.decoder_state import DecoderState
 from edgecompose.generation.sampler import greedy
 from edgecompose.generation.stopping import AnswerText
 
@@ -65,4 +65,4 @@ def decode(
             yield Chunk(shown + rest, 1, "stop" if text.stopped else "length")
             return
         yield Chunk(shown, 1)
-        logits = state.forward([token])[0]
+        logits = state.step([token])[0]

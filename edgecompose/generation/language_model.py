@@ -6,8 +6,8 @@ from collections.abc import Generator, Sequence
 
 from edgecompose.bundle.files import Bundle
 from edgecompose.caching import Lazy, LazyParts, LruCache
-from edgecompose.engine.decoder import Decoder, FusedDecoder, decoder_graph
-from edgecompose.engine.decoder_state import DecoderState, Float, check_capacity
+from edgecompose.engine.decoding.decoder import Decoder, FusedDecoder, decoder_graph
+from edgecompose.engine.decoding.decoder_state import DecoderState, Float, check_capacity
 from edgecompose.engine.device import Device
 from edgecompose.engine.fusing import FusedWeights, Fuser, fused_bytes, require_fusing
 from edgecompose.engine.graph_file import graph_path
@@ -145,8 +145,10 @@ class LanguageModel(LazyParts):
             cached = False  # the KV cache of a sequence that failed may not match its tokens
             raise
         finally:
+            written = list(state.tokens)
+            state.leave(keep=len(encoded.ids) if cached else 0)
             if cached:
-                self._prompts.put(CachedPrompt(state, len(encoded.ids), list(state.tokens), after))
+                self._prompts.put(CachedPrompt(state, len(encoded.ids), written, after))
 
     def read_ahead(self) -> bool:
         """Read a pass of what an answer wrote as a later prompt will read it; False where nothing is left to read.

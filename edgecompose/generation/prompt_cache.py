@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from edgecompose.engine.decoder_state import DecoderState
+from edgecompose.engine.decoding.decoder_state import DecoderState
 
 Float = npt.NDArray[np.float32]
 

@@ -7,7 +7,7 @@ from collections.abc import Generator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from edgecompose.engine.decoder_state import DecoderState
+from edgecompose.engine.decoding.decoder_state import DecoderState
 from edgecompose.errors import GenerationError
 from edgecompose.generation.sampler import require_finite
 

@@ -20,8 +20,8 @@ from onnx import numpy_helper
 
 from edgecompose.bundle.files import sha256_of
 from edgecompose.bundle.specs import BaseSpec, FusingSpec
-from edgecompose.engine.decoder import Decoder, FusedDecoder
-from edgecompose.engine.decoder_state import DecoderState
+from edgecompose.engine.decoding.decoder import Decoder, FusedDecoder
+from edgecompose.engine.decoding.decoder_state import DecoderState
 from edgecompose.engine.device import choose_device
 from edgecompose.engine.fusing import Fuser, fused_bytes, require_fusing
 from edgecompose.engine.merged import MergedAdapter

@@ -10,7 +10,7 @@ pytest.importorskip("torch", reason="a package of edgecompose-export")
 pytest.importorskip("onnx", reason="a package of edgecompose-export")
 
 
-from edgecompose.engine.decoder import FusedDecoder
+from edgecompose.engine.decoding.decoder import FusedDecoder
 from edgecompose.engine.device import choose_device
 from edgecompose.engine.fusing import Fuser, require_fusing
 from edgecompose.errors import BundleError

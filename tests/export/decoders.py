@@ -16,7 +16,7 @@ pytest.importorskip("peft", reason="a package of edgecompose-export")
 
 from edgecompose.adapters import convert_adapter
 from edgecompose.bundle.adapter import Adapter, load_adapter
-from edgecompose.engine.decoder import Decoder
+from edgecompose.engine.decoding.decoder import Decoder
 from edgecompose.engine.device import choose_device
 from edgecompose.engine.merged import MergedAdapter
 from tests import tiny

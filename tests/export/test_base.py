@@ -20,7 +20,7 @@ import transformers
 
 from edgecompose.bundle.adapter import Adapter
 from edgecompose.bundle.quantization import dequantize
-from edgecompose.engine.decoder import Decoder
+from edgecompose.engine.decoding.decoder import Decoder
 from edgecompose.engine.device import choose_device
 from edgecompose.engine.merged import MergedAdapter
 from edgecompose.formats.architectures import PACKED

@@ -23,11 +23,11 @@ from edgecompose import Composer, Request, open_bundle
 from edgecompose.bundle.files import Bundle, sha256_of, verify
 from edgecompose.bundle.specs import BaseSpec, EmbedderSpec
 from edgecompose.engine import device as devices
-from edgecompose.engine.decoder import Decoder, FusedDecoder, decoder_graph
-from edgecompose.engine.decoder_state import DecoderState
+from edgecompose.engine.decoding.decoder import Decoder, FusedDecoder, decoder_graph
+from edgecompose.engine.decoding.decoder_state import DecoderState
+from edgecompose.engine.decoding.kv_cache import KVCache, cache_dtype
 from edgecompose.engine.device import Device, choose_device, host
 from edgecompose.engine.fusing import Fuser, require_fusing
-from edgecompose.engine.kv_cache import KVCache, cache_dtype
 from edgecompose.engine.merged import MergedAdapter
 from edgecompose.errors import BundleError, ExportError, GenerationError
 from edgecompose.merging.merger import Merger

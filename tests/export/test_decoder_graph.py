@@ -18,8 +18,8 @@ import torch
 import transformers
 
 from edgecompose.bundle.specs import BaseSpec
-from edgecompose.engine.decoder import Decoder
-from edgecompose.engine.decoder_state import DecoderState
+from edgecompose.engine.decoding.decoder import Decoder
+from edgecompose.engine.decoding.decoder_state import DecoderState
 from edgecompose.engine.device import choose_device
 from edgecompose.engine.merged import MergedAdapter
 from edgecompose.errors import ExportError

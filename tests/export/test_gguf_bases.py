@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from edgecompose.bundle.specs import BaseSpec
-from edgecompose.engine.decoder import Decoder
+from edgecompose.engine.decoding.decoder import Decoder
 from edgecompose.engine.device import choose_device
 from edgecompose.engine.merged import MergedAdapter
 from edgecompose_export.graphs.decoder import slot_groups, write_decoder

@@ -15,7 +15,7 @@ pytest.importorskip("gguf", reason="a package of edgecompose-export")
 
 from edgecompose import Composer, Message, Request, open_bundle
 from edgecompose.bundle.specs import BaseSpec
-from edgecompose.engine.decoder import Decoder
+from edgecompose.engine.decoding.decoder import Decoder
 from edgecompose.engine.device import choose_device
 from edgecompose.engine.merged import MergedAdapter
 from edgecompose.generation.scoring import log_softmax

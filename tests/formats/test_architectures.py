@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from edgecompose.adapters import convert_adapter
 from edgecompose.bundle.adapter import Adapter, load_adapter
 from edgecompose.bundle.specs import BaseSpec
-from edgecompose.engine.decoder import Decoder
+from edgecompose.engine.decoding.decoder import Decoder
 from edgecompose.engine.device import choose_device
 from edgecompose.engine.merged import MergedAdapter
 from edgecompose.errors import BundleError, MergeError

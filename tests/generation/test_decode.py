@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from edgecompose.engine.decoder_state import DecoderState
+from edgecompose.engine.decoding.decoder_state import DecoderState
 from edgecompose.generation.decode import Chunk, decode
 from edgecompose.generation.sampler import Sampler, greedy
 from edgecompose.generation.stopping import AnswerText

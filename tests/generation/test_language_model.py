@@ -15,7 +15,7 @@ pytest.importorskip("torch", reason="exports need the packages of edgecompose-ex
 
 from edgecompose import Composer, Message, Request, Sampling, open_bundle
 from edgecompose.cancellation import Cancellation
-from edgecompose.engine.decoder_state import DecoderState
+from edgecompose.engine.decoding.decoder_state import DecoderState
 from edgecompose.errors import Cancelled, GenerationError, PromptTooLong
 from edgecompose.timing import Timings
 from tests.generation.models import PROMPTS

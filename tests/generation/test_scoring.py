@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from edgecompose.engine.decoder_state import DecoderState
+from edgecompose.engine.decoding.decoder_state import DecoderState
 from edgecompose.errors import GenerationError
 from edgecompose.generation.scoring import log_softmax, score_choices
 from tests.generation.fakes import FakeState, Float, random_logits

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("torch", reason="exports need the packages of edgecompose-export")
 
 from edgecompose import Composer, Request, open_bundle
-from edgecompose.engine.decoder_state import DecoderState
+from edgecompose.engine.decoding.decoder_state import DecoderState
 from edgecompose.server.config import CallLimits, ServerSettings
 from edgecompose.server.jsonrpc import TooLong
 from edgecompose.server.stdio import StdioServer

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from edgecompose.bundle.specs import BaseSpec
-from edgecompose.engine.decoder import Decoder
+from edgecompose.engine.decoding.decoder import Decoder
 from edgecompose.engine.device import choose_device
 from edgecompose.engine.memory import release_freed_memory
 from edgecompose.engine.merged import MergedAdapter

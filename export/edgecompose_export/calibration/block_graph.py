@@ -27,7 +27,7 @@ def block_model(config: DecoderConfig, weights: BlockWeights, layers: Sequence[i
     graph.input("seqlens_k", TensorProto.INT32, ["batch_size"])
     graph.input("total_sequence_length", TensorProto.INT32, [])
     ids = graph.input("input_ids", TensorProto.INT64, ["batch_size", "sequence_length"])
-    graph.node("Identity", [ids], "ids_seen")  # only rotations read it, and only its length
+    graph.node("Identity", [ids], "ids_seen")  # blocks read its shape only
     stream, pending = write_blocks(graph, config, weights, layers=layers, hidden=hidden, slots=False)
     assert pending is not None
     graph.node("Add", [stream, pending], "hidden_out")
@@ -41,8 +41,9 @@ def sequence_feeds(config: DecoderConfig, layer: int, hidden: Float) -> dict[str
     empty = np.zeros((batch, config.kv_heads, 0, config.head_size), np.float32)
     return {
         "hidden_in": hidden,
-        "seqlens_k": np.full(batch, length - 1, np.int32),
-        "total_sequence_length": np.array(length, np.int32),
+        "seqlens_k": np.full(batch, length, np.int32),
+        "query_seqlens": np.full(batch, length + 1, np.int32),
+        "total_sequence_length": np.array(length + 1, np.int32),
         "input_ids": np.zeros((batch, length), np.int64),
         f"past_key_values.{layer}.key": empty,
         f"past_key_values.{layer}.value": empty,

@@ -1,4 +1,10 @@
-"""The blocks of a decoder graph: attention and MLP, whose linear layers have adapter slots."""
+"""The blocks of a decoder graph: attention and MLP, whose linear layers have adapter slots.
+
+What a token gets depends neither on the other sequences of a pass nor on how many of its own tokens a pass has, to the
+last bit where weights are quantised. Their products do not depend on the number of rows. Attention does, for one row
+alone: other kernels compute it, so every sequence gets one more row, which is dropped again. The products of slots do
+too, so `slot_layout` has them computed token by token where a pass writes, and together where it reads a prompt.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +49,7 @@ def write_blocks(
     Returns:
         The stream, and the last branch, which the caller adds to the stream.
     """
+    _layout(graph, slots=slots)
     rotations = _rotations(graph, config, {config.layers[i].rotary for i in layers})
     pending: str | None = None
     for layer in layers:
@@ -85,10 +92,10 @@ class _Block:
             branch = self.graph.node("Mul", [branch, factor], f"{self.layer}.{norm}/scaled")
         return branch
 
-    def attention(self, x: str, rotations: dict[int, tuple[str, str]]) -> str:
+    def attention(self, x: str, rotations: dict[int, _Rotation]) -> str:
         """Attention with its cache."""
         config, graph, layer = self.config, self.graph, self.layer
-        query, key, value = self.linears(("q_proj", "k_proj", "v_proj"), x)
+        query, key, value = self.linears(("q_proj", "k_proj", "v_proj"), x, extra_row=True)
         query, key = self.normed(query, "q", config.heads), self.normed(key, "k", config.kv_heads)
         rotary = config.layers[layer].rotary
         if rotary is not None:
@@ -112,11 +119,13 @@ class _Block:
             attributes["softcap"] = config.attention_softcap
         attended, *_ = graph.nodes_of(
             "GroupQueryAttention",
-            [query, key, value, *caches, "seqlens_k", "total_sequence_length"],
+            [query, key, value, *caches, "seqlens_k", "total_sequence_length", *[""] * 9, "query_seqlens"],
             [f"{layer}.attention", f"present.{layer}.key", f"present.{layer}.value"],
             domain=MICROSOFT,
             **attributes,
         )
+        first, last, axis = (graph.constant([number]) for number in (0, -1, 1))
+        attended = graph.node("Slice", [attended, first, last, axis], f"{layer}.attended")
         return self.linears(("o_proj",), attended)[0]
 
     def normed(self, values: str, name: str, heads: int) -> str:
@@ -134,13 +143,13 @@ class _Block:
             values = graph.node("Reshape", [values, shape], f"{tensor}/joined")
         return values
 
-    def rotated(self, values: str, name: str, *, heads: int, rotation: tuple[str, str]) -> str:
+    def rotated(self, values: str, name: str, *, heads: int, rotation: _Rotation) -> str:
         """Queries or keys with their rotary embedding."""
         rotary = self.config.rotaries[self.config.layers[self.layer].rotary or 0]
         partial = 2 * rotary.pairs if 2 * rotary.pairs < self.config.head_size else 0
         return self.graph.node(
             "RotaryEmbedding",
-            [values, self.graph.constant([0]), *rotation],
+            [values, ROW_NUMBERS, *rotation],
             f"{self.layer}.{name}_turned",
             domain=MICROSOFT,
             num_heads=heads,
@@ -160,19 +169,27 @@ class _Block:
                 gate = self.graph.node("Gelu", [gate], name, approximate="tanh")
         return self.linears(("down_proj",), self.graph.node("Mul", [gate, up], f"{self.layer}.gated"))[0]
 
-    def linears(self, modules: Sequence[str], x: str) -> list[str]:
-        """The outputs of linear modules that read the same input, with their adapters."""
+    def linears(self, modules: Sequence[str], x: str, *, extra_row: bool = False) -> list[str]:
+        """The outputs of linear modules that read the same input, with their adapters.
+
+        Args:
+            extra_row: repeat the last row.
+        """
         outputs: list[str] = []
+        tokens = self.graph.node("Reshape", [x, TOKENS], f"{x}/tokens") if self.slots else x
         for group in self.weights.groups(self.layer, modules):
             target = f"{self.layer}.{'+'.join(group)}"
             base = f"{target}/base" if self.slots else target
             product = self.weights.product(self.graph, self.layer, group, source=x, target=base)
             if self.slots:
-                deltas = [self.delta(module, x) for module in group]
+                deltas = [self.delta(module, tokens) for module in group]
                 delta = (
                     deltas[0] if len(deltas) == 1 else self.graph.node("Concat", deltas, f"{target}/deltas", axis=-1)
                 )
+                delta = self.graph.node("Reshape", [delta, ROWS], f"{target}/delta")
                 product = self.graph.node("Add", [product, delta], target)
+            if extra_row:
+                product = self.graph.node("Gather", [product, EXTENDED], f"{target}/extended", axis=1)
             if len(group) == 1:
                 outputs.append(product)
                 continue
@@ -181,33 +198,66 @@ class _Block:
             outputs += self.graph.nodes_of("Split", [product, sizes], names, axis=-1)
         return outputs
 
-    def delta(self, module: str, x: str) -> str:
-        """The output of the adapter in a slot: x A^T B."""
+    def delta(self, module: str, tokens: str) -> str:
+        """The output of the adapters in a slot: x A^T B, with the blend of each sequence or of all."""
         n_out, n_in = self.config.widths[module]
         slot = f"layers.{self.layer}.{module}"
         for side, width in (("A", n_in), ("B", n_out)):
-            name = self.graph.input(f"{slot}.{side}", TensorProto.FLOAT, [f"{module}_rank", width])
-            self.graph.tensor(numpy_helper.from_array(np.zeros((0, width), np.float32), name))
-        down = self.graph.node("FusedMatMul", [x, f"{slot}.A"], f"{slot}/down", domain=MICROSOFT, transB=1)
-        return self.graph.node("MatMul", [down, f"{slot}.B"], f"{slot}/up")
+            name = self.graph.input(f"{slot}.{side}", TensorProto.FLOAT, ["blends", 1, f"{module}_rank", width])
+            self.graph.tensor(numpy_helper.from_array(np.zeros((1, 1, 0, width), np.float32), name))
+        # transBatchA: the first axis of the left side is that of the rows, those between are those of the batch
+        batched = {"domain": MICROSOFT, "transBatchA": 1}
+        down = self.graph.node("FusedMatMul", [tokens, f"{slot}.A"], f"{slot}/down", **batched, transB=1)
+        turned = self.graph.node("Reshape", [down, RANKS], f"{slot}/tokens")
+        return self.graph.node("FusedMatMul", [turned, f"{slot}.B"], f"{slot}/up", **batched)
 
 
-def _rotations(graph: GraphWriter, config: DecoderConfig, used: set[int | None]) -> dict[int, tuple[str, str]]:
-    """Cosines and sines (s, pairs) of each rotation, for the positions of this pass."""
+#: What all blocks read of a pass: the numbers of its rows (s + 1), of which the last is repeated; the numbers of all
+#: rows (batch, s + 1); the shapes of the input of slots, of what is between A and B, and of hidden states.
+EXTENDED, ROW_NUMBERS, TOKENS, RANKS, ROWS = (
+    f"pass/{name}" for name in ("extended", "row_numbers", "tokens", "ranks", "rows")
+)
+_Rotation = tuple[str, str]
+
+
+def _layout(graph: GraphWriter, *, slots: bool) -> None:
+    """The nodes that all blocks read of a pass."""
+    graph.input("query_seqlens", TensorProto.INT32, ["batch_size"])
+    zero, one, minus_one = graph.constant(0), graph.constant(1), graph.constant([-1])
+    length = graph.node("Shape", ["input_ids"], "pass/length", start=1, end=2)
+    count = graph.node("Squeeze", [length], "pass/count")
+    numbers = graph.node("Range", [zero, count, one], "pass/numbers")
+    last = graph.node("Add", [length, minus_one], "pass/last")
+    graph.node("Concat", [numbers, last], EXTENDED, axis=0)
+    if slots:
+        graph.input("slot_layout", TensorProto.INT64, [3])
+        graph.node("Concat", ["slot_layout", minus_one], TOKENS, axis=0)
+        graph.node("Concat", ["slot_layout", graph.constant([0])], RANKS, axis=0)
+        shape = graph.node("Shape", ["input_ids"], "pass/shape")
+        graph.node("Concat", [shape, minus_one], ROWS, axis=0)
+
+
+def _rotations(graph: GraphWriter, config: DecoderConfig, used: set[int | None]) -> dict[int, _Rotation]:
+    """Cosines and sines (batch (s + 1), pairs) of each rotation, for the positions of this pass."""
     indices = sorted(index for index in used if index is not None)
     if not indices:
         return {}
-    length = graph.node("Shape", ["input_ids"], "positions/length", start=1, end=2)
-    scalar = graph.node("Squeeze", [length], "positions/count")
-    end = graph.node("Cast", ["total_sequence_length"], "positions/end", to=TensorProto.INT64)
-    start = graph.node("Sub", [end, scalar], "positions/start")
-    numbers = graph.node("Range", [start, end, graph.constant(1)], "positions/numbers")
-    floats = graph.node("Cast", [numbers], "positions/floats", to=TensorProto.FLOAT)
-    column = graph.node("Unsqueeze", [floats, graph.constant([-1])], "positions/column")
-    return {index: _rotation(graph, config.rotaries[index], index=index, positions=column) for index in indices}
+    one, column = graph.constant(1), graph.constant([-1, 1])
+    before = graph.node("Sub", ["seqlens_k", "query_seqlens"], "positions/before")  # one less than tokens in the cache
+    wide = graph.node("Cast", [before], "positions/before64", to=TensorProto.INT64)
+    first = graph.node("Reshape", [wide, column], "positions/first")
+    end = graph.node("Add", ["pass/count", graph.constant(2)], "positions/end")
+    steps = graph.node("Range", [one, end, one], "positions/steps")
+    positions = graph.node("Add", [first, steps], "positions/all")
+    size = graph.node("Size", [positions], "positions/size")
+    numbers = graph.node("Range", [graph.constant(0), size, one], "positions/numbers")
+    graph.node("Reshape", [numbers, graph.node("Shape", [positions], "positions/shape")], ROW_NUMBERS)
+    floats = graph.node("Cast", [positions], "positions/floats", to=TensorProto.FLOAT)
+    rows = graph.node("Reshape", [floats, column], "positions/column")
+    return {index: _rotation(graph, config.rotaries[index], index=index, positions=rows) for index in indices}
 
 
-def _rotation(graph: GraphWriter, rotary: Rotary, *, index: int, positions: str) -> tuple[str, str]:
+def _rotation(graph: GraphWriter, rotary: Rotary, *, index: int, positions: str) -> _Rotation:
     prefix = f"rotary.{index}"
     if rotary.long_frequencies is None:
         frequencies = graph.tensor(numpy_helper.from_array(rotary.frequencies[None], f"{prefix}/frequencies"))

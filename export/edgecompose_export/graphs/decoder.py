@@ -1,10 +1,15 @@
 """The decoder graph of an architecture: embedding, blocks and output layer. Linear layers have adapter slots.
 
-The graph has the inputs that the decoding loop feeds: `input_ids` (batch, s) int64, `seqlens_k` (batch,) int32 (total
-length less one), `total_sequence_length` () int32, `logits_kept` (1,) int64 (default 1: the output layer sees the last
-position only), a cache of keys and of values for each layer, and for LongRoPE `long_context` () int64 (default 0).
-Every linear module that a LoRA adapter may target has two optional inputs, `layers.<i>.<module>.A` (r, in) and
-`layers.<i>.<module>.B` (r, out), whose default values have rank 0: without feeds the graph computes the base alone.
+A pass has a batch of sequences, s new tokens of each; those of a sequence with fewer are followed by any others. The
+inputs are `input_ids` (batch, s) int64; `query_seqlens` (batch,) int32, the new tokens of each sequence and one more, as
+attention gets one more row; `seqlens_k` (batch,) int32, all tokens of each; `total_sequence_length` () int32, the most
+of those and one more; `logits_at` (n,) int64, which of the batch s rows get logits; a cache of keys and of values for
+each layer, with room for one token more; and for LongRoPE `long_context` (1,) int64 (default 0).
+
+Every linear module that a LoRA adapter may target has two optional inputs, `layers.<i>.<module>.A` (blends, 1, r, in)
+and `layers.<i>.<module>.B` (blends, 1, r, out), whose default values have rank 0: without feeds the graph computes the
+base alone. `slot_layout` (3,) int64 says how tokens meet them: (1, blends, tokens of each blend) is token by token,
+(s, 1, 1) all tokens of one sequence at once.
 
 Cosines and sines are computed in each pass, for its positions only: a table of 131,072 positions would take as many
 bytes as a small model. `Weights` decides where weights lie, and in which form.
@@ -15,15 +20,13 @@ from __future__ import annotations
 from typing import Protocol
 
 import numpy as np
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto
 
 from edgecompose.bundle.specs import SlotGroup
 from edgecompose.formats.architectures import MODULES
 from edgecompose_export.decoder.config import DecoderConfig
 from edgecompose_export.graphs.block import BlockWeights, add_and_norm, write_blocks
 from edgecompose_export.graphs.writer import GraphWriter
-
-_LAST = np.iinfo(np.int64).max
 
 
 class Weights(BlockWeights, Protocol):
@@ -52,17 +55,16 @@ def write_decoder(config: DecoderConfig, weights: Weights, *, slots: bool) -> Gr
     ids = graph.input("input_ids", TensorProto.INT64, ["batch_size", "sequence_length"])
     for name, shape in (("seqlens_k", ["batch_size"]), ("total_sequence_length", [])):
         graph.input(name, TensorProto.INT32, shape)
-    graph.input("logits_kept", TensorProto.INT64, [1])
-    graph.tensor(numpy_helper.from_array(np.array([1], np.int64), "logits_kept"))
+    graph.input("logits_at", TensorProto.INT64, ["kept"])
     hidden = weights.embed(graph, ids)
     if config.embedding_multiplier != 1:
         factor = graph.constant(config.embedding_multiplier, np.float32)
         hidden = graph.node("Mul", [hidden, factor], "embedding/scaled")
     hidden, pending = write_blocks(graph, config, weights, layers=range(len(config.layers)), hidden=hidden, slots=slots)
     hidden, _ = add_and_norm(graph, config, weights, hidden=hidden, pending=pending, norm="final_norm", name="final")
-    start = graph.node("Neg", ["logits_kept"], "last/start")
-    last = graph.node("Slice", [hidden, start, graph.constant([_LAST]), graph.constant([1])], "last/hidden")
-    write_logits(graph, config, weights, hidden=last)
+    rows = graph.node("Reshape", [hidden, graph.constant([-1, config.hidden])], "kept/rows")
+    kept = graph.node("Gather", [rows, "logits_at"], "kept/hidden", axis=0)
+    write_logits(graph, config, weights, hidden=kept)
     return graph
 
 
@@ -77,7 +79,7 @@ def write_logits(graph: GraphWriter, config: DecoderConfig, weights: Weights, *,
         logits = graph.node("Div", [logits, cap], "logits/in_caps")
         logits = graph.node("Mul", [graph.node("Tanh", [logits], "logits/tanh"), cap], "logits/capped")
     graph.node("Identity", [logits], "logits") if not plain else _rename(graph, logits, "logits")
-    graph.output("logits", TensorProto.FLOAT, ["batch_size", "kept", config.vocabulary])
+    graph.output("logits", TensorProto.FLOAT, ["kept", config.vocabulary])
 
 
 def _rename(graph: GraphWriter, old: str, new: str) -> None:

@@ -214,10 +214,19 @@ def build_probe() -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=_OPSET, ir_version=10, producer_name="edgecompose")
 
 
+def build_copy() -> onnx.ModelProto:
+    """One node that copies bytes, from where its input is bound to where its output is."""
+    value = helper.make_tensor_value_info("x", TensorProto.UINT8, ["n"])
+    out = helper.make_tensor_value_info("y", TensorProto.UINT8, ["n"])
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"], name="copy")], "copy", [value], [out])
+    return helper.make_model(graph, opset_imports=_OPSET, ir_version=10, producer_name="edgecompose")
+
+
 def all_graphs() -> dict[str, bytes]:
     """Path below the package `edgecompose`, and bytes, of every graph that it ships."""
     graphs = {f"merging/graphs/{name}.onnx": build_merge_graph(name) for name in GRAPHS}
     graphs["engine/probe.onnx"] = build_probe()
+    graphs["engine/copy.onnx"] = build_copy()
     return {name: bytes(graph.SerializeToString(deterministic=True)) for name, graph in graphs.items()}
 
 

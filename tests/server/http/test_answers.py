@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("torch", reason="exports need the packages of edgecompose-export")
 
-from edgecompose.engine.decoder_state import DecoderState
+from edgecompose.engine.decoding.decoder_state import DecoderState
 from edgecompose.retrieval.embedder import Embedder
 from tests.server.served import PROMPT, SETTINGS, TALK, Served, serving
 

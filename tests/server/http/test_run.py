@@ -94,7 +94,7 @@ def test_a_process_that_native_code_holds_leaves_after_its_grace(bundle: Path) -
     """A thread that never comes back keeps nobody: neither the caller nor the process."""
     program = (
         "import sys, time, edgecompose.server.config as c, dataclasses\n"
-        "from edgecompose.engine.decoder_state import DecoderState\n"
+        "from edgecompose.engine.decoding.decoder_state import DecoderState\n"
         "from edgecompose.server.http.run import run_server\n"
         "from edgecompose import open_bundle\n"
         "DecoderState.forward = lambda *a, **k: time.sleep(1000)\n"

@@ -1,4 +1,4 @@
-"""Runs the base model with a blend attached or fused, one sequence at a time."""
+"""Runs the base model with blends attached or fused."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from pathlib import Path
 from types import MappingProxyType
 
 from edgecompose.bundle.specs import BaseSpec
-from edgecompose.engine.decoder_state import DecoderState, check_capacity
+from edgecompose.engine.decoding.batch import Batch
+from edgecompose.engine.decoding.decoder_state import DecoderState, check_capacity
+from edgecompose.engine.decoding.kv_cache import cache_dtype
+from edgecompose.engine.decoding.pass_queue import PassQueue
+from edgecompose.engine.decoding.single import Blend, Single
 from edgecompose.engine.device import Device, Session, open_session
 from edgecompose.engine.fusing import FusedWeights, require_fusing, weight_axes
-from edgecompose.engine.kv_cache import KVCache, cache_dtype
 from edgecompose.engine.merged import MergedAdapter
-from edgecompose.engine.slots import bind_slots, check_graph, slot_axes
+from edgecompose.engine.slots import check_graph, slot_axes
 
-_IDLE_CACHES = 2
+#: What so many sequences ran with is kept for the next ones.
+_IDLE = 2
 #: Tokens that a pass of the graph reads at most, by device: what it computes on the way of a longer prompt takes more
 #: memory, and, as it leaves a CPU's caches, more time; a GPU needs large passes.
 _CHUNKS = {"cpu": 128, "cuda": 2048}
@@ -37,7 +41,7 @@ def decoder_graph(spec: BaseSpec, device: Device, *, fused: bool = False) -> str
 
 
 class Decoder:
-    """A session of the decoder graph. It holds no state of any sequence.
+    """A session of the decoder graph. Sequences under different blends are written in one pass.
 
     Args:
         data: contents of files beside the graph that are not to be mapped.
@@ -46,14 +50,11 @@ class Decoder:
     def __init__(
         self, graph: Path, spec: BaseSpec, device: Device, *, data: Mapping[str, bytes] = MappingProxyType({})
     ) -> None:
-        self.spec = spec
-        self.device = device
         self._session = open_session(graph, device, name="decoder", data=data)
-        inputs = {**_sequence_axes(spec), **slot_axes(spec.slots)}
+        inputs = {**_sequence_axes(spec), "slot_layout": {}, **slot_axes(spec.slots, axis=3)}
         check_graph(self._session, "decoder", inputs, _output_axes(spec))
         cache_dtype(self._session)
-        self._idle: list[KVCache] = []
-        self._lock = threading.RLock()  # a sequence may be collected, and release its cache, at any moment
+        self._sequences = _Sequences(self._session, spec, device, Batch(self._session, spec, device))
 
     def start(self, adapter: MergedAdapter, capacity: int, *, reserve: int | None = None) -> DecoderState:
         """Begin a sequence of at most `capacity` tokens under one blend.
@@ -64,41 +65,21 @@ class Decoder:
         Raises:
             PromptTooLong: `capacity` exceeds the context of the base.
         """
-        check_capacity(capacity, self.spec)
-        cache = self._idle_cache(adapter) or self._new_cache(adapter)
-        cache.grow(capacity if reserve is None else min(capacity, reserve), length=0)
-        state = _state(self._session, cache, self.spec, self.device, capacity)
-        weakref.finalize(state, self._release, cache).atexit = False
-        return state
-
-    def _idle_cache(self, adapter: MergedAdapter) -> KVCache | None:
-        """The cache of an earlier sequence under the same blend: binding hundreds of slots takes 2 ms."""
-        with self._lock:
-            match = next((cache for cache in self._idle if cache.blend.digest == adapter.digest), None)
-            if match is not None:
-                self._idle = [cache for cache in self._idle if cache is not match]
-        return match
-
-    def _new_cache(self, adapter: MergedAdapter) -> KVCache:
-        cache = KVCache(self._session, self.spec, self.device, adapter)
-        bind_slots(cache.binding, adapter, self.device)
-        return cache
-
-    def _release(self, cache: KVCache) -> None:
-        with self._lock:
-            self._idle = [cache, *self._idle][:_IDLE_CACHES]
+        return self._sequences.start(adapter, capacity, reserve)
 
 
 class FusedDecoder:
-    """A session of the decoder graph without slots, whose linear weights are fed. It holds no weights of its own."""
+    """A session of the decoder graph without slots, whose linear weights are fed. It holds no weights of its own.
+
+    Its sequences are written one by one: each has weights of its own.
+    """
 
     def __init__(self, graph: Path, spec: BaseSpec, device: Device) -> None:
-        self.spec = spec
-        self.device = device
         self._session = open_session(graph, device, name="fused decoder")
         inputs = {**_sequence_axes(spec), **weight_axes(require_fusing(spec).weights)}
         check_graph(self._session, "fused decoder", inputs, _output_axes(spec))
         cache_dtype(self._session)
+        self._sequences = _Sequences(self._session, spec, device, None, most_idle=0)
 
     def start(self, weights: FusedWeights, capacity: int, *, reserve: int | None = None) -> DecoderState:
         """Begin a sequence of at most `capacity` tokens with weights that a blend was fused into.
@@ -109,27 +90,55 @@ class FusedDecoder:
         Raises:
             PromptTooLong: `capacity` exceeds the context of the base.
         """
+        return self._sequences.start(weights, capacity, reserve)
+
+
+class _Sequences:
+    """Begins the sequences of a session, and keeps what the last ones ran with."""
+
+    def __init__(
+        self, session: Session, spec: BaseSpec, device: Device, batch: Batch | None, *, most_idle: int = _IDLE
+    ) -> None:
+        self.spec, self.queue = spec, PassQueue(batch)
+        self._session, self._device, self._most_idle = session, device, most_idle
+        self._idle: list[Single] = []
+        self._lock = threading.RLock()  # a sequence may be collected, and give back what it held, at any moment
+
+    def start(self, blend: Blend, capacity: int, reserve: int | None) -> DecoderState:
         check_capacity(capacity, self.spec)
-        cache = KVCache(self._session, self.spec, self.device, weights)
-        weights.bind_inputs(cache.binding, self.device)
-        cache.grow(capacity if reserve is None else min(capacity, reserve), length=0)
-        return _state(self._session, cache, self.spec, self.device, capacity)
+        state = DecoderState(self, blend, capacity=capacity, chunk=_CHUNKS[self._device.kind])
+        weakref.finalize(state, self._give_all, state.holding).atexit = False
+        state.hold().cache.grow(capacity if reserve is None else min(capacity, reserve), lengths=[0])
+        return state
 
+    def take(self, blend: Blend) -> Single:
+        """What the last sequence under the same blend ran with, or another."""
+        with self._lock:
+            match = next((single for single in self._idle if single.blend.digest == blend.digest), None)
+            if match is not None:
+                self._idle = [single for single in self._idle if single is not match]
+                return match
+        return Single(self._session, self.spec, self._device, blend)
 
-def _state(session: Session, cache: KVCache, spec: BaseSpec, device: Device, capacity: int) -> DecoderState:
-    return DecoderState(session, cache, spec=spec, capacity=capacity, chunk=_CHUNKS[device.kind])
+    def give(self, single: Single) -> None:
+        with self._lock:
+            self._idle = [single, *self._idle][: self._most_idle]
+
+    def _give_all(self, singles: list[Single]) -> None:
+        while singles:
+            self.give(singles.pop())
 
 
 def _sequence_axes(spec: BaseSpec) -> dict[str, dict[int, int]]:
     """What a decoder takes whatever its weights are: new tokens, lengths, caches."""
-    names = ["input_ids", "seqlens_k", "total_sequence_length", "logits_kept"]
+    names = ["input_ids", "seqlens_k", "query_seqlens", "total_sequence_length", "logits_at"]
     names += [] if spec.long_from is None else ["long_context"]
     return {**{name: {} for name in names}, **_cache_axes(spec, "past_key_values")}
 
 
 def _output_axes(spec: BaseSpec) -> dict[str, dict[int, int]]:
     """What a decoder gives: logits, and the caches that it extended."""
-    return {"logits": {2: spec.vocabulary}, **_cache_axes(spec, "present")}
+    return {"logits": {1: spec.vocabulary}, **_cache_axes(spec, "present")}
 
 
 def _cache_axes(spec: BaseSpec, prefix: str) -> dict[str, dict[int, int]]:

@@ -14,9 +14,9 @@ pytest.importorskip("transformers", reason="a package of edgecompose-export")
 pytest.importorskip("peft", reason="a package of edgecompose-export")
 
 
-from edgecompose.engine.decoder import Decoder
+from edgecompose.engine.decoding.decoder import Decoder
+from edgecompose.engine.decoding.kv_cache import KVCache
 from edgecompose.engine.device import choose_device
-from edgecompose.engine.kv_cache import KVCache
 from edgecompose.engine.merged import MergedAdapter
 from edgecompose.errors import GenerationError, PromptTooLong
 from tests.export.decoders import NO_ADAPTER

@@ -1,0 +1,195 @@
+"""Decides which passes of a decoder run, one after another: sequences that write share one, prompts are read between.
+
+Threads that want a pass queue up. One of them leads: it chooses what runs next and runs it for all whose turn it is.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgecompose.engine.decoding.batch import Batch
+from edgecompose.engine.decoding.decoder_pass import Float
+
+if TYPE_CHECKING:
+    from edgecompose.engine.decoding.decoder_state import DecoderState
+
+#: Sequences that write in one pass at most.
+MOST_ROWS = 32
+#: How long the next pass waits for sequences that were in the last: a share of the time that it took, and seconds.
+_PATIENCE, _LONGEST_WAIT = 0.25, 0.02
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """A pass that a thread waits for. `kept` of its tokens get logits; `reads` is true of a prompt's."""
+
+    state: DecoderState
+    ids: Sequence[int]
+    kept: int
+    reads: bool
+    result: Float | None = None
+    error: Exception | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.result is not None or self.error is not None
+
+
+class PassQueue:
+    """The passes of one decoder. Safe between threads.
+
+    While prompts are read and answers written, each kind gets half of the time.
+
+    Args:
+        batch: where several sequences write in one pass; None runs each alone.
+    """
+
+    def __init__(self, batch: Batch | None) -> None:
+        self._batch = batch
+        self._condition = threading.Condition()
+        self._jobs: list[_Job] = []
+        self._leading = False
+        self._writers: weakref.WeakSet[DecoderState] = weakref.WeakSet()
+        self._spent = {True: 0.0, False: 0.0}
+        self._last_seconds = 0.0
+
+    def read(self, state: DecoderState, ids: Sequence[int], *, kept: int) -> Float:
+        """Append a part of a prompt; the logits of its last `kept` tokens, overwritten by the state's next pass.
+
+        Raises:
+            GenerationError: memory does not suffice for the cache.
+            BundleError: the graph fails on what it should take.
+        """
+        return self._result(_Job(state, ids, kept, reads=True))
+
+    def write(self, state: DecoderState, ids: Sequence[int]) -> Float:
+        """Append written tokens; the logits after each. Raises what `read` does."""
+        return self._result(_Job(state, ids, len(ids), reads=False))
+
+    def leave(self, state: DecoderState, *, keep: int) -> None:
+        """No longer write beside others: other passes do not wait for this sequence. Its first `keep` tokens stay."""
+        with self._condition:
+            self._writers.discard(state)
+            self._condition.notify_all()
+        self._exclusively(lambda: self._take_out(state, keep))
+
+    def clear(self) -> None:
+        """Give back the memory that no sequence uses."""
+        if self._batch is not None:
+            self._exclusively(self._batch.clear)
+
+    def _take_out(self, state: DecoderState, keep: int) -> None:
+        if self._batch is not None:
+            self._batch.leave(state, keep=keep)
+
+    def _exclusively(self, work: Callable[[], None]) -> None:
+        """Run something while no pass runs."""
+        with self._condition:
+            while self._leading:
+                self._condition.wait()
+            work()
+
+    def _result(self, job: _Job) -> Float:
+        with self._condition:
+            self._jobs.append(job)
+            self._condition.notify_all()
+        try:
+            while not job.done:
+                with self._condition:
+                    if job.done:
+                        break
+                    if self._leading:
+                        self._condition.wait()
+                        continue
+                    self._leading = True
+                self._lead(job)
+        except BaseException:  # Ctrl-C
+            self._withdraw(job)
+            raise
+        if job.error is not None:
+            raise job.error
+        assert job.result is not None, "a job that is done has one of both"
+        return job.result
+
+    def _withdraw(self, job: _Job) -> None:
+        """Take a job back, or wait until the thread that runs it has done it."""
+        with self._condition:
+            if job in self._jobs:
+                self._jobs.remove(job)
+            while self._leading and not job.done:
+                self._condition.wait()
+
+    def _lead(self, job: _Job) -> None:
+        """Run passes until a job is done, then let another thread lead."""
+        chosen: list[_Job] = []
+        try:
+            while not job.done:
+                chosen = self._choose()
+                began = time.perf_counter()
+                self._run(chosen)
+                self._account(chosen, time.perf_counter() - began)
+        finally:
+            with self._condition:
+                # after Ctrl-C in this thread: what it ran for others is still to be done
+                self._jobs = [other for other in chosen if not other.done and other is not job] + self._jobs
+                self._leading = False
+                self._condition.notify_all()
+
+    def _choose(self) -> list[_Job]:
+        """Take the jobs of the next pass out of the queue."""
+        with self._condition:
+            self._await_writers()
+            reads = [job for job in self._jobs if job.reads]
+            writes = [job for job in self._jobs if not job.reads]
+            if not reads or not writes:
+                self._spent = {True: 0.0, False: 0.0}
+            if reads and (not writes or self._spent[True] <= self._spent[False]):
+                chosen = reads[:1]
+            else:
+                long = writes[0].state.is_long(len(writes[0].ids))
+                chosen = [job for job in writes if job.state.is_long(len(job.ids)) == long][:MOST_ROWS]
+            self._jobs = [job for job in self._jobs if job not in chosen]
+            return chosen
+
+    def _await_writers(self) -> None:
+        """Give the sequences of the last pass the time to come back: one pass for all is cheaper than two."""
+        deadline = time.perf_counter() + min(_PATIENCE * self._last_seconds, _LONGEST_WAIT)
+        while missing := self._writers.difference(job.state for job in self._jobs):
+            left = deadline - time.perf_counter()
+            if left <= 0 or not self._condition.wait(left):
+                self._writers.difference_update(missing)  # until they write again
+                return
+
+    def _account(self, jobs: Sequence[_Job], seconds: float) -> None:
+        with self._condition:
+            self._spent[jobs[0].reads] += seconds
+            if not jobs[0].reads:
+                self._last_seconds = seconds
+                self._writers.update(job.state for job in jobs)
+            self._condition.notify_all()
+
+    def _run(self, jobs: Sequence[_Job]) -> None:
+        batch = self._batch
+        if not jobs[0].reads and batch is not None and (len(jobs) > 1 or jobs[0].state in batch):
+            try:
+                results = batch.write([(job.state, job.ids) for job in jobs])
+            except Exception as error:
+                if len(jobs) == 1:
+                    jobs[0].error = error
+                    return
+                for job in jobs:  # of one that fails, the others know nothing
+                    self._run([job])
+                return
+            for job, result in zip(jobs, results, strict=True):
+                job.result = result
+            return
+        for job in jobs:
+            try:
+                job.result = job.state.run_alone(job.ids, kept=job.kept, together=job.reads)
+            except Exception as error:
+                job.error = error
