@@ -14,7 +14,7 @@ from edgecompose.answering import Answering
 from edgecompose.bundle.files import Bundle
 from edgecompose.cancellation import Cancellation
 from edgecompose.closing import Closing
-from edgecompose.engine.device import Device, DeviceRequest, choose_device, usable_cores
+from edgecompose.engine.device import Device, DeviceRequest, choose_device
 from edgecompose.engine.fusing import require_fusing
 from edgecompose.errors import EdgeComposeError, GenerationError, MergeError, RetrievalError
 from edgecompose.generation.encoding import ConversationEncoder, Encoded, longest_prompt
@@ -29,8 +29,8 @@ from edgecompose.streaming import Generation, write_all
 from edgecompose.timing import Timings
 
 Float = npt.NDArray[np.float32]
-#: Concurrent answers of a batch, where a machine has cores for them.
-_PARALLEL = 4
+#: Answers of a batch that are written together.
+_PARALLEL = 8
 
 
 class Composer(Closing):
@@ -128,7 +128,7 @@ class Composer(Closing):
 
         Args:
             requests: one for all, or one for each.
-            parallel: concurrent answers, by default one a core and four at most.
+            parallel: answers that are written together, by default eight; each takes memory for its keys and values.
 
         Raises:
             GenerationError: the numbers of requests and prompts differ, or `parallel` is below 1.
@@ -139,7 +139,7 @@ class Composer(Closing):
         if parallel is not None and parallel < 1:
             raise GenerationError(f"parallel is {parallel}; expected 1 or more")
         begin = [functools.partial(self.generate, *pair) for pair in zip(prompts, each, strict=True)]
-        return write_all(begin, parallel or min(usable_cores(), _PARALLEL))
+        return write_all(begin, parallel or _PARALLEL)
 
     def score(self, prompt: Prompt, choices: Sequence[str], request: Request | None = None) -> dict[str, float]:
         """Mean log-likelihood (nats a token) of each of some answers to a prompt.

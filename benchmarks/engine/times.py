@@ -134,7 +134,7 @@ def compose_time(folder: Path, device: Device, *, prompt: str, rounds: int) -> C
     with Composer(Bundle(folder), device) as composer:
         composer.warm_up()
         decoder = composer.model.decoder
-        capacity = min(256, decoder.spec.context)
+        capacity = min(256, composer.bundle.manifest.base.context)
 
         def bind(text: str) -> None:
             decoder.start(composer.compose(text, request).merged, capacity)

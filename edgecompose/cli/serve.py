@@ -24,12 +24,14 @@ from edgecompose.server.stdio import StdioServer
 @bundle_argument
 @click.argument("calls", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="File of results.")
-@click.option("--parallel", type=click.IntRange(1), help="Concurrent answers; by default one a core, at most four.")
+@click.option(
+    "--parallel", type=click.IntRange(1), default=8, show_default=True, help="Answers that are written together."
+)
 @click.option("--max-tokens", type=click.IntRange(1), help="Longest answer; by default as long as the context.")
 @device_option
 @json_option
 def batch(
-    bundle: Path, calls: Path, output: Path, parallel: int | None, max_tokens: int | None, device: str, as_json: bool
+    bundle: Path, calls: Path, output: Path, parallel: int, max_tokens: int | None, device: str, as_json: bool
 ) -> None:
     """Answer CALLS, a file of OpenAI API calls in the form of its batch API; run it again to resume.
 
@@ -64,9 +66,9 @@ def batch(
 @click.option("--allow-host", multiple=True, metavar="NAME", help="Another name of this server; repeatable.")
 @click.option("--allow-origin", multiple=True, metavar="URL", help="A site whose pages may call it; repeatable.")
 @click.option("--model-alias", multiple=True, metavar="NAME", help="Another name of the model 'auto'; repeatable.")
-@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Threads that compute.")
+@click.option("--workers", type=click.IntRange(1), help="Threads that compute; by default one an answer in progress.")
 @click.option(
-    "--active", type=click.IntRange(1), default=8, show_default=True, help="Answers in progress; they take turns."
+    "--active", type=click.IntRange(1), default=8, show_default=True, help="Answers that are written together."
 )
 @click.option(
     "--queue", type=click.IntRange(0), default=128, show_default=True, help="Requests that wait; more get 429."

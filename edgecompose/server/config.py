@@ -56,8 +56,8 @@ class ServerSettings:
         key: the bearer key, if any.
         aliases: other names of the model `auto`.
         calls: bounds of one call.
-        workers: threads that compute.
-        active: answers in progress; they take turns, token by token, in the threads.
+        workers: threads that compute; None is one for each answer in progress.
+        active: answers in progress, which are written together; where there are fewer threads, they take turns.
         queue: requests that wait for a place among them; the next gets status 429.
         connections: open at a time; the next gets status 503.
         body_bytes: of a request.
@@ -75,7 +75,7 @@ class ServerSettings:
     key: str | None = None
     aliases: tuple[str, ...] = ()
     calls: CallLimits = CallLimits()
-    workers: int = 1
+    workers: int | None = None
     active: int = 8
     queue: int = 128
     connections: int = 512
@@ -87,6 +87,11 @@ class ServerSettings:
     first_seconds: float = 0.5
     comment_seconds: float = 5
     grace_seconds: float = 5
+
+    @property
+    def threads(self) -> int:
+        """Threads that compute."""
+        return self.active if self.workers is None else self.workers
 
 
 def is_loopback(host: str) -> bool:

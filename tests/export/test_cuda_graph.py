@@ -24,6 +24,7 @@ from edgecompose.bundle.files import Bundle, sha256_of, verify
 from edgecompose.bundle.specs import BaseSpec, EmbedderSpec
 from edgecompose.engine import device as devices
 from edgecompose.engine.decoding.decoder import Decoder, FusedDecoder, decoder_graph
+from edgecompose.engine.decoding.decoder_pass import PassBinding
 from edgecompose.engine.decoding.decoder_state import DecoderState
 from edgecompose.engine.decoding.kv_cache import KVCache, cache_dtype
 from edgecompose.engine.device import Device, choose_device, host
@@ -211,8 +212,8 @@ class Placed:
 def test_a_float32_cache_stays_on_the_host(zoo: TinyZoo, graph: str) -> None:
     base, device = zoo.base("llama"), Placed()
     session = Decoder(base.folder / graph, base.spec, CPU)._session
-    cache = KVCache(session, base.spec, device, NO_ADAPTER)  # type: ignore[arg-type]
-    cache.grow(9, length=0)
+    cache = KVCache(session, base.spec, device)  # type: ignore[arg-type]
+    cache.grow(9, lengths=[0])
     halves = [((1, base.spec.kv_heads, cache.capacity, base.spec.head_size), np.float16)] * 4
     assert device.made == ([] if graph == "decoder.onnx" else halves)
 
@@ -229,30 +230,17 @@ def test_what_a_step_changes_is_bound_at_each_step(zoo: TinyZoo, monkeypatch: py
     """What lies on another device than its reader is copied when it is bound, and only then."""
     base, bound = zoo.base("llama"), list[str]()
     decoding = Decoder(base.folder / base.spec.graph, base.spec, CPU).start(NO_ADAPTER, 8)
-    binding = decoding._binding
+    feed = PassBinding._feed
 
-    class Watched:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(binding, name)
+    def watched(self: PassBinding, name: str, value: Any) -> None:
+        bound.append(name)
+        feed(self, name, value)
 
-        def bind_ortvalue_input(self, name: str, value: Any) -> None:
-            bound.append(name)
-            binding.bind_ortvalue_input(name, value)
-
-    monkeypatch.setattr(decoding, "_binding", Watched())
-    monkeypatch.setattr(decoding, "_session", _Unwrapping(decoding._session, binding))
+    monkeypatch.setattr(PassBinding, "_feed", watched)
     for ids in ([5, 6], [7], [8]):
         bound.clear()
         decoding.forward(ids)
-        assert {"input_ids", "seqlens_k", "total_sequence_length"} <= set(bound)
-
-
-class _Unwrapping:
-    def __init__(self, session: Any, binding: Any) -> None:
-        self._session, self._bound = session, binding
-
-    def run_with_iobinding(self, binding: Any) -> None:
-        self._session.run_with_iobinding(self._bound)
+        assert {"input_ids", "seqlens_k", "query_seqlens", "total_sequence_length", "logits_at"} <= set(bound)
 
 
 def test_cuda_is_opened_without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:

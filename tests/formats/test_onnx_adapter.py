@@ -33,15 +33,17 @@ def test_onnxruntime_loads_it_and_gives_the_same_logits(
     options = onnxruntime.RunOptions()
     options.add_active_adapter(adapter)
     session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
-    empty = np.zeros((1, spec.kv_heads, len(ids), spec.head_size), np.float32)
+    empty = np.zeros((1, spec.kv_heads, len(ids) + 1, spec.head_size), np.float32)
     feed = {
         "input_ids": np.array([ids], np.int64),
-        "logits_kept": np.array([len(ids)], np.int64),
-        "seqlens_k": np.array([len(ids) - 1], np.int32),
-        "total_sequence_length": np.array(len(ids), np.int32),
+        "logits_at": np.arange(len(ids)),
+        "seqlens_k": np.array([len(ids)], np.int32),
+        "query_seqlens": np.array([len(ids) + 1], np.int32),
+        "total_sequence_length": np.array(len(ids) + 1, np.int32),
+        "slot_layout": np.array([len(ids), 1, 1], np.int64),
         **{f"past_key_values.{i}.{part}": empty for i in range(spec.layers) for part in ("key", "value")},
     }
-    plain, result = session.run(["logits"], feed)[0][0], session.run(["logits"], feed, options)[0][0]
+    plain, result = session.run(["logits"], feed)[0], session.run(["logits"], feed, options)[0]
     np.testing.assert_allclose(result, expected, atol=2e-5)
     assert np.abs(plain - expected).max() > 1e-2
 

@@ -33,6 +33,9 @@ class FakeState:
         self._output[:] = [self._model(tuple(self.tokens[:end])) for end in ends]
         return self._output
 
+    def step(self, ids: Sequence[int]) -> Float:
+        return self.forward(ids, rows=len(ids))
+
     def rewind(self, length: int) -> None:
         assert 0 <= length <= self.length
         del self.tokens[length:]

@@ -16,6 +16,7 @@ pytest.importorskip("torch", reason="exports need the packages of edgecompose-ex
 from edgecompose import Composer, Message, Request, Sampling, open_bundle
 from edgecompose.cancellation import Cancellation
 from edgecompose.engine.decoding.decoder_state import DecoderState
+from edgecompose.engine.decoding.single import Single
 from edgecompose.errors import Cancelled, GenerationError, PromptTooLong
 from edgecompose.timing import Timings
 from tests.generation.models import PROMPTS
@@ -31,13 +32,13 @@ def opened(bundle: Path) -> Iterator[Composer]:
 def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many tokens were read at a time: those of a prompt, then each of the answer."""
     counts: list[int] = []
-    passes = DecoderState.passes
+    run_alone = DecoderState.run_alone
 
     def counting(self: DecoderState, ids: Sequence[int], **settings: Any) -> Any:
         counts.append(len(ids))
-        return passes(self, ids, **settings)
+        return run_alone(self, ids, **settings)
 
-    monkeypatch.setattr(DecoderState, "passes", counting)
+    monkeypatch.setattr(DecoderState, "run_alone", counting)
     return counts
 
 
@@ -165,8 +166,8 @@ def test_a_prompt_is_read_a_pass_at_a_time_and_every_step_looks_at_the_flag(open
 
 
 def test_logits_that_are_not_finite_are_an_error(opened: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
-    passed = DecoderState._pass
-    monkeypatch.setattr(DecoderState, "_pass", lambda *arguments: passed(*arguments) * np.float32(np.nan))
+    run = Single.run
+    monkeypatch.setattr(Single, "run", lambda *arguments, **options: run(*arguments, **options) * np.float32(np.nan))
     for request in (Request(max_tokens=3), Request(choices=("a", "b")), Request(sampling=Sampling())):
         with pytest.raises(GenerationError, match="logits are nan"):
             opened.run(PROMPTS[0], request)

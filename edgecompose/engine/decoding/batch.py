@@ -7,18 +7,16 @@ import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from edgecompose.bundle.specs import BaseSpec
 from edgecompose.engine.decoding.blend_rows import BlendRows, is_padded
 from edgecompose.engine.decoding.decoder_pass import Float, PassBinding, PassRow
 from edgecompose.engine.decoding.kv_cache import KVCache
+from edgecompose.engine.decoding.single import Blend, Single
 from edgecompose.engine.device import Device, Session
 from edgecompose.engine.merged import MergedAdapter
 from edgecompose.engine.slots import bind_slots
-
-if TYPE_CHECKING:
-    from edgecompose.engine.decoding.decoder_state import DecoderState
 
 #: Memory that an empty batch keeps for the next.
 _IDLE_BYTES = 128 << 20
@@ -26,11 +24,34 @@ _IDLE_BYTES = 128 << 20
 _MOST_MISSED = 4
 
 
+class Writer(Protocol):
+    """A sequence that writes."""
+
+    tokens: list[int]
+
+    @property
+    def blend(self) -> Blend:
+        """Under which it writes."""
+
+    @property
+    def length(self) -> int:
+        """Number of its tokens."""
+
+    def hold(self) -> Single:
+        """What it runs alone with."""
+
+    def let_go(self) -> None:
+        """Give that back."""
+
+    def is_long(self, count: int) -> bool:
+        """Whether `count` more tokens are read with the frequencies of long sequences."""
+
+
 @dataclass(slots=True)
 class _Row:
     """A sequence in a row of the cache, and how many passes it has missed since its last."""
 
-    state: weakref.ref[DecoderState]
+    state: weakref.ref[Writer]
     missed: int = 0
 
 
@@ -49,7 +70,7 @@ class Batch:
         self._rows: list[_Row] = []
         self._passes: dict[int, tuple[PassBinding, object]] = {}
 
-    def __contains__(self, state: DecoderState) -> bool:
+    def __contains__(self, state: Writer) -> bool:
         return any(row.state() is state for row in self._rows)
 
     @property
@@ -57,7 +78,7 @@ class Batch:
         """Memory of caches and factors."""
         return self._cache.bytes + self._blends.bytes
 
-    def write(self, jobs: Sequence[tuple[DecoderState, Sequence[int]]]) -> list[Float]:
+    def write(self, jobs: Sequence[tuple[Writer, Sequence[int]]]) -> list[Float]:
         """Append tokens to sequences; the logits after each, (tokens, vocabulary) of each sequence.
 
         All of them have, or will have, their keys under the same frequencies.
@@ -67,9 +88,9 @@ class Batch:
             BundleError: the graph fails on what it should take.
         """
         ids = {id(state): tokens for state, tokens in jobs}
-        self._drop_absent(ids.keys())
+        self._drop_absent(set(ids))
         self._join([state for state, _ in jobs], ids)
-        rows, states = [], []
+        rows, states, blends = list[PassRow](), list[Writer](), list[MergedAdapter]()
         for row in self._rows:
             state = row.state()
             assert state is not None, "absent rows were dropped"
@@ -77,14 +98,16 @@ class Batch:
             row.missed = 0 if tokens else row.missed + 1
             rows.append(PassRow(tokens or [0], state.length, len(tokens or ())))
             states.append(state)
-        logits = self._run(rows, [state.blend for state in states], long=jobs[0][0].is_long(len(jobs[0][1])))
+            assert isinstance(state.blend, MergedAdapter), "fused weights are written one by one"
+            blends.append(state.blend)
+        logits = self._run(rows, blends, long=jobs[0][0].is_long(len(jobs[0][1])))
         ends = list(itertools.accumulate(row.kept for row in rows))
         parts = {id(s): logits[end - row.kept : end].copy() for s, row, end in zip(states, rows, ends, strict=True)}
         for state, tokens in jobs:
             state.tokens += tokens
         return [parts[id(state)] for state, _ in jobs]
 
-    def leave(self, state: DecoderState, *, keep: int) -> None:
+    def leave(self, state: Writer, *, keep: int) -> None:
         """Take a sequence out; its first `keep` tokens stay in a cache of its own."""
         place = next((i for i, row in enumerate(self._rows) if row.state() is state), None)
         if place is None:
@@ -101,13 +124,13 @@ class Batch:
         self._cache.clear()
         self._blends.clear()
 
-    def _drop_absent(self, present: object) -> None:
+    def _drop_absent(self, present: set[int]) -> None:
         """Take out rows whose sequence is gone, or has missed too many passes."""
         for place in reversed(range(len(self._rows))):
             state, missed = self._rows[place].state(), self._rows[place].missed
             if state is None:
                 self._remove(place)
-            elif missed >= _MOST_MISSED and id(state) not in present:  # type: ignore[operator]
+            elif missed >= _MOST_MISSED and id(state) not in present:
                 self.leave(state, keep=state.length)
 
     def _remove(self, place: int) -> None:
@@ -121,7 +144,7 @@ class Batch:
         if not self._rows and self.bytes > _IDLE_BYTES:
             self.clear()
 
-    def _join(self, states: Sequence[DecoderState], ids: dict[int, Sequence[int]]) -> None:
+    def _join(self, states: Sequence[Writer], ids: dict[int, Sequence[int]]) -> None:
         new = [state for state in states if state not in self]
         inside = [row.state() for row in self._rows]
         needs = [s.length + len(ids.get(id(s), "?")) for s in (*inside, *new) if s is not None]

@@ -63,7 +63,7 @@ class PassBinding:
         """
         most = max(len(row.ids) for row in rows)
         ids = np.zeros((len(rows), most), np.int64)
-        kept = []
+        kept: list[int] = []
         for number, row in enumerate(rows):
             ids[number, : len(row.ids)] = row.ids
             end = number * most + len(row.ids)

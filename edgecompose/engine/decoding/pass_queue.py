@@ -10,13 +10,10 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from edgecompose.engine.decoding.batch import Batch
+from edgecompose.engine.decoding.batch import Batch, Writer
 from edgecompose.engine.decoding.decoder_pass import Float
-
-if TYPE_CHECKING:
-    from edgecompose.engine.decoding.decoder_state import DecoderState
 
 #: Sequences that write in one pass at most.
 MOST_ROWS = 32
@@ -24,11 +21,18 @@ MOST_ROWS = 32
 _PATIENCE, _LONGEST_WAIT = 0.25, 0.02
 
 
+class QueuedSequence(Writer, Protocol):
+    """A sequence whose passes are queued."""
+
+    def run_alone(self, ids: Sequence[int], *, kept: int, together: bool) -> Float:
+        """Run the graph once, on this sequence alone; the logits of the last `kept` tokens."""
+
+
 @dataclass(slots=True, eq=False)
 class _Job:
     """A pass that a thread waits for. `kept` of its tokens get logits; `reads` is true of a prompt's."""
 
-    state: DecoderState
+    state: QueuedSequence
     ids: Sequence[int]
     kept: int
     reads: bool
@@ -54,11 +58,11 @@ class PassQueue:
         self._condition = threading.Condition()
         self._jobs: list[_Job] = []
         self._leading = False
-        self._writers: weakref.WeakSet[DecoderState] = weakref.WeakSet()
+        self._writers: weakref.WeakSet[QueuedSequence] = weakref.WeakSet()
         self._spent = {True: 0.0, False: 0.0}
         self._last_seconds = 0.0
 
-    def read(self, state: DecoderState, ids: Sequence[int], *, kept: int) -> Float:
+    def read(self, state: QueuedSequence, ids: Sequence[int], *, kept: int) -> Float:
         """Append a part of a prompt; the logits of its last `kept` tokens, overwritten by the state's next pass.
 
         Raises:
@@ -67,11 +71,11 @@ class PassQueue:
         """
         return self._result(_Job(state, ids, kept, reads=True))
 
-    def write(self, state: DecoderState, ids: Sequence[int]) -> Float:
+    def write(self, state: QueuedSequence, ids: Sequence[int]) -> Float:
         """Append written tokens; the logits after each. Raises what `read` does."""
         return self._result(_Job(state, ids, len(ids), reads=False))
 
-    def leave(self, state: DecoderState, *, keep: int) -> None:
+    def leave(self, state: QueuedSequence, *, keep: int) -> None:
         """No longer write beside others: other passes do not wait for this sequence. Its first `keep` tokens stay."""
         with self._condition:
             self._writers.discard(state)
@@ -83,7 +87,7 @@ class PassQueue:
         if self._batch is not None:
             self._exclusively(self._batch.clear)
 
-    def _take_out(self, state: DecoderState, keep: int) -> None:
+    def _take_out(self, state: QueuedSequence, keep: int) -> None:
         if self._batch is not None:
             self._batch.leave(state, keep=keep)
 

@@ -37,8 +37,8 @@ class Answers(AsyncClosing):
 
     def __init__(self, composer: Composer, settings: ServerSettings, metrics: Metrics) -> None:
         self._composer, self._settings, self._metrics = composer, settings, metrics
-        self._aio = AsyncComposer(composer, workers=settings.workers)
-        self._turns = Turns(settings.active, settings.queue, threads=settings.workers, count=metrics.waiting.inc)
+        self._aio = AsyncComposer(composer, workers=settings.threads)
+        self._turns = Turns(settings.active, settings.queue, threads=settings.threads, count=metrics.waiting.inc)
         self._work: set[Work[Any]] = set()
         self.ending = False
         self.created = 0

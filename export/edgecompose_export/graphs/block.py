@@ -8,6 +8,7 @@ too, so `slot_layout` has them computed token by token where a pass writes, and 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -206,10 +207,10 @@ class _Block:
             name = self.graph.input(f"{slot}.{side}", TensorProto.FLOAT, ["blends", 1, f"{module}_rank", width])
             self.graph.tensor(numpy_helper.from_array(np.zeros((1, 1, 0, width), np.float32), name))
         # transBatchA: the first axis of the left side is that of the rows, those between are those of the batch
-        batched = {"domain": MICROSOFT, "transBatchA": 1}
-        down = self.graph.node("FusedMatMul", [tokens, f"{slot}.A"], f"{slot}/down", **batched, transB=1)
+        matmul = functools.partial(self.graph.node, "FusedMatMul", domain=MICROSOFT, transBatchA=1)
+        down = matmul([tokens, f"{slot}.A"], f"{slot}/down", transB=1)
         turned = self.graph.node("Reshape", [down, RANKS], f"{slot}/tokens")
-        return self.graph.node("FusedMatMul", [turned, f"{slot}.B"], f"{slot}/up", **batched)
+        return matmul([turned, f"{slot}.B"], f"{slot}/up")
 
 
 #: What all blocks read of a pass: the numbers of its rows (s + 1), of which the last is repeated; the numbers of all

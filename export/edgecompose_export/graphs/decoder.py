@@ -1,10 +1,10 @@
 """The decoder graph of an architecture: embedding, blocks and output layer. Linear layers have adapter slots.
 
-A pass has a batch of sequences, s new tokens of each; those of a sequence with fewer are followed by any others. The
-inputs are `input_ids` (batch, s) int64; `query_seqlens` (batch,) int32, the new tokens of each sequence and one more, as
-attention gets one more row; `seqlens_k` (batch,) int32, all tokens of each; `total_sequence_length` () int32, the most
-of those and one more; `logits_at` (n,) int64, which of the batch s rows get logits; a cache of keys and of values for
-each layer, with room for one token more; and for LongRoPE `long_context` (1,) int64 (default 0).
+A pass has a batch of sequences and s new tokens of each; those of a sequence with fewer are followed by any others. The
+inputs are `input_ids` (batch, s) int64; `query_seqlens` (batch,) int32, the new tokens of each sequence and one more,
+as attention gets one more row; `seqlens_k` (batch,) int32, all tokens of each; `total_sequence_length` () int32, the
+most of those and one more; `logits_at` (n,) int64, which of the batch s rows get logits; a cache of keys and of values
+for each layer, with room for one token more; and for LongRoPE `long_context` (1,) int64 (default 0).
 
 Every linear module that a LoRA adapter may target has two optional inputs, `layers.<i>.<module>.A` (blends, 1, r, in)
 and `layers.<i>.<module>.B` (blends, 1, r, out), whose default values have rank 0: without feeds the graph computes the

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("torch", reason="exports need the packages of edgecompose-export")
 
 from edgecompose import Chat, Composer, Request, open_bundle
-from edgecompose.engine.decoding.decoder_state import DecoderState
+from edgecompose.engine.decoding.decoder_pass import PassBinding
 from edgecompose.errors import GenerationError
 from tests.generation.models import PROMPTS
 
@@ -24,31 +24,24 @@ def opened(bundle: Path) -> Iterator[Composer]:
         yield composer
 
 
-class Interrupted:
-    """A session that Ctrl-C stops before it has computed anything."""
-
-    def run_with_iobinding(self, binding: object) -> None:
-        raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("interrupted", [2, 6])
 def test_ctrl_c_inside_a_pass_leaves_a_cache_that_agrees_with_its_tokens(
     opened: Composer, monkeypatch: pytest.MonkeyPatch, interrupted: int
 ) -> None:
-    session, run, passes = opened.model.decoder._session, DecoderState._pass, itertools.count(1)
+    run, passes = PassBinding.run, itertools.count(1)
     opened.model._prompts.clear()
 
-    def interrupting(self: DecoderState, ids: Sequence[int], rows: int) -> Any:
-        self._session = Interrupted() if next(passes) == interrupted else session
-        return run(self, ids, rows)
+    def interrupting(self: PassBinding, *arguments: Any, **options: Any) -> Any:
+        if next(passes) == interrupted:
+            raise KeyboardInterrupt
+        return run(self, *arguments, **options)
 
     chat = Chat(opened, Request(weights={"animals": 1.0}, max_tokens=12))
     with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
-        context.setattr(DecoderState, "_pass", interrupting)
+        context.setattr(PassBinding, "run", interrupting)
         chat.say(" ".join(PROMPTS))
     (prompt,) = opened.model._prompts._prompts
     cached = prompt.state
-    cached._session = session
     fresh = opened.model.decoder.start(opened.compose(PROMPTS[0], Request(weights={"animals": 1.0})).merged, 200)
     tokens = list(cached.tokens)
     np.testing.assert_allclose(cached.forward([7]), fresh.forward([*tokens, 7]), atol=1e-4)

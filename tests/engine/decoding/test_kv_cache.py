@@ -15,8 +15,7 @@ pytest.importorskip("peft", reason="a package of edgecompose-export")
 
 
 from edgecompose.engine.decoding.decoder import Decoder
-from edgecompose.engine.decoding.kv_cache import KVCache
-from edgecompose.engine.device import choose_device
+from edgecompose.engine.device import Device, choose_device
 from edgecompose.engine.merged import MergedAdapter
 from edgecompose.errors import GenerationError, PromptTooLong
 from tests.export.decoders import NO_ADAPTER
@@ -31,14 +30,14 @@ def test_a_sequence_takes_the_cache_of_one_before_it_under_the_same_blend(zoo: T
     alone, other = MergedAdapter({}, "alone"), MergedAdapter({}, "other")
     first = decoder.start(alone, 20)
     logits = [first.forward([5, 6, 7]).copy(), first.forward([8]).copy()]
-    cache = first._cache
+    single = first.hold()
     second = decoder.start(alone, 20)
-    assert second._cache is not cache  # the first is taken
+    assert second.hold() is not single  # the first is taken
     del first
     gc.collect()
-    assert decoder.start(other, 20)._cache is not cache
+    assert decoder.start(other, 20).hold() is not single
     again = decoder.start(alone, 30)
-    assert again._cache is cache
+    assert again.hold() is single
     np.testing.assert_array_equal(again.forward([5, 6, 7]), logits[0])
     np.testing.assert_array_equal(again.forward([8]), logits[1])
     with pytest.raises(GenerationError, match="of 30 tokens"):
@@ -50,11 +49,11 @@ def test_a_cache_that_grows_holds_what_one_made_large_holds(zoo: TinyZoo) -> Non
     decoder = Decoder(exported.folder / exported.spec.graph, exported.spec, choose_device("cpu"))
     wide = decoder.start(NO_ADAPTER, 200)
     narrow = decoder.start(NO_ADAPTER, 200, reserve=5)
-    assert narrow._cache.capacity < 70 and wide._cache.capacity >= 200
+    assert narrow.hold().cache.capacity < 70 and wide.hold().cache.capacity >= 200
     steps = [[5, 6, 7], *([token] for token in range(60)), [9] * 40, *([token] for token in range(40))]
     for ids in steps:
         np.testing.assert_array_equal(narrow.forward(ids), wide.forward(ids))
-    assert narrow.tokens == wide.tokens and narrow._cache.capacity >= narrow.length == 143
+    assert narrow.tokens == wide.tokens and narrow.hold().cache.capacity >= narrow.length == 143
     with pytest.raises(GenerationError, match="of 200 tokens"):
         narrow.forward([1] * 58)
     narrow.extend(210)
@@ -72,15 +71,15 @@ def test_a_cache_that_finds_no_memory_is_one_error_and_holds_what_it_held(
     steps = [[token] for token in range(60)]
     for ids in steps:
         np.testing.assert_array_equal(narrow.forward(ids), wide.forward(ids))
-    grown, calls = KVCache._grown, itertools.count()
+    empty, calls = Device.empty, itertools.count()
 
     def fail_later(*arguments: Any) -> Any:
         if next(calls) >= 2:
             raise MemoryError
-        return grown(*arguments)
+        return empty(*arguments)
 
     with monkeypatch.context() as context:
-        context.setattr(KVCache, "_grown", fail_later)
+        context.setattr(Device, "empty", fail_later)
         with pytest.raises(GenerationError, match="no room for the caches of 128 tokens: memory ran out; shorten"):
             narrow.forward([9] * 40)
     for ids in ([7], [9] * 40, [3]):
