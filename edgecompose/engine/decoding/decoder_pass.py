@@ -98,9 +98,8 @@ class PassBinding:
         It has to be bound anew in each pass: an input that is not where its reader runs is copied there once, when it
         is bound.
         """
-        old = self._values.get(name)
-        if old is not None and tuple(old.shape()) == value.shape:
-            old.update_inplace(value)
-        else:
-            self._values[name] = _HOST.place(value)
-        self.binding.bind_ortvalue_input(name, self._values[name])
+        tensor = self._values.get(name)
+        if tensor is None or tuple(tensor.shape()) != value.shape:
+            tensor = self._values[name] = _HOST.empty(value.shape, value.dtype.type)
+        tensor.update_inplace(value)
+        self.binding.bind_ortvalue_input(name, tensor)
