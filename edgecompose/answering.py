@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from edgecompose.bundle.files import Bundle
@@ -24,6 +24,8 @@ class Answering:
     Attributes:
         query: the text that retrieval read.
         choices: those of the request, as token ids.
+        drafts: tokens that are drafted for a pass at most.
+        examples: gives answers that this one may resemble, the most alike first.
         in_template: gives the prompt in the chat template, for a raw prompt that gets no answer; None otherwise.
     """
 
@@ -35,11 +37,15 @@ class Answering:
     encoded: Encoded
     choices: Sequence[Sequence[int]]
     max_tokens: int | None
+    drafts: int
+    examples: Callable[[], Iterable[str]]
     in_template: Callable[[], Encoded] | None
     timings: Timings
     cancellation: Cancellation
     _texts: list[str] = field(default_factory=list)
     _tokens: int = 0
+    _drafted: int = 0
+    _accepted: int = 0
     _finish: Finish = "stop"
     _scores: dict[str, float] | None = None
 
@@ -53,6 +59,8 @@ class Answering:
             self.cancellation.check()
             self._texts.append(chunk.text)
             self._tokens += chunk.tokens
+            self._drafted += chunk.drafted
+            self._accepted += chunk.accepted
             self._finish = chunk.finish_reason or self._finish
             yield chunk
 
@@ -77,6 +85,8 @@ class Answering:
             finish=self._finish,
             dropped_tokens=encoded.dropped,
             prompt_form=encoded.form,
+            drafted_tokens=self._drafted,
+            accepted_tokens=self._accepted,
         )
 
     def _chunks(self) -> Generator[Chunk, None, None]:
@@ -97,6 +107,8 @@ class Answering:
             sampling=self.request.sampling,
             stop=self.request.stop,
             prompt_cache=self.request.prompt_cache,
+            drafts=self.drafts,
+            examples=self.examples,
             keep_space=self.request.raw is True,  # the caller continues a text
         )
 

@@ -24,7 +24,7 @@ from edgecompose.generation.tokenizer import Tokenizer
 from edgecompose.merging.blends import CACHE_BYTES, Blends
 from edgecompose.request import Answer, Composition, Request
 from edgecompose.retrieval.retriever import Retrieval, Retriever
-from edgecompose.settings import MergeSettings, override, resolve
+from edgecompose.settings import MOST_DRAFTS, MergeSettings, override, resolve
 from edgecompose.streaming import Generation, write_all
 from edgecompose.timing import Timings
 
@@ -192,6 +192,8 @@ class Composer(Closing):
             encoded=encoded,
             choices=choices,
             max_tokens=max_tokens,
+            drafts=resolve(request.drafts, MOST_DRAFTS if self.device.kind == "cpu" else 0),
+            examples=functools.partial(self.retriever.answers_of, composition.retrieval),
             in_template=functools.partial(encode, raw=False) if by_default else None,
             timings=timings,
             cancellation=cancellation,

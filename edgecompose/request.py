@@ -14,7 +14,7 @@ from edgecompose.generation.decode import Finish
 from edgecompose.generation.messages import Overflow, RouteBy
 from edgecompose.merging.methods import method_of
 from edgecompose.retrieval.retriever import Retrieval
-from edgecompose.settings import MergeSettings, RetrievalSettings, Sampling, override
+from edgecompose.settings import MOST_DRAFTS, MergeSettings, RetrievalSettings, Sampling, override
 
 #: How a blend meets the base: as low-rank inputs beside its weights, or fused into a copy of them.
 Attachment = Literal["attach", "fuse"]
@@ -42,6 +42,8 @@ class Request:
         overflow: 'truncate' leaves out the oldest part of a prompt that does not fit; the answer tells how much.
         prompt_cache: reuse keys and values of an earlier prompt under the same blend, as far as this one begins with
             it; the answer is the same.
+        drafts: tokens of the answer that are guessed for one pass at most, in 0 .. 8; None is 8 on the CPU and 0
+            elsewhere. How many are depends on what pays; the answer is the same.
 
     Raises:
         GenerationError, RetrievalError, MergeError: an unknown setting or value, or one out of range.
@@ -61,6 +63,7 @@ class Request:
     route_by: RouteBy = "last"
     overflow: Overflow = "refuse"
     prompt_cache: bool = False
+    drafts: int | None = None
 
     def __post_init__(self) -> None:
         for name, choices in (("route_by", RouteBy), ("overflow", Overflow), ("attachment", Attachment)):
@@ -73,6 +76,8 @@ class Request:
             raise GenerationError("a stop string is empty; give some text for each")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise GenerationError(f"max_tokens is {self.max_tokens}; expected 1 or more")
+        if self.drafts is not None and (type(self.drafts) is not int or not 0 <= self.drafts <= MOST_DRAFTS):
+            raise GenerationError(f"drafts is {self.drafts!r:.80}; expected an integer in 0 to {MOST_DRAFTS}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,6 +97,7 @@ class Answer:
     answer was cut at its longest; `dropped_tokens` of the prompt were left out for lack of room.
     `choices` maps each given choice to its mean log-likelihood (nats a token), None when none were given.
     `attachment` is the one that was used: nothing is fused where no adapter was chosen.
+    `accepted_tokens` of the `drafted_tokens` that were guessed are part of the answer.
     `embedder_device` is None where nothing was embedded. `prompt_form` is 'chat' where the chat template was used.
     """
 
@@ -111,3 +117,5 @@ class Answer:
     finish: Finish = "stop"
     dropped_tokens: int = 0
     prompt_form: PromptForm = "raw"
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0

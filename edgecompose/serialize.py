@@ -44,6 +44,8 @@ def answer_json(answer: Answer) -> Json:
             "prompt": answer.prompt_tokens,
             "generated": answer.generated_tokens,
             "dropped": answer.dropped_tokens,
+            "drafted": answer.drafted_tokens,
+            "accepted": answer.accepted_tokens,
         },
         "finish": answer.finish,
         "prompt_form": answer.prompt_form,
@@ -199,6 +201,7 @@ def explain_answer(answer: Answer) -> list[str]:
     place, elsewhere = answer.embedder_device, []
     if place is not None and place.kind != answer.device.kind:
         elsewhere.append(f"embedder      {place.kind} ({place.reason})")
+    drafts = [f"drafts        {answer.accepted_tokens} of {answer.drafted_tokens} drafted tokens were accepted"]
     if answer.choices is not None:
         lines.append("choices       mean log-likelihood a token")
         lines += [f"              {score:8.3f}  {choice}" for choice, score in _ranked(answer.choices)]
@@ -209,6 +212,7 @@ def explain_answer(answer: Answer) -> list[str]:
         f"device        {answer.device.kind} ({answer.device.reason})",
         *elsewhere,
         f"tokens        {answer.prompt_tokens} in the prompt{template}, {answer.generated_tokens} in the answer{speed}",
+        *(drafts if answer.drafted_tokens else []),
         f"time (ms)     {timings}",
     ]
 

@@ -17,6 +17,8 @@ from edgecompose.errors import EdgeComposeError, GenerationError, MergeError, Re
 T = TypeVar("T")
 MajoritySign = Literal["total", "frequency"]
 _KEY = "edgecompose"
+#: Tokens of an answer that may be drafted for one pass.
+MOST_DRAFTS = 8
 
 
 @dataclass(frozen=True, slots=True)

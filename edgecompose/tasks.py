@@ -34,7 +34,7 @@ from edgecompose.errors import BundleError, ExportError, UnknownAdapter
 from edgecompose.formats.registry import detect_format, unknown_format
 from edgecompose.guard.filesystem import naming
 from edgecompose.merging.merger import Merger
-from edgecompose.retrieval.examples import add_vectors, embed_prompts, prompt_lines, read_examples
+from edgecompose.retrieval.examples import add_vectors, embed_prompts, read_examples, text_lines
 from edgecompose.retrieval.index import new_index, open_index, save_index, vectors_of
 from edgecompose.retrieval.resemblance import typical_similarities
 from edgecompose.retrieval.retriever import Retriever
@@ -62,7 +62,8 @@ def add_task(
 
     Args:
         adapter: a quantised adapter file, or a file or folder in a format of `edgecompose.formats.registry`.
-        examples: JSON lines with `prompt` and `answer`; prompts are embedded, answers are not kept.
+        examples: JSON lines with `prompt` and `answer`; prompts are embedded, and the texts kept where the bundle keeps
+            those of its other tasks.
         bits: of the quantised factors, where `adapter` has another format.
         advance: called with (prompts embedded, prompts in all).
 
@@ -80,14 +81,15 @@ def add_task(
             raise ExportError(f"bundle '{root}' already has a task '{name}'; remove it first, or give another name")
         if f"adapters/{name}.safetensors" in manifest.files:
             raise ExportError(f"bundle '{root}' has an adapter of another name in that of '{name}'; give another name")
-        prompts = [example.prompt for example in read_examples(examples)]
+        added = read_examples(examples)
+        prompts = [example.prompt for example in added]
         spec = place_adapter(adapter, work, name=name, base=manifest.base, bits=bits)
         index = open_index(bundle.path(manifest.index.file), manifest.index, editable=True)
         first_key = max((task.first_key + task.examples for task in manifest.tasks.values()), default=0)
         add_vectors(index, _vectors(bundle, prompts, advance), first_key)
         texts = None
         if manifest.index.texts is not None:
-            texts = bundle.text(manifest.index.texts) + prompt_lines(prompts, first_key)
+            texts = bundle.text(manifest.index.texts) + text_lines(added, first_key)
         task = TaskSpec({name: 1.0}, first_key, len(prompts))
         tasks = {**manifest.tasks, name: task}
         task = replace(task, similarity=typical_similarities(index, tasks).get(name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgecompose import Composer, Request, open_bundle
+from edgecompose import Composer, Request, Sampling, open_bundle
 from edgecompose.bundle.files import verify
 from edgecompose.formats.peft import write_peft_folder
 
@@ -111,3 +112,23 @@ def test_every_shipped_adapter_has_its_row_in_the_table_of_sources() -> None:
     shipped = {path.stem for path in (ROOT / "models" / "adapters").glob("*.safetensors")}
     assert rows == shipped
     assert len(shipped) == 22
+
+
+PASSAGE = (
+    "The quick brown fox jumps over the lazy dog near the river bank. It was a bright cold day in April, and the "
+    "clocks were striking thirteen. All happy families are alike; every unhappy family is unhappy in its own way."
+)
+
+
+@pytest.mark.parametrize("raw", [True, False])
+@pytest.mark.parametrize("sampling", [None, Sampling(temperature=0.7, seed=5), Sampling(0, repetition_penalty=1.1)])
+@pytest.mark.parametrize("weights", [{}, {"yelp": 0.6, "snli": 0.4}])
+def test_an_answer_with_drafts_is_the_answer_without(
+    composer: Composer, raw: bool, sampling: Sampling | None, weights: dict[str, float]
+) -> None:
+    prompt = f"Repeat this text exactly, word for word:\n\n{PASSAGE}\n\nThe text once more:\n\n"
+    request = Request(weights=weights, raw=raw, sampling=sampling, max_tokens=100)
+    answers = [composer.run(prompt, dataclasses.replace(request, drafts=count)) for count in (0, 8, 3)]
+    assert answers[0].text == answers[1].text == answers[2].text
+    assert [answer.generated_tokens for answer in answers] == [answers[0].generated_tokens] * 3
+    assert answers[0].drafted_tokens == 0 <= answers[1].accepted_tokens <= answers[1].drafted_tokens

@@ -22,6 +22,12 @@ from edgecompose.settings import RetrievalSettings
         ({"merge": {"density": 2}}, "density is 2"),
         ({"stop": ("a", "")}, "a stop string is empty"),
         ({"max_tokens": 0}, "max_tokens is 0; expected 1 or more"),
+        ({"drafts": 9}, "drafts is 9; expected an integer in 0 to 8"),
+        ({"drafts": -1}, "drafts is -1; expected an integer in 0 to 8"),
+        ({"drafts": True}, "drafts is True; expected an integer in 0 to 8"),
+        ({"drafts": "many"}, "drafts is 'many'; expected an integer in 0 to 8"),
+        ({"drafts": 2.0}, "drafts is 2.0; expected an integer in 0 to 8"),
+        ({"drafts": 2.5}, "drafts is 2.5; expected an integer in 0 to 8"),
     ],
 )
 def test_what_is_out_of_range_is_refused_by_name(fields: dict[str, Any], message: str) -> None:

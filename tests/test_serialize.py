@@ -19,7 +19,7 @@ def test_an_answer_is_json_without_what_it_lacks() -> None:
     assert (value["answer"], value["weights"]) == ("sat", {"animals": 0.5, "numbers": 0.5})
     assert value["neighbours"][0] == {"task": "animals", "key": 3, "similarity": 0.75}
     assert value["merge"] == {"rank": 4, "energy": None, "norm_factor": 1.5, "discarded_energy": 0.25}
-    assert value["tokens"] == {"prompt": 12, "generated": 5, "dropped": 0}
+    assert value["tokens"] == {"prompt": 12, "generated": 5, "dropped": 0, "drafted": 0, "accepted": 0}
     assert "choices" not in value
     assert serialize.answer_json(answer(choices={"yes": -0.5}))["choices"] == {"yes": -0.5}
 
@@ -33,6 +33,11 @@ def test_an_answer_is_explained_in_lines() -> None:
     text = "\n".join(serialize.explain_answer(guarded))
     assert "product (norm guard 1.500), composition cccccccccccc, fused" in text
     assert "12 in the prompt, in the chat template" in text
+    assert "drafted" not in text
+    drafts = answer(drafted_tokens=9, accepted_tokens=4)
+    assert "drafts        4 of 9 drafted tokens were accepted" in serialize.explain_answer(drafts)
+    tokens = serialize.answer_json(drafts)["tokens"]
+    assert (tokens["drafted"], tokens["accepted"]) == (9, 4)
 
 
 def test_choices_are_ranked_and_an_embedder_elsewhere_is_named() -> None:

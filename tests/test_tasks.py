@@ -67,7 +67,7 @@ def test_texts_with_other_line_separators_survive_a_removal(bundle_copy: Path, n
     texts = remove_task(bundle_copy, "animals").index.texts
     assert texts is not None
     lines = (bundle_copy / texts).read_text(encoding="utf-8").split("\n")[:-1]
-    assert json.loads(lines[-1])["prompt"] == prompt
+    assert json.loads(lines[-1]) == {"key": 13, "prompt": prompt, "answer": "x"}
     assert verify(bundle_copy) == []
 
 

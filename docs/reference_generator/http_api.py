@@ -44,6 +44,7 @@ _OWN = {
     "prompt_cache": "reuse what an earlier answer under the same blend has read; by default true for chats",
     "special_tokens": "read special tokens that are written in the prompt as such; by default only at /v1/completions, "
     "else they are text",
+    "drafts": "tokens of the answer that are guessed for one pass at most, 0 to 8; the answer is the same",
     "explain": "false leaves `edgecompose` out of the response, but for scores of choices",
 }
 _STATUS = {

@@ -13,7 +13,15 @@ import click
 from edgecompose.cli.terminal.streams import json_line, read_input
 from edgecompose.errors import MergeError
 from edgecompose.merging.methods import METHODS, require_parameters
-from edgecompose.settings import MergeSettings, RetrievalSettings, Sampling, Setting, names_of, settings_of
+from edgecompose.settings import (
+    MOST_DRAFTS,
+    MergeSettings,
+    RetrievalSettings,
+    Sampling,
+    Setting,
+    names_of,
+    settings_of,
+)
 
 if TYPE_CHECKING:  # the commands that only read a bundle work where ONNX Runtime does not
     from edgecompose.composer import Composer
@@ -87,6 +95,11 @@ def generation_options(command: F) -> F:
         _settings_options(Sampling, defaults=True),
         sample,
         click.option("--stop", multiple=True, metavar="TEXT", help="Text that the answer ends before; repeatable."),
+        click.option(
+            "--drafts",
+            type=click.IntRange(0, MOST_DRAFTS),
+            help="Tokens that are guessed for one pass at most, 0 for none; the answer is the same.",
+        ),
         click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer, in tokens."),
     ):
         command = option(command)
@@ -179,7 +192,7 @@ def request_of(composer: Composer, options: Mapping[str, Any], *, methods: Colle
     if weights is not None:
         _refuse({**retrieval, "exclude": options["exclude"]}, "beside --adapter, which composes by hand")
     if choices:
-        written = {name: options.get(name) for name in ("max_tokens", "stop", "sample")}
+        written = {name: options.get(name) for name in ("max_tokens", "stop", "sample", "drafts")}
         _refuse({**sampling, **written}, "beside --choices, which are scored and not written")
     if sampling.get("temperature") == 0:
         drawn = {name: value for name, value in sampling.items() if name not in ("temperature", "repetition_penalty")}
@@ -202,6 +215,7 @@ def request_of(composer: Composer, options: Mapping[str, Any], *, methods: Colle
         raw=options.get("raw"),
         special_tokens=options.get("special_tokens"),
         attachment="fuse" if options.get("fuse") else "attach",
+        drafts=options.get("drafts"),
     )
 
 

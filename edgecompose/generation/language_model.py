@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 
 from edgecompose.bundle.files import Bundle
 from edgecompose.caching import Lazy, LazyParts, LruCache
@@ -14,6 +14,9 @@ from edgecompose.engine.graph_file import graph_path
 from edgecompose.engine.memory import release_freed_memory
 from edgecompose.engine.merged import MergedAdapter
 from edgecompose.generation.decode import Chunk, decode
+from edgecompose.generation.drafts.draft_length import DraftLength
+from edgecompose.generation.drafts.drafter import Drafter
+from edgecompose.generation.drafts.example_tokens import example_tokens
 from edgecompose.generation.encoding import ConversationEncoder, Encoded
 from edgecompose.generation.messages import Message, Overflow
 from edgecompose.generation.prompt_cache import CachedPrompt, PromptCache
@@ -27,6 +30,8 @@ from edgecompose.timing import Timings
 Blend = MergedAdapter | FusedWeights
 #: Caches have room for the prompt and so many tokens at once; for longer answers they grow.
 _FIRST_ROOM = 192
+#: Answers of at most so many tokens are written without drafts.
+_SHORT = 4
 
 
 class LanguageModel(LazyParts):
@@ -124,12 +129,16 @@ class LanguageModel(LazyParts):
         stop: Sequence[str],
         prompt_cache: bool,
         keep_space: bool = False,
+        drafts: int = 0,
+        examples: Callable[[], Iterable[str]] = tuple,
     ) -> Generator[Chunk, None, None]:
         """The answer to a prompt, chunk by chunk; chunks without a token come while the prompt is read.
 
         Args:
             max_tokens: the longest answer; one that is longer, or None, goes up to the context.
             keep_space: as in `AnswerText`.
+            drafts: tokens that are drafted for a pass at most; the answer is the same.
+            examples: gives answers that this one may resemble, the most alike first; called when drafts need them.
         """
         room = self._spec.context - len(encoded.ids)
         limit = room if max_tokens is None else min(max_tokens, room)
@@ -138,7 +147,25 @@ class LanguageModel(LazyParts):
         after = logits.copy()
         draw = greedy if sampling is None else Sampler(sampling, encoded.ids)
         text = AnswerText(self.tokenizer, stop, keep_space=keep_space)
-        chunks = decode(state, logits, text, max_tokens=limit, end_tokens=self._spec.end_tokens, draw=draw)
+        drafter = None
+        if drafts and limit > _SHORT and isinstance(blend, MergedAdapter):
+            # weights that are fed are multiplied by other kernels for one row than for several, which round differently
+            drafter = Drafter(
+                encoded.ids,
+                most=drafts,
+                length=DraftLength(state.costs),
+                examples=lambda: example_tokens(self.tokenizer, examples(), raw=encoded.form == "raw"),
+                end=self._spec.end_tokens,
+            )
+        chunks = decode(
+            state,
+            logits,
+            text,
+            max_tokens=limit,
+            end_tokens=self._spec.end_tokens,
+            draw=draw,
+            drafter=drafter,
+        )
         try:
             yield from timings.each(chunks, "decode")
         except Exception:

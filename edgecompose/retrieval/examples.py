@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,10 +71,10 @@ def add_vectors(index: Index, vectors: Float, first_key: int) -> None:
         index.add(np.arange(first_key, first_key + len(vectors), dtype=np.uint64), vectors, threads=1)
 
 
-def prompt_lines(prompts: Sequence[str], first_key: int) -> str:
-    """JSON lines of key and prompt."""
-    lines = (json.dumps({"key": k, "prompt": p}, ensure_ascii=False) for k, p in enumerate(prompts, start=first_key))
-    return "".join(f"{line}\n" for line in lines)
+def text_lines(examples: Iterable[Example], first_key: int) -> str:
+    """JSON lines of key, prompt and answer."""
+    rows = ({"key": k, "prompt": e.prompt, "answer": e.answer} for k, e in enumerate(examples, start=first_key))
+    return "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
 
 
 def _example(fields: Any, place: str) -> Example:

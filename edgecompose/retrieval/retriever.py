@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,8 @@ from edgecompose.caching import Lazy, LazyParts, LruCache
 from edgecompose.engine.device import Device
 from edgecompose.engine.graph_file import graph_path
 from edgecompose.engine.memory import release_freed_memory
+from edgecompose.errors import FileDamaged
+from edgecompose.retrieval.answers import ExampleAnswers
 from edgecompose.retrieval.embedder import Embedder
 from edgecompose.retrieval.index import EXACT_BELOW, ExampleIndex, Neighbour
 from edgecompose.retrieval.resemblance import resemblance
@@ -71,6 +73,15 @@ class Retriever(LazyParts):
         in_memory = spec.vectors <= EXACT_BELOW  # all are read by every search
         source = self._bundle.content(spec.file) if in_memory else self._bundle.path(spec.file)
         return ExampleIndex(source, spec, self._manifest.tasks, whitening)
+
+    @Lazy
+    def answers(self) -> ExampleAnswers | None:
+        """The answers of the training examples, None where the bundle keeps none, or another file has their place."""
+        texts = self._manifest.index.texts
+        try:
+            return None if texts is None else ExampleAnswers(self._bundle.path(texts), self._manifest.tasks)
+        except FileDamaged:  # they only make answers faster
+            return None
 
     def release(self) -> None:
         """Drop encoder and index, and give their memory back; they are loaded again when needed."""
@@ -131,6 +142,12 @@ class Retriever(LazyParts):
         retrieval = Retrieval(tuple(neighbours), distribution, nucleus, weights, alike)
         self._retrievals.put(key, retrieval)
         return retrieval
+
+    def answers_of(self, retrieval: Retrieval) -> Iterator[str]:
+        """The kept answers of the neighbours whose tasks were chosen, the nearest first."""
+        keys = [neighbour.key for neighbour in retrieval.neighbours if neighbour.task in retrieval.nucleus]
+        if keys and self.answers is not None:
+            yield from self.answers.read(keys)
 
     def adapters_for(self, tasks: Mapping[str, float], exclude: Collection[str] = ()) -> dict[str, float]:
         """Weights of adapters from weights of tasks, without those that hurt.

@@ -55,6 +55,7 @@ class _Own:
     choices: tuple[str, ...] | None = None
     prompt_cache: bool | None = None
     special_tokens: bool | None = None
+    drafts: int | None = None
     explain: bool = True
 
 

@@ -1,7 +1,8 @@
 """Training prompts to vectors in a USearch index, with the table of which keys belong to which task.
 
 The folder holds `examples.usearch`, `examples.json` and, where the vectors are whitened, `whitening.safetensors`;
-prompts are kept (`examples.jsonl`) only on request. A task's keys are consecutive: [first_key, first_key + examples).
+prompts and answers are kept (`examples.jsonl`) only on request. A task's keys are consecutive:
+[first_key, first_key + examples).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from edgecompose.bundle.records import read_json, value_from_json
 from edgecompose.bundle.specs import EmbedderSpec, IndexSpec
 from edgecompose.errors import ExportError
 from edgecompose.retrieval.embedder import Embedder
-from edgecompose.retrieval.examples import Example, add_vectors, embed_prompts, prompt_lines
+from edgecompose.retrieval.examples import Example, add_vectors, embed_prompts, text_lines
 from edgecompose.retrieval.index import new_index, save_index
 from edgecompose.retrieval.whitening import Whitening, fit_whitening, save_whitening
 
@@ -67,7 +68,8 @@ def write_examples(
         tasks: examples by task name.
         whiten: search by a metric that is learned from these examples (`edgecompose.retrieval.whitening`), which
             needs two tasks.
-        keep_text: write the prompts too, so that people can see what was retrieved.
+        keep_text: write prompts and answers too, so that people can see what was retrieved, and answers that
+            resemble them are written faster.
         advance: called with the number of prompts embedded, as they are.
 
     Raises:
@@ -99,7 +101,8 @@ def _write(
         check_name(name)
         spans[name] = KeySpan(len(labels), len(examples))
         labels += [number] * len(examples)
-    prompts = [example.prompt for examples in tasks.values() for example in examples]
+    flat = [example for examples in tasks.values() for example in examples]
+    prompts = [example.prompt for example in flat]
     vectors = embed_prompts(embedder, prompts, advance)
     whitening = _whitening_of(vectors, labels, spec) if whiten and len(tasks) > 1 else None
     dimension = spec.dimension if whitening is None else whitening.matrix.shape[1]
@@ -119,7 +122,7 @@ def _write(
     if whitening is not None:
         save_whitening(folder / WHITENING_FILE, whitening)
     if keep_text:
-        (folder / TEXTS_FILE).write_text(prompt_lines(prompts, 0), encoding="utf-8")
+        (folder / TEXTS_FILE).write_text(text_lines(flat, 0), encoding="utf-8")
     (folder / TABLE_FILE).write_text(json.dumps(dataclasses.asdict(table), indent=1) + "\n", encoding="utf-8")
     return table
 

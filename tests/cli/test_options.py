@@ -33,6 +33,8 @@ def test_every_method_can_be_chosen(bundle: Path, method: str) -> None:
         ("run", ("--choices", "a,b", "--temperature", 1), "--temperature has no effect beside --choices"),
         ("run", ("--choices", "a,b", "--max-tokens", 3), "--max-tokens has no effect beside --choices"),
         ("run", ("--choices", "a,b", "--stop", "x"), "--stop has no effect beside --choices"),
+        ("run", ("--choices", "a,b", "--drafts", 3), "--drafts has no effect beside --choices"),
+        ("run", ("--drafts", 9), "9 is not in the range 0<=x<=8"),
         ("run", ("--rank", 3), "rank has no effect on method product"),
         ("eval", ("--methods", "ties", "--energy", 0.5), "energy has no effect on method"),
         ("run", ("--top-n", 3), "--top-n is called --neighbours now"),
@@ -60,3 +62,9 @@ def test_any_option_of_sampling_draws(bundle: Path) -> None:
             for seed in range(4)
         }
         assert drawn != {greedy}, options
+
+
+def test_drafts_can_be_switched_off(bundle: Path) -> None:
+    on, off = (result_of("run", bundle, PROMPT, "--max-tokens", 60, "--raw", "--drafts", count) for count in (8, 0))
+    assert on["answer"] == off["answer"]
+    assert on["tokens"]["drafted"] > 0 == off["tokens"]["drafted"]

@@ -52,7 +52,7 @@ def test_an_answer_as_json_has_the_documented_keys(bundle: Path) -> None:
     assert {"embed", "retrieve", "weigh", "merge", "fuse", "prefill", "decode", "total"} <= set(STAGES)
     assert all(math.isfinite(elapsed) and elapsed >= 0 for elapsed in result["timings_ms"].values())
     assert result["timings_ms"]["total"] >= max(result["timings_ms"][stage] for stage in STAGES[:-1])
-    assert set(result["tokens"]) == {"prompt", "generated", "dropped"}
+    assert set(result["tokens"]) == {"prompt", "generated", "dropped", "drafted", "accepted"}
     assert result["finish"] in ("stop", "length")
     assert len(result["composition"]) == 64
 

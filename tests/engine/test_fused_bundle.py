@@ -83,6 +83,8 @@ def test_a_whole_answer_is_the_same_under_fuse(composer: Composer) -> None:
         attached.generated_tokens,
     )
     assert (attached.attachment, fused.attachment) == ("attach", "fuse")
+    long = composer.run(PROMPT, Request(attachment="fuse", max_tokens=60, raw=True))
+    assert long.drafted_tokens == 0, "fed weights are multiplied otherwise for one row than for several"
     assert attached.timings_ms["fuse"] == 0 < fused.timings_ms["fuse"]
     alone = composer.run(PROMPT, Request(weights={}, attachment="fuse"))
     assert (alone.attachment, alone.timings_ms["fuse"]) == ("attach", 0)

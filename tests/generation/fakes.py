@@ -13,10 +13,15 @@ VOCABULARY = 12
 
 
 class FakeState:
-    """A sequence whose logits are a function of all its tokens; like the real one it reuses its output."""
+    """A sequence whose logits are a function of all its tokens; like the real one it reuses its output.
 
-    def __init__(self, model: Model, prompt: Sequence[int] = (1, 2, 3)) -> None:
-        self._model = model
+    `passes` holds the number of tokens of each step.
+    """
+
+    def __init__(self, model: Model, prompt: Sequence[int] = (1, 2, 3), *, capacity: int = 10_000) -> None:
+        self._model, self._capacity = model, capacity
+        self.passes: list[int] = []
+        self.beside = 0
         self.tokens = list(prompt)
         self._output = np.empty((0, len(model((0,)))), np.float32)
 
@@ -34,7 +39,13 @@ class FakeState:
         return self._output
 
     def step(self, ids: Sequence[int]) -> Float:
+        self.passes.append(len(ids))
+        assert len(ids) <= self.reversible_room
         return self.forward(ids, rows=len(ids))
+
+    @property
+    def reversible_room(self) -> int:
+        return self._capacity - self.length
 
     def rewind(self, length: int) -> None:
         assert 0 <= length <= self.length

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from edgecompose.cancellation import Cancellation
 from edgecompose.engine.decoding.decoder_state import DecoderState
 from edgecompose.engine.decoding.single import Single
 from edgecompose.errors import Cancelled, GenerationError, PromptTooLong
+from edgecompose.generation import language_model
+from edgecompose.generation.drafts.example_tokens import example_tokens
+from edgecompose.generation.tokenizer import Tokenizer
 from edgecompose.timing import Timings
 from tests.generation.models import PROMPTS
 
@@ -202,3 +206,41 @@ def test_scores_of_choices(opened: Composer) -> None:
     assert scores == opened.run(PROMPTS[0], Request(choices=("yes", "no"))).choices
     with pytest.raises(GenerationError, match="no choice"):
         opened.score(PROMPTS[0], [])
+
+
+@pytest.mark.parametrize("sampling", [None, Sampling(temperature=1.0, seed=3)])
+def test_drafts_change_how_an_answer_is_written_and_not_what(opened: Composer, sampling: Sampling | None) -> None:
+    drafted = 0
+    for prompt in PROMPTS:
+        request = Request(max_tokens=60, sampling=sampling, raw=True)
+        without = opened.run(prompt, dataclasses.replace(request, drafts=0))
+        answer = opened.run(prompt, request)
+        assert (answer.text, answer.finish, answer.generated_tokens) == (
+            without.text,
+            without.finish,
+            without.generated_tokens,
+        )
+        assert without.drafted_tokens == without.accepted_tokens == 0 <= answer.accepted_tokens <= answer.drafted_tokens
+        drafted += answer.drafted_tokens
+    assert drafted or sampling is not None
+
+
+def test_drafts_read_the_answers_of_examples_where_an_answer_may_be_long(
+    opened: Composer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[tuple[list[str], bool]] = []
+
+    def noting(tokenizer: Tokenizer, answers: Iterable[str], *, raw: bool) -> Iterator[list[int]]:
+        kept = list(answers)
+        read.append((kept, raw))
+        return example_tokens(tokenizer, kept, raw=raw)
+
+    monkeypatch.setattr(language_model, "example_tokens", noting)
+    for raw in (True, False):
+        opened.run(PROMPTS[0], Request(max_tokens=9, raw=raw))
+        (kept, form), *others = read
+        assert set(kept) == {"yes"} and form == raw and not others
+        read.clear()
+    for request in (Request(max_tokens=4), Request(max_tokens=9, drafts=0), Request(choices=("yes", "no"))):
+        opened.run(PROMPTS[0], request)
+    assert not read, "an answer that is short, written without drafts or scored reads none"

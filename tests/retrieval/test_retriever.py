@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 
 from edgecompose import Composer, Request, open_bundle
+from edgecompose.bundle.files import describe_file, read_manifest, write_manifest
 from edgecompose.errors import RetrievalError, UnknownAdapter
 from edgecompose.settings import RetrievalSettings
 from tests.fixtures_tiny import TASKS
@@ -70,3 +73,30 @@ def test_a_prompt_seen_before_is_neither_embedded_nor_searched_again(
             assert opened.retrieve(prompt, other) != first
         with pytest.raises(AssertionError, match="embedded again"):
             opened.retrieve(TASKS["colours"][0])
+
+
+def test_neighbours_of_the_chosen_tasks_have_their_answers(composer: Composer) -> None:
+    retrieval = composer.retrieve(PROMPT)
+    near = [neighbour for neighbour in retrieval.neighbours if neighbour.task in retrieval.nucleus]
+    assert list(composer.retriever.answers_of(retrieval)) == ["yes"] * len(near) != []
+    assert list(composer.retriever.answers_of(dataclasses.replace(retrieval, nucleus={}))) == []
+    assert list(composer.retriever.answers_of(dataclasses.replace(retrieval, neighbours=()))) == []
+
+
+@pytest.mark.parametrize("state", ["damaged", "gone", "of an older version"])
+def test_texts_that_cannot_be_read_prevent_no_answer(bundle_copy: Path, state: str) -> None:
+    manifest = read_manifest(bundle_copy)
+    texts, request = bundle_copy / str(manifest.index.texts), Request(max_tokens=12, raw=True)
+    with open_bundle(bundle_copy, device="cpu") as opened:
+        expected = opened.run(PROMPT, request).text
+    whole = texts.read_text(encoding="utf-8")
+    texts.write_text(whole.replace("yes", "yet") if state == "damaged" else whole, encoding="utf-8")
+    if state == "of an older version":
+        texts.write_text(re.sub(', "answer": "yes"', "", whole), encoding="utf-8")
+        files = {**manifest.files, texts.name: describe_file(texts)}
+        write_manifest(bundle_copy, dataclasses.replace(manifest, files=files))
+    with open_bundle(bundle_copy, device="cpu") as opened:
+        if state == "gone":
+            texts.unlink()
+        assert opened.run(PROMPT, request).text == expected
+        assert list(opened.retriever.answers_of(opened.retrieve(PROMPT))) == []

@@ -90,6 +90,7 @@ def test_every_field_reaches_the_request() -> None:
             "method": "ties",
             "density": 0.3,
             "prompt_cache": False,
+            "drafts": 3,
             "choices": ["yes", "no"],
         },
     )
@@ -106,6 +107,7 @@ def test_every_field_reaches_the_request() -> None:
         sampling=Sampling(temperature=0.5, top_p=0.9, seed=3, top_k=5, min_p=0.1, repetition_penalty=1.2),
         stop=("a", "b"),
         choices=("yes", "no"),
+        drafts=3,
     )
     assert (request.model, request.stream, request.usage) == ("task:snli", True, True)
     assert chat(adapters={"snli": 0.5, "cb": -1}).request.weights == {"snli": 0.5, "cb": -1}
@@ -170,6 +172,8 @@ def test_forms_of_a_message() -> None:
         ({"edgecompose": {"exclude": "snli"}}, 'exclude is "snli"; expected a list'),
         ({"edgecompose": {"temperature": 0.1}}, "'temperature' in 'edgecompose' is called 'routing_temperature' now"),
         ({"edgecompose": {"reuse": False}}, "called 'prompt_cache' now"),
+        ({"edgecompose": {"drafts": 9}}, "drafts is 9; expected an integer in 0 to 8"),
+        ({"edgecompose": {"drafts": "many"}}, "drafts"),
         ({"edgecompose": {"method": "product", "density": 0.3}}, "density has no effect on method product"),
         ({"edgecompose": {"method": "linear", "energy": 0.3}}, "energy has no effect on method linear"),
         ({"adapters": {"snli": 1}, "edgecompose": {"neighbours": 3}}, "neighbours.* has no effect"),

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from edgecompose.bundle.specs import BaseSpec
 from edgecompose.engine.decoding.decoder_pass import PassRow
+from edgecompose.engine.decoding.pass_costs import PassCosts
 from edgecompose.engine.decoding.pass_queue import PassQueue
 from edgecompose.engine.decoding.single import Blend, Single
 from edgecompose.errors import GenerationError, PromptTooLong
@@ -62,6 +63,25 @@ class DecoderState:
     def room(self) -> int:
         """How many tokens it may still get."""
         return self._capacity - self.length
+
+    @property
+    def reversible_room(self) -> int:
+        """How many tokens it may get and take back, as if they had never been there.
+
+        They end where the sequence would be read again with other rotary frequencies.
+        """
+        limit = self._spec.long_from
+        return self.room if limit is None or self._long else min(self.room, limit - self.length)
+
+    @property
+    def beside(self) -> int:
+        """How many other sequences were written in the last pass, and share the next one if they go on."""
+        return self._queue.beside(self)
+
+    @property
+    def costs(self) -> PassCosts:
+        """What the passes of this decoder cost."""
+        return self._queue.costs
 
     @property
     def pass_tokens(self) -> int:

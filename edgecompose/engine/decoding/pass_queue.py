@@ -14,6 +14,7 @@ from typing import Protocol
 
 from edgecompose.engine.decoding.batch import Batch, Writer
 from edgecompose.engine.decoding.decoder_pass import Float
+from edgecompose.engine.decoding.pass_costs import PassCosts
 
 #: Sequences that write in one pass at most.
 MOST_ROWS = 32
@@ -47,7 +48,8 @@ class _Job:
 class PassQueue:
     """The passes of one decoder. Safe between threads.
 
-    While prompts are read and answers written, each kind gets half of the time.
+    While prompts are read and answers written, each kind gets half of the time. `costs` holds what passes that write
+    took, by their number of tokens.
 
     Args:
         batch: where several sequences write in one pass; None runs each alone.
@@ -61,6 +63,7 @@ class PassQueue:
         self._writers: weakref.WeakSet[QueuedSequence] = weakref.WeakSet()
         self._spent = {True: 0.0, False: 0.0}
         self._last_seconds = 0.0
+        self.costs = PassCosts()
 
     def read(self, state: QueuedSequence, ids: Sequence[int], *, kept: int) -> Float:
         """Append a part of a prompt; the logits of its last `kept` tokens, overwritten by the state's next pass.
@@ -74,6 +77,11 @@ class PassQueue:
     def write(self, state: QueuedSequence, ids: Sequence[int]) -> Float:
         """Append written tokens; the logits after each. Raises what `read` does."""
         return self._result(_Job(state, ids, len(ids), reads=False))
+
+    def beside(self, state: QueuedSequence) -> int:
+        """How many other sequences were written in the last pass."""
+        with self._condition:
+            return len(self._writers.difference((state,)))
 
     def leave(self, state: QueuedSequence, *, keep: int) -> None:
         """No longer write beside others: other passes do not wait for this sequence. Its first `keep` tokens stay."""
@@ -174,6 +182,7 @@ class PassQueue:
             self._spent[jobs[0].reads] += seconds
             if not jobs[0].reads:
                 self._last_seconds = seconds
+                self.costs.add(len(jobs) * max(len(job.ids) for job in jobs), seconds)
                 self._writers.update(job.state for job in jobs)
             self._condition.notify_all()
 

@@ -48,7 +48,7 @@ def embedder(source: Path, output: Path, precision: Any, ends: int, as_json: boo
 @click.argument("tasks", nargs=-1, required=True, metavar="NAME=FILE.jsonl...")
 @click.option("--embedder", "embedder_folder", type=PathArgument, required=True, help="Exported embedder.")
 @click.option("-o", "--output", type=PathArgument, required=True, help="Folder to write.")
-@click.option("--keep-text", is_flag=True, help="Write the prompts beside their vectors.")
+@click.option("--keep-text", is_flag=True, help="Write prompts and answers beside the vectors.")
 @click.option(
     "--whiten/--no-whiten",
     default=True,
