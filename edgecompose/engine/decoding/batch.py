@@ -147,7 +147,8 @@ class Batch:
     def _join(self, states: Sequence[Writer], ids: dict[int, Sequence[int]]) -> None:
         new = [state for state in states if state not in self]
         inside = [row.state() for row in self._rows]
-        needs = [s.length + len(ids.get(id(s), "?")) for s in (*inside, *new) if s is not None]
+        most = max(map(len, ids.values()))  # the pass has so many tokens of each row, whatever it writes
+        needs = [s.length + most for s in (*inside, *new) if s is not None]
         lengths = [0 if s is None else s.length for s in inside] + [0] * len(new)
         self._cache.grow(max(needs), lengths=lengths)
         for state in new:

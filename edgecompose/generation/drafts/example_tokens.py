@@ -21,7 +21,7 @@ def example_tokens(tokenizer: Tokenizer, answers: Iterable[str], *, raw: bool) -
     left, seen = MOST_CHARACTERS, set[str]()
     for text in itertools.islice(answers, MOST):
         shown = text[:left]
-        if text not in seen and not tokenizer.cannot_fit(len(shown) + 1):
+        if text not in seen:
             seen.add(text)
             yield tokenizer.encode_continuation(f" {shown}" if raw else shown)
             left -= len(shown)

@@ -54,7 +54,7 @@ class Greedy:
     """A greedy sequence, and what it was given after each token."""
 
     def __init__(self, opened: Composer, blend: MergedAdapter, prompt: Sequence[int]) -> None:
-        self.state: DecoderState = opened.model.decoder.start(blend, 480, reserve=len(prompt) + 1)
+        self.state: DecoderState = opened.model.decoder.start(blend, max(480, len(prompt) + 4), reserve=len(prompt) + 1)
         self.logits = [self.state.forward(list(prompt))[-1].copy()]
 
     @property
@@ -167,3 +167,21 @@ def test_a_batch_that_finds_no_memory_is_an_error_and_loses_nothing(
     for sequence, prompt in ((first, PROMPTS[0]), (second, PROMPTS[1])):
         batch.leave(sequence.state, keep=sequence.state.length)
         np.testing.assert_array_equal(sequence.logits, alone(opened, blends[1], prompt, 1))
+
+
+@pytest.mark.parametrize("end", ["the cache", "the context"])
+def test_a_row_that_ends_takes_part_in_passes_of_many_tokens(
+    opened: Composer, blends: list[MergedAdapter], batch: Batch, end: str
+) -> None:
+    length = 60 if end == "the cache" else opened.bundle.manifest.base.context - 4
+    prompts, steps = (list(range(40)), [7] * length), 3
+    expected = [alone(opened, blends[1], prompt, steps) for prompt in prompts]
+    one, two = (Greedy(opened, blends[1], prompt) for prompt in prompts)
+    for _ in range(steps):
+        drafts = [one.next, *[3] * 8]
+        logits, (last,) = batch.write([(one.state, drafts), (two.state, [two.next])])
+        one.state.rewind(one.state.length - 8)
+        one.logits.append(logits[0])
+        two.logits.append(last)
+    for sequence, logits in zip((one, two), expected, strict=True):
+        np.testing.assert_array_equal(np.array(sequence.logits), np.array(logits))

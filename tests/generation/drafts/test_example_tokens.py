@@ -37,9 +37,3 @@ def test_no_more_answers_are_read_than_are_needed(tokenizer: Tokenizer) -> None:
     long = list(example_tokens(tokenizer, answers(3_000), raw=False))
     assert len(long) == len(read) == 2
     assert [len(tokenizer.decode(ids)) for ids in long] == [3_000, MOST_CHARACTERS - 3_000]
-
-
-def test_an_answer_that_exceeds_the_context_is_passed_over(tmp_path: Path) -> None:
-    tokenizer = Tokenizer(write_tokenizer(tmp_path / "tokenizer.json"), context=16)
-    assert tokenizer.cannot_fit(4_000)
-    assert list(example_tokens(tokenizer, ["x" * 4_000, "one"], raw=False)) == [tokenizer.encode_continuation("one")]
