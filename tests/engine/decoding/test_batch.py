@@ -183,5 +183,5 @@ def test_a_row_that_ends_takes_part_in_passes_of_many_tokens(
         one.state.rewind(one.state.length - 8)
         one.logits.append(logits[0])
         two.logits.append(last)
-    for sequence, logits in zip((one, two), expected, strict=True):
-        np.testing.assert_array_equal(np.array(sequence.logits), np.array(logits))
+    for sequence, reference in zip((one, two), expected, strict=True):
+        np.testing.assert_array_equal(np.array(sequence.logits), np.array(reference))
