@@ -55,18 +55,18 @@ def test_an_answer_that_another_thread_closes_within_a_step_just_ends(
     opened: Composer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closing: list[threading.Thread] = []
-    forward = DecoderState.forward
+    step = DecoderState.step
 
-    def slow(self: DecoderState, ids: Sequence[int], **settings: Any) -> Any:
+    def slow(self: DecoderState, ids: Sequence[int]) -> Any:
         if not closing:
             closing.append(threading.Thread(target=generation.close))
             closing[0].start()
             time.sleep(0.1)  # it waits for this step
-        return forward(self, ids, **settings)
+        return step(self, ids)
 
     with opened.generate(PROMPTS[1], Request(max_tokens=20)) as generation:
         next(generation)
-        monkeypatch.setattr(DecoderState, "forward", slow)
+        monkeypatch.setattr(DecoderState, "step", slow)
         assert len(list(generation)) <= 1
         assert closing
         closing[0].join(10)
