@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("torch", reason="exports need the packages of edgecompose-export")
 
 from edgecompose import AsyncComposer, Request, open_bundle
-from edgecompose.engine.decoding.decoder_state import DecoderState
+from edgecompose.engine.decoding.pass_queue import PassQueue
 from edgecompose.errors import PromptTooLong
 from tests.fixtures_tiny import TASKS
 
@@ -43,13 +43,13 @@ def test_answers_at_once_are_answers_alone(bundle: Path, workers: int) -> None:
 
 def test_chunks_come_one_by_one_and_leaving_stops_the_model(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
-    forward = DecoderState.forward
+    run = PassQueue._result
 
-    def counting(self: DecoderState, ids: Any, **settings: Any) -> Any:
-        passes.append(len(ids))
-        return forward(self, ids, **settings)
+    def counting(self: PassQueue, job: Any) -> Any:
+        passes.append(len(job.ids))
+        return run(self, job)
 
-    monkeypatch.setattr(DecoderState, "forward", counting)
+    monkeypatch.setattr(PassQueue, "_result", counting)
 
     async def work() -> None:
         with open_bundle(bundle, device="cpu") as composer:
@@ -69,19 +69,19 @@ def test_chunks_come_one_by_one_and_leaving_stops_the_model(bundle: Path, monkey
 
 def test_who_is_cancelled_leaves_a_model_that_stopped(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entered, go_on, passes = threading.Event(), threading.Event(), []
-    forward = DecoderState.forward
+    run = PassQueue._result
 
-    def slow(self: DecoderState, ids: Any, **settings: Any) -> Any:
-        passes.append(len(ids))
+    def slow(self: PassQueue, job: Any) -> Any:
+        passes.append(len(job.ids))
         entered.set()
         assert go_on.wait(30)
-        return forward(self, ids, **settings)
+        return run(self, job)
 
     async def work() -> None:
         with open_bundle(bundle, device="cpu") as composer:
             expected = composer.run(PROMPTS[0], REQUEST).text
             async with AsyncComposer(composer) as aio:
-                monkeypatch.setattr(DecoderState, "forward", slow)
+                monkeypatch.setattr(PassQueue, "_result", slow)
                 task = asyncio.create_task(aio.run(PROMPTS[0], REQUEST))
                 await asyncio.to_thread(entered.wait, 30)
                 task.cancel()

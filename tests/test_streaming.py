@@ -14,6 +14,7 @@ pytest.importorskip("torch", reason="exports need the packages of edgecompose-ex
 
 from edgecompose import Answer, Composer, Request, open_bundle
 from edgecompose.engine.decoding.decoder_state import DecoderState
+from edgecompose.engine.decoding.pass_queue import PassQueue
 from edgecompose.errors import GenerationError, PromptTooLong
 from tests.generation.models import PROMPTS
 
@@ -28,13 +29,13 @@ def opened(bundle: Path) -> Iterator[Composer]:
 def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many tokens each pass of the model read."""
     counts: list[int] = []
-    forward = DecoderState.forward
+    run = PassQueue._result
 
-    def counting(self: DecoderState, ids: Sequence[int], **settings: Any) -> Any:
-        counts.append(len(ids))
-        return forward(self, ids, **settings)
+    def counting(self: PassQueue, job: Any) -> Any:
+        counts.append(len(job.ids))
+        return run(self, job)
 
-    monkeypatch.setattr(DecoderState, "forward", counting)
+    monkeypatch.setattr(PassQueue, "_result", counting)
     return counts
 
 

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("torch", reason="exports need the packages of edgecompose-export")
 
 from edgecompose import Composer, Request, open_bundle
-from edgecompose.engine.decoding.decoder_state import DecoderState
+from edgecompose.engine.decoding.pass_queue import PassQueue
 from edgecompose.server.config import CallLimits, ServerSettings
 from edgecompose.server.jsonrpc import TooLong
 from edgecompose.server.stdio import StdioServer
@@ -135,15 +135,15 @@ def test_what_is_no_call_is_refused_and_others_go_on(parent: Parent, line: bytes
 
 def test_cancelling_and_shutting_down(composer: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
     entered, go_on, passes = threading.Event(), threading.Event(), list[int]()
-    forward = DecoderState.forward
+    run = PassQueue._result
 
-    def slow(self: DecoderState, ids: Any, **settings: Any) -> Any:
-        passes.append(len(ids))
+    def slow(self: PassQueue, job: Any) -> Any:
+        passes.append(len(job.ids))
         entered.set()
         assert go_on.wait(30)
-        return forward(self, ids, **settings)
+        return run(self, job)
 
-    monkeypatch.setattr(DecoderState, "forward", slow)
+    monkeypatch.setattr(PassQueue, "_result", slow)
     parent = Parent(composer)
     parent.call(1, "chat", **{**CHAT, "max_tokens": 60})
     parent.call(2, "chat", **CHAT)
@@ -214,14 +214,14 @@ def test_a_batch_is_answered_by_one_line(parent: Parent) -> None:
 
 def test_a_call_that_waits_is_cancelled_at_once(composer: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
     entered, go_on = threading.Event(), threading.Event()
-    forward = DecoderState.forward
+    run = PassQueue._result
 
-    def slow(self: DecoderState, ids: Any, **settings: Any) -> Any:
+    def slow(self: PassQueue, job: Any) -> Any:
         entered.set()
         assert go_on.wait(30)
-        return forward(self, ids, **settings)
+        return run(self, job)
 
-    monkeypatch.setattr(DecoderState, "forward", slow)
+    monkeypatch.setattr(PassQueue, "_result", slow)
     parent = Parent(composer)
     parent.call(1, "chat", **CHAT)
     assert entered.wait(30)

@@ -16,6 +16,9 @@ from edgecompose.engine.decoding.single import Blend, Single
 from edgecompose.errors import GenerationError, PromptTooLong
 
 Float = npt.NDArray[np.float32]
+#: Heads of more channels are added up in parts that depend on how many keys there are: on which side of these numbers,
+#: less the row that attention gets in addition (see `edgecompose_export.graphs.block`).
+_WIDE, _PARTS = 128, (31, 63)
 
 
 class Owner(Protocol):
@@ -68,10 +71,15 @@ class DecoderState:
     def reversible_room(self) -> int:
         """How many tokens it may get and take back, as if they had never been there.
 
-        They end where the sequence would be read again with other rotary frequencies.
+        They end where the sequence would be read again with other rotary frequencies, and where attention adds up wide
+        heads in other parts.
         """
-        limit = self._spec.long_from
-        return self.room if limit is None or self._long else min(self.room, limit - self.length)
+        limits = [self._capacity]
+        if self._spec.long_from is not None and not self._long:
+            limits.append(self._spec.long_from)
+        if self._spec.head_size > _WIDE:
+            limits += [limit for limit in _PARTS if self.length < limit]
+        return min(limits) - self.length
 
     @property
     def beside(self) -> int:

@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("torch", reason="exports need the packages of edgecompose-export")
 
-from edgecompose.engine.decoding.decoder_state import DecoderState
+from edgecompose.engine.decoding.pass_queue import PassQueue
 from edgecompose.retrieval.embedder import Embedder
 from tests.server.served import PROMPT, SETTINGS, TALK, Served, serving
 
@@ -29,14 +29,14 @@ pytestmark = pytest.mark.slow
 def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[int]]]:
     """Passes of the model that wait until they are let go on; gives how many began."""
     go_on, passes = threading.Event(), list[int]()
-    forward = DecoderState.forward
+    run = PassQueue._result
 
-    def slow(self: DecoderState, ids: Any, **settings: Any) -> Any:
-        passes.append(len(ids))
+    def slow(self: PassQueue, job: Any) -> Any:
+        passes.append(len(job.ids))
         assert go_on.wait(30)
-        return forward(self, ids, **settings)
+        return run(self, job)
 
-    monkeypatch.setattr(DecoderState, "forward", slow)
+    monkeypatch.setattr(PassQueue, "_result", slow)
 
     def release() -> list[int]:
         go_on.set()
@@ -114,14 +114,14 @@ def test_a_caller_that_goes_away_stops_the_model(bundle: Path, held: Any, stream
 
 def test_a_long_answer_delays_nobody_to_its_end(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four long answers and a short one: the short one takes its turn among them, step by step."""
-    forward, passes = DecoderState.forward, list[int]()
+    run, passes = PassQueue._result, list[int]()
 
-    def counting(self: DecoderState, ids: Any, **settings: Any) -> Any:
-        passes.append(len(ids))
+    def counting(self: PassQueue, job: Any) -> Any:
+        passes.append(len(job.ids))
         time.sleep(0.002)
-        return forward(self, ids, **settings)
+        return run(self, job)
 
-    monkeypatch.setattr(DecoderState, "forward", counting)
+    monkeypatch.setattr(PassQueue, "_result", counting)
     with serving(bundle, replace(SETTINGS, calls=replace(SETTINGS.calls, max_tokens=None))) as served:
         long = [
             threading.Thread(target=chat, args=(served,), kwargs={"max_tokens": 450, "model": "base"}) for _ in range(4)

@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("torch", reason="exports need the packages of edgecompose-export")
 
-from edgecompose.engine.decoding.decoder_state import DecoderState
+from edgecompose.engine.decoding.pass_queue import PassQueue
 from tests.server.served import SETTINGS, TALK, Served, serving
 
 #: It starts processes; `make check` leaves it out.
@@ -84,13 +84,13 @@ def test_a_body_that_does_not_come_gets_408(served: Served) -> None:
 
 
 def test_who_does_not_read_is_dropped_and_others_have_the_place(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    forward, passes = DecoderState.forward, list[int]()
+    run, passes = PassQueue._result, list[int]()
 
-    def counting(self: DecoderState, ids: Any, **settings: Any) -> Any:
-        passes.append(len(ids))
-        return forward(self, ids, **settings)
+    def counting(self: PassQueue, job: Any) -> Any:
+        passes.append(len(job.ids))
+        return run(self, job)
 
-    monkeypatch.setattr(DecoderState, "forward", counting)
+    monkeypatch.setattr(PassQueue, "_result", counting)
     monkeypatch.setattr("edgecompose.server.http.connection._UNSENT_BYTES", 1024)
     settings = replace(QUICK, calls=replace(QUICK.calls, max_tokens=None), write_seconds=1.5)
     with serving(bundle, settings) as served:
@@ -129,14 +129,14 @@ def test_a_client_that_has_ended_its_sending_gets_its_answer(served: Served) -> 
 def test_a_client_that_has_gone_altogether_ends_its_answer(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, abrupt: bool
 ) -> None:
-    forward, passes = DecoderState.forward, list[int]()
+    run, passes = PassQueue._result, list[int]()
 
-    def slow(self: DecoderState, ids: Any, **settings: Any) -> Any:
-        passes.append(len(ids))
+    def slow(self: PassQueue, job: Any) -> Any:
+        passes.append(len(job.ids))
         time.sleep(0.02)
-        return forward(self, ids, **settings)
+        return run(self, job)
 
-    monkeypatch.setattr(DecoderState, "forward", slow)
+    monkeypatch.setattr(PassQueue, "_result", slow)
     with serving(bundle, QUICK) as served:
         with connected(served, call(messages=TALK, max_tokens=60)) as client:
             until_inside(served, 1)

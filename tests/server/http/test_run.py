@@ -97,7 +97,7 @@ def test_a_process_that_native_code_holds_leaves_after_its_grace(bundle: Path) -
         "from edgecompose.engine.decoding.decoder_state import DecoderState\n"
         "from edgecompose.server.http.run import run_server\n"
         "from edgecompose import open_bundle\n"
-        "DecoderState.forward = lambda *a, **k: time.sleep(1000)\n"
+        "DecoderState.step = DecoderState.forward = lambda *a, **k: time.sleep(1000)\n"
         "say = lambda url: print(url, flush=True)\n"
         "settings = c.ServerSettings(grace_seconds=1.5)\n"
         "with open_bundle(sys.argv[1], device='cpu') as composer:\n"
