@@ -75,6 +75,16 @@ def test_every_row_has_its_blend_followed_by_zeros(placings: list[list[tuple[int
                             np.testing.assert_array_equal(value[row, 0, :rank], expected)
 
 
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 40)), min_size=1, max_size=12))
+def test_memory_is_that_of_twice_the_blends_at_most(placings: list[tuple[int, int]]) -> None:
+    """However often ranks and numbers changed before."""
+    rows = BlendRows(GROUPS[:1], CPU)
+    for count, rank in placings:
+        rows.place([blend(seed, {"q_proj": rank}) for seed in range(count)])
+    most = max(count for count, _ in placings)
+    assert rows.bytes <= 4 * 2 * most * 2 * 48 * (6 + 4) + 4 * 64
+
+
 def test_a_blend_that_is_in_its_row_is_not_copied_again(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, one, other = BlendRows(GROUPS, CPU), blend(1, {"q_proj": 3}), blend(2, {"q_proj": 8})
     rows.place([one, other])
