@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,15 @@ _PROMPTS = (
 )
 
 
-def measure_server(bundle: Path, calls: int = 48) -> dict[str, Any]:
-    """Seconds of calls to /v1/chat/completions of at most 16 tokens; each prompt has its own retrieval and blend.
+def measure_server(
+    bundle: Path, *, calls: int = 48, tokens: int = TOKENS, clients: Sequence[int] = CLIENTS
+) -> dict[str, Any]:
+    """Seconds of calls to /v1/chat/completions, by number of clients; each prompt has its own retrieval and blend.
 
-    The server writes one answer at a time (`--workers 1`), so clients wait for each other.
+    Args:
+        calls: of all clients together.
+        tokens: the longest answer; all are of that length where the base has no end token.
+        clients: numbers of clients, the smallest first.
     """
     command = [sys.executable, "-m", "edgecompose", "serve", str(bundle), "--port", "0", "--device", "cpu"]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -41,31 +47,35 @@ def measure_server(bundle: Path, calls: int = 48) -> dict[str, Any]:
             raise SystemExit(f"the server did not start: {server.stderr.read()}")
         with httpx.Client(base_url=address[0], timeout=300, trust_env=False) as client:
             for number in range(len(_PROMPTS)):
-                _call(client, number)
-            return {str(count): _load(client, count, calls) for count in CLIENTS}
+                _call(client, number, tokens)
+            loads = {str(count): _load(client, count, calls, tokens=tokens) for count in clients}
+            one = loads[str(clients[0])]
+            for load in loads.values():
+                load |= {f"{name}_of_one_client": load[f"{name}_s"] / one[f"{name}_s"] for name in ("p50", "p99")}
+            return loads
     finally:
         server.terminate()
         server.wait(30)
 
 
-def _load(client: httpx.Client, clients: int, calls: int) -> dict[str, float]:
+def _load(client: httpx.Client, clients: int, calls: int, *, tokens: int) -> dict[str, float]:
     start = time.perf_counter()
     with ThreadPoolExecutor(clients) as threads:
-        done = list(threads.map(lambda number: _call(client, number), range(calls)))
+        done = list(threads.map(lambda number: _call(client, number, tokens), range(calls)))
     elapsed = time.perf_counter() - start
     seconds = sorted(seconds for seconds, _ in done)
     return {
         "p50_s": statistics.median(seconds),
         "p99_s": seconds[min(len(seconds) - 1, int(0.99 * len(seconds)))],
         "calls_per_s": calls / elapsed,
-        "tokens_per_s": sum(tokens for _, tokens in done) / elapsed,
+        "tokens_per_s": sum(count for _, count in done) / elapsed,
     }
 
 
-def _call(client: httpx.Client, number: int) -> tuple[float, int]:
+def _call(client: httpx.Client, number: int, tokens: int) -> tuple[float, int]:
     """Seconds of one call, and the number of tokens of its answer."""
     prompt = _PROMPTS[number % len(_PROMPTS)]
-    body = {"model": "auto", "messages": [{"role": "user", "content": prompt}], "max_tokens": TOKENS}
+    body = {"model": "auto", "messages": [{"role": "user", "content": prompt}], "max_tokens": tokens}
     start = time.perf_counter()
     response = client.post("v1/chat/completions", json=body)
     seconds = time.perf_counter() - start

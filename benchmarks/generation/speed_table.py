@@ -4,21 +4,32 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.generation.rates import RIVALS
+
 
 def print_table(result: dict[str, Any]) -> None:
-    """All numbers, one a line."""
-    _print_compose(result["compose_ms"])
-    _print_decode(result["decode_tokens_per_s"])
-    for length, rates in result["prefill_tokens_per_s"].items():
+    """All numbers of the parts that were measured, one a line."""
+    if "decode_tokens_per_s" in result:
+        _print_decode(result["decode_tokens_per_s"])
+    if "compose_ms" in result:
+        _print_compose(result["compose_ms"])
+    for length, rates in result.get("prefill_tokens_per_s", {}).items():
         _print_rates(f"read {length}", rates)
-    for length, elapsed in result["first_token_ms"].items():
+    for length, elapsed in result.get("first_token_ms", {}).items():
         print(f"prompt of {length:>4} tokens to first chunk, composed anew {elapsed:7.1f} ms")
-    for name, seconds in result["cold_start_s"].items():
+    for name, seconds in result.get("cold_start_s", {}).items():
         print(f"cold start, {name:37} {seconds:8.2f} s")
-    _print_memory(result["peak_memory_mb"], result["resident_mb_after_requests"])
-    for clients, load in result["server"].items():
+    if "peak_memory_mb" in result:
+        _print_memory(result["peak_memory_mb"], result["resident_mb_after_requests"])
+    print_server(result.get("server", {}))
+
+
+def print_server(loads: dict[str, Any]) -> None:
+    """The response times of each number of clients."""
+    for clients, load in loads.items():
         print(
-            f"server, {clients} clients: p50 {1e3 * load['p50_s']:.0f} ms, p99 {1e3 * load['p99_s']:.0f} ms, "
+            f"server, {clients} clients: p50 {load['p50_of_one_client']:.2f} x, p99 {load['p99_of_one_client']:.2f} x "
+            f"one client's: {1e3 * load['p50_s']:.0f} and {1e3 * load['p99_s']:.0f} ms, "
             f"{load['calls_per_s']:.1f} calls/s, {load['tokens_per_s']:.0f} tokens/s"
         )
 
@@ -32,21 +43,26 @@ def _print_compose(compose: dict[str, float]) -> None:
 
 def _print_decode(decode: dict[str, Any]) -> None:
     _print_rates(f"decode ({decode['processes']} processes)", decode)
-    for name, (low, high) in decode.get("ratio_same_work_range", {}).items():
-        print(f"decode, {name:22} {low:.2f} to {high:.2f} x llama.cpp at the same work")
+    for rival in RIVALS:
+        for name, (low, high) in decode.get(f"ratio_{rival}_same_work_range", {}).items():
+            print(f"decode, {name:22} {low:.2f} to {high:.2f} x {rival} at the same work")
     for name, share in decode["slower_than_base_alone"].items():
         print(f"decode, {name:22} rank {decode['rank'][name]:3}: {100 * share:5.1f} % slower than the base alone")
+    for name, texts in decode.get("openvino_answers", {}).items():
+        print(f"decode, {name:28} {texts['equal_tokens']} of {len(texts['ours'])} first tokens are ours")
+    if "openvino_left_out" in decode:
+        print(f"decode, openvino: left out: {decode['openvino_left_out']}")
 
 
 def _print_rates(label: str, rates: dict[str, Any]) -> None:
-    same, alone = rates.get("ratio_same_work", {}), rates.get("ratio_to_llama_cpp_alone", {})
     for name, rate in rates["median"].items():
-        ratio = ""
-        if name in same:
-            ratio = f"   {same[name]:.2f} x llama.cpp at the same work, {alone[name]:.2f} x it alone"
-        print(f"{f'{label}, {name}':46} {rate:8.1f} tokens/s{ratio}")
-    if not same:
-        print(f"{label}, llama.cpp: not measured (pip install llama-cpp-python, and give --gguf)")
+        ratios = []
+        for rival in RIVALS:
+            same, alone = (rates.get(f"ratio_{rival}_{work}", {}) for work in ("same_work", "alone"))
+            ratios += [f"{same[name]:.2f} x {rival} ({alone[name]:.2f} x it alone)"] if name in same else []
+        print(f"{f'{label}, {name}':50} {rate:8.1f} tokens/s   {', '.join(ratios)}")
+    if not any(f"ratio_{rival}_alone" in rates for rival in RIVALS):
+        print(f"{label}, others: not measured (pip install llama-cpp-python openvino-genai, and give --gguf)")
 
 
 def _print_memory(peaks: dict[str, Any], resident: dict[str, float]) -> None:

@@ -6,8 +6,11 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 Step = Callable[[], object]
+#: A call that handles the tokens of a round, and returns the seconds that they took.
+TimedStep = Callable[[], float]
 WARM_UP = 2
 
 
@@ -44,16 +47,18 @@ def rates_in_turns(
     calls: int = 1,
     untimed_calls: int = 0,
     warm_up: int = 0,
+    timed: Mapping[str, TimedStep] = MappingProxyType({}),
 ) -> dict[str, list[float]]:
     """Tokens a second of each variant in each round; all variants run once a round, so they see the same machine.
 
     Args:
+        timed: more variants, whose programs read the prompt in each call and so measure their seconds themselves.
         tokens: that the timed calls of a round handle together.
         calls: timed calls of a variant in a round.
         untimed_calls: calls before those.
         warm_up: rounds that are not counted.
     """
-    rates: dict[str, list[float]] = {name: [] for name in variants}
+    rates: dict[str, list[float]] = {name: [] for name in [*variants, *timed]}
     for turn in range(warm_up + rounds):
         for name, step in variants.items():
             for _ in range(untimed_calls):
@@ -62,6 +67,10 @@ def rates_in_turns(
             for _ in range(calls):
                 step()
             elapsed = time.perf_counter() - start
+            if turn >= warm_up:
+                rates[name].append(tokens / elapsed)
+        for name, measure in timed.items():
+            elapsed = measure()
             if turn >= warm_up:
                 rates[name].append(tokens / elapsed)
     return rates
