@@ -14,18 +14,10 @@ from typing import Any
 
 import httpx
 
+from benchmarks.measuring.prompts import TASK_PROMPTS
+
 CLIENTS = (1, 4, 8)
 TOKENS = 16
-_PROMPTS = (
-    "Customer review of a business: The soup came cold and nobody said sorry.\n"
-    "Would you call this customer's experience positive or negative?\nAnswer:",
-    "A photo is described as: Two dogs run across a frozen lake.\nIs it then true that: The animals sleep.\n"
-    "Say yes, maybe or no.\nAnswer:",
-    "Name three fruits that are yellow, and say where each of them grows.",
-    "Use common sense to answer.\n\nQuestion: Where would you put a plate after washing it?\n"
-    "Options:\n- cupboard\n- garden\n- car\n- river\n- attic\nAnswer:",
-    "Write a short greeting for a birthday card to a friend who likes to hike.",
-)
 
 
 def measure_server(
@@ -46,7 +38,7 @@ def measure_server(
         if address is None:
             raise SystemExit(f"the server did not start: {server.stderr.read()}")
         with httpx.Client(base_url=address[0], timeout=300, trust_env=False) as client:
-            for number in range(len(_PROMPTS)):
+            for number in range(len(TASK_PROMPTS)):
                 _call(client, number, tokens)
             loads = {str(count): _load(client, count, calls, tokens=tokens) for count in clients}
             one = loads[str(clients[0])]
@@ -74,7 +66,7 @@ def _load(client: httpx.Client, clients: int, calls: int, *, tokens: int) -> dic
 
 def _call(client: httpx.Client, number: int, tokens: int) -> tuple[float, int]:
     """Seconds of one call, and the number of tokens of its answer."""
-    prompt = _PROMPTS[number % len(_PROMPTS)]
+    prompt = TASK_PROMPTS[number % len(TASK_PROMPTS)]
     body = {"model": "auto", "messages": [{"role": "user", "content": prompt}], "max_tokens": tokens}
     start = time.perf_counter()
     response = client.post("v1/chat/completions", json=body)
