@@ -26,6 +26,7 @@ def write_bundle(base: Path, embedder: Path, target: Path, *, rank: int) -> Path
     names = [f"random{number}" for number in range(len(TASK_PROMPTS))]
     spec = Exported.open(base).spec
     lines = [f"name = {json.dumps(target.name)}", f"base = {_quoted(base)}", f"embedder = {_quoted(embedder)}"]
+    lines += ["[defaults.retrieval]", "neighbours = 2"]  # those of one task: a blend of three adapters
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as name:
         work = Path(name)
