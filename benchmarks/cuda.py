@@ -3,7 +3,8 @@
     python benchmarks/cuda.py [--bundle models/demo] [--base build/base ...] [--save benchmarks/results]
 
 Checks every merge method, the decoder and a float embedder on both devices. Then it times merging at the shapes of real
-models, composing and decoding, against the copy bandwidth that ONNX Runtime reaches on the device. A wrong result is
+models, composing and decoding, against the copy bandwidth that ONNX Runtime reaches on the device, and the answers of
+1, 8 and 32 sequences at once, each under a blend of its own; none may differ from what it is alone. A wrong result is
 named and ends in exit code 1. A machine without CUDA ends in exit code 1 too; a missed target does not. Prints tables,
 ratios first, then one line of JSON. `--device cpu` puts the CPU in the place of CUDA, to try the script itself:
 
@@ -25,7 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees only its own folder
 
-from benchmarks.engine import cuda_tables, merge_parity, model_parity, operators, times
+from benchmarks.engine import batch_times, cuda_tables, merge_parity, model_parity, operators, times
 from benchmarks.engine.bases import Base
 from benchmarks.engine.cuda_tables import Parity
 from benchmarks.engine.parity import one_line
@@ -88,6 +89,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--rank", type=int, default=16)
     options.add_argument("--bits", type=int, choices=(4, 8), default=4)
     options.add_argument("--rounds", type=int, default=10)
+    options.add_argument("--sequences", type=int, nargs="+", default=list(batch_times.SIZES), help="written at once")
     options.add_argument("--save", type=Path, help="folder for a dated JSON file")
     return options
 
@@ -153,6 +155,10 @@ def show_times(
     if has_bundle(options.bundle):
         result |= show_compose(devices, options)
     result["decode"] = show_decode(devices, running, options.rounds)
+    if has_bundle(options.bundle):
+        result["batch"] = show_batches(devices, options)
+        wrong = [cuda_tables.batch_failure(row) for row in result["batch"] if not row.passed]
+        result["failed"] = result.get("failed", []) + wrong
     return result
 
 
@@ -194,6 +200,17 @@ def show_decode(devices: Devices, bases: Sequence[Base], rounds: int) -> list[ti
     for sides in rates:
         print(*(cuda_tables.decode_line(*pair) for pair in zip(*sides, strict=True)), sep="\n")
     return [row for sides in rates for rows in sides for row in rows]
+
+
+def show_batches(devices: Devices, options: argparse.Namespace) -> list[batch_times.BatchRate]:
+    """Print and return the rates of several sequences at once: those of the device, then those of the CPU."""
+    rounds = min(options.rounds, 3)
+    sides = [
+        batch_times.batch_rates(options.bundle, device, rounds=rounds, sizes=options.sequences) for device in devices
+    ]
+    print("\nfaster  of one  sequences   tokens/s       cpu  equal to alone")
+    print(*(cuda_tables.batch_line(*pair) for pair in zip(*sides, strict=True)), sep="\n")
+    return [row for rows in sides for row in rows]
 
 
 def device_name(device: Device) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from benchmarks.engine.batch_times import BatchRate
 from benchmarks.engine.merge_parity import MethodParity
 from benchmarks.engine.model_parity import DecoderParity, EmbedderParity
 from benchmarks.engine.operators import Placement
@@ -73,3 +74,14 @@ def decode_line(ours: DecodeRate, theirs: DecodeRate) -> str:
     """DecoderState under a blend of one rank on the device against the CPU."""
     ratio = f"{ours.median / theirs.median:5.1f}x"
     return f"{ratio}  {ours.base:8} {ours.rank:5} {ours.median:10.1f} {ours.best:8.1f} {theirs.median:9.1f}"
+
+
+def batch_line(ours: BatchRate, theirs: BatchRate) -> str:
+    """Several sequences on the device against the CPU."""
+    ratios = f"{ours.tokens_per_s / theirs.tokens_per_s:5.1f}x  {ours.of_one:6.2f}x"
+    return f"{ratios}  {ours.sequences:9} {ours.tokens_per_s:10.1f} {theirs.tokens_per_s:9.1f}  {ours.equal:5}"
+
+
+def batch_failure(row: BatchRate) -> str:
+    """Answers that company changed, in one line."""
+    return f"{row.sequences} sequences on {row.device}: {row.sequences - row.equal} answers are not those alone"

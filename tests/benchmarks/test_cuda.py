@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from benchmarks import cuda
-from benchmarks.engine import merge_parity, operators, times
+from benchmarks.engine import batch_times, merge_parity, operators, times
+from benchmarks.engine.batch_times import BatchRate
 from edgecompose.bundle.adapter import Adapter
 from edgecompose.engine import device
 from edgecompose.engine.device import choose_device
@@ -27,6 +28,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 CPU = choose_device("cpu")
 SMALL = ("--device", "cpu", "--shapes", "smollm2-135m", "--layers", "1", "--rounds", "1", "--rank", "4")
+SMALL += ("--sequences", "1", "3")
 
 
 @pytest.fixture
@@ -74,6 +76,8 @@ def test_with_a_bundle_the_decoder_is_checked_and_timed(
     assert [row["rank"] for row in result["decode"]] == [0, 16, 48] * 4
     assert all(row["new_blend"]["least"] > 0 and row["cached_blend"]["median"] > 0 for row in result["compose"])
     assert {row["graph"] for row in result["placement"]} >= {"decoder of bundle", "embedder"}
+    assert [row["sequences"] for row in result["batch"]] == [1, 3] * 2
+    assert all(row["equal"] == row["sequences"] and row["tokens_per_s"] > 0 for row in result["batch"])
 
 
 def test_without_cuda_it_says_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,6 +105,15 @@ def test_a_wrong_result_is_named(
     )
     passed = {row["method"]: row["passed"] for row in json.loads(shown.out.splitlines()[-1])["parity"]}
     assert passed == {"linear": True, "ties": False}
+
+
+def test_an_answer_that_company_changes_is_named(
+    few: None, bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rates = [BatchRate("cpu", 3, tokens_per_s=9.0, of_one=2.0, equal=2)]
+    monkeypatch.setattr(batch_times, "batch_rates", lambda *_, **__: rates)
+    assert cuda.main([*SMALL, "--bundle", str(bundle)]) == 1
+    assert "FAILED: 3 sequences on cpu: 1 answers are not those alone\n" in capsys.readouterr().err
 
 
 def test_a_method_that_cannot_be_run_is_named(
