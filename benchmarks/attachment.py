@@ -1,13 +1,16 @@
-"""Attach or fuse: the cost of each on an exported base, in turns in one process.
+"""Attach or fuse: the cost of each on an exported base or a bundle, in turns in one process.
 
-    python benchmarks/attachment.py build/base [--ranks 8 16 48] [--rounds N] [--save DIR]
+    python benchmarks/attachment.py build/base [--ranks 8 24 48 64] [--rounds N] [--save DIR]
+    python benchmarks/attachment.py models/demo --pool 1 3 6 8
+
 
 The blends are random adapters in all slots; speed depends on the rank, not on the values. Each round measures the
 prefill of a prompt and decoding once for every variant, in an order that rotates: the base alone, a blend attached at
 each rank, and a fused one if the base has the graphs for it. `fuse_ms` is the time to write a blend into the weights,
 into memory that an earlier one used. `break_even_tokens` is the shortest answer that fusing makes faster, fusing and
-prefill included. Prints ratios to the base alone first (medians of the ratio within a round), then milliseconds, then
-one JSON line.
+prefill included. `--pool` adds blends of so many adapters of a bundle at equal weights, and the same cut by `svd` to
+`--energy` of their squared norm: what rank is left says what the cut gains. Prints ratios to the base alone first
+(medians of the ratio within a round), then milliseconds, then one JSON line.
 """
 
 from __future__ import annotations
@@ -29,8 +32,12 @@ from benchmarks.measuring.adapters import random_adapter
 from benchmarks.measuring.arguments import command_parser
 from benchmarks.measuring.machine import machine, today
 from benchmarks.measuring.memory import private_mb
+from benchmarks.measuring.prompts import SHORT_PROMPT
 from benchmarks.measuring.results import write_dated
 from benchmarks.measuring.timing import elapsed_ms, median_ratio, medians
+from edgecompose import Request, open_bundle
+from edgecompose.bundle.files import read_manifest
+from edgecompose.bundle.manifest import MANIFEST_FILE
 from edgecompose.bundle.records import value_from_json
 from edgecompose.bundle.specs import BaseSpec
 from edgecompose.engine.decoding.decoder import Decoder, FusedDecoder
@@ -64,22 +71,54 @@ class Loaded:
 def main() -> None:
     """Parse, measure, print."""
     parser = command_parser(__doc__)
-    parser.add_argument("base", type=Path, help="folder that 'edgecompose-export base' wrote")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 48])
+    parser.add_argument("base", type=Path, help="a bundle, or a folder that 'edgecompose-export base' wrote")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 24, 48, 64])
+    parser.add_argument("--pool", type=int, nargs="+", default=[], help="numbers of a bundle's adapters")
+    parser.add_argument("--energy", type=float, default=0.99, help="share of the squared norm that svd keeps")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--save", type=Path, help="folder for a dated JSON file")
     options = parser.parse_args()
-    content = json.loads((options.base / "base.json").read_text(encoding="utf-8"))
-    spec = value_from_json(BaseSpec, content, "base.json")
-    result = measure(options.base, spec, ranks=options.ranks, rounds=options.rounds)
+    spec = read_spec(options.base)
+    pool = pool_blends(options.base, options.pool, options.energy) if options.pool else {}
+    result = measure(options.base, spec, ranks=options.ranks, rounds=options.rounds, pool=pool)
     print_table(result)
     if options.save:
         write_dated(options.save, f"attachment-{spec.precision}", result)
     print(json.dumps(result))
 
 
-def measure(folder: Path, spec: BaseSpec, *, ranks: Sequence[int], rounds: int) -> dict[str, Any]:
-    """Every number of one base."""
+def read_spec(folder: Path) -> BaseSpec:
+    """The base of a bundle, or of a folder that `edgecompose-export base` wrote; paths are relative to the folder."""
+    if (folder / MANIFEST_FILE).is_file():
+        return read_manifest(folder).base
+    content = json.loads((folder / "base.json").read_text(encoding="utf-8"))
+    return value_from_json(BaseSpec, content, "base.json")
+
+
+def pool_blends(bundle: Path, counts: Sequence[int], energy: float) -> dict[str, MergedAdapter]:
+    """Blends of the first adapters of a bundle at equal weights, exact and cut by svd."""
+    methods = {"product": MergeSettings("product"), "svd": MergeSettings("svd", energy=energy)}
+    with open_bundle(bundle, device="cpu") as composer:
+        names = sorted(composer.bundle.manifest.adapters)
+        return {
+            f"pool_{count}_{method}": composer.compose(
+                SHORT_PROMPT, Request(weights=dict.fromkeys(names[:count], 1 / count), merge=settings)
+            ).merged
+            for count in counts
+            for method, settings in methods.items()
+        }
+
+
+def ranks_of(blend: MergedAdapter) -> dict[str, float]:
+    """The largest rank of a blend's modules, and the mean over modules; a module has one rank in all layers."""
+    ranks = [module.rank for module in blend.modules.values()]
+    return {"largest": float(max(ranks, default=0)), "mean": statistics.fmean(ranks) if ranks else 0.0}
+
+
+def measure(
+    folder: Path, spec: BaseSpec, *, ranks: Sequence[int], rounds: int, pool: Mapping[str, MergedAdapter]
+) -> dict[str, Any]:
+    """Every number of one base; `pool` are blends to attach beside the random ones."""
     device = choose_device("cpu")
     merger, settings = Merger(device), MergeSettings()
     adapters = {rank: random_adapter(rank, spec.slots, rank=rank, bits=8) for rank in ranks}
@@ -92,7 +131,10 @@ def measure(folder: Path, spec: BaseSpec, *, ranks: Sequence[int], rounds: int) 
         "can_fuse": spec.fusing is not None,
         "sessions": {"decoder": loaded.session()},
     }
-    variants = attached_variants(loaded.value, blends)
+    variants = attached_variants(loaded.value, {**{f"attach_{rank}": blend for rank, blend in blends.items()}, **pool})
+    if pool:
+        result["pool_ranks"] = {name: ranks_of(blend) for name, blend in pool.items()}
+        result["discarded_energy"] = {name: blend.report.discarded_energy for name, blend in pool.items()}
     if spec.fusing is not None:
         start, numbers = prepare_fused(folder, spec, blends)
         variants["fuse"] = start
@@ -104,9 +146,9 @@ def measure(folder: Path, spec: BaseSpec, *, ranks: Sequence[int], rounds: int) 
     return {**result, "machine": machine(), "date": today()}
 
 
-def attached_variants(decoder: Decoder, blends: Blends) -> dict[str, Start]:
+def attached_variants(decoder: Decoder, blends: Mapping[str, MergedAdapter]) -> dict[str, Start]:
     """The base alone, and each blend attached to it."""
-    named = {"base_alone": MergedAdapter({}, "base"), **{f"attach_{rank}": blend for rank, blend in blends.items()}}
+    named = {"base_alone": MergedAdapter({}, "base"), **blends}
     capacity = PROMPT_TOKENS + TOKENS
     return {name: lambda blend=blend: decoder.start(blend, capacity) for name, blend in named.items()}  # type: ignore[misc]
 
@@ -188,10 +230,12 @@ def print_table(result: Mapping[str, Any]) -> None:
     """The result for people."""
     decode, prefill = result["decode_ms_per_token"], result["prefill_ms"]
     print(f"{result['base']}, {result['precision']}: times the base alone")
-    print(f"{'':12}  {'decode':>8}  {'prefill':>8}  {'ms/token':>9}  {f'prefill of {PROMPT_TOKENS}, ms':>18}")
+    print(f"{'':14}  {'decode':>8}  {'prefill':>8}  {'ms/token':>9}  {f'prefill of {PROMPT_TOKENS}, ms':>18}")
     for name, ratio in decode["ratio"].items():
         cells = f"{ratio:8.3f}  {prefill['ratio'][name]:8.3f}  {decode['median'][name]:9.2f}"
-        print(f"{name:12}  {cells}  {prefill['median'][name]:18.1f}")
+        rank = result.get("pool_ranks", {}).get(name)
+        left = "" if rank is None else f"   rank {rank['largest']:.0f}, mean {rank['mean']:.1f}"
+        print(f"{name:14}  {cells}  {prefill['median'][name]:18.1f}{left}")
     for rank, times in result.get("fuse_ms", {}).items():
         tokens = result["break_even_tokens"][rank]
         gain = "never pays" if tokens is None else f"pays from {tokens:.0f} tokens on"

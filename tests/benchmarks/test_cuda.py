@@ -27,8 +27,8 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 CPU = choose_device("cpu")
-SMALL = ("--device", "cpu", "--shapes", "smollm2-135m", "--layers", "1", "--rounds", "1", "--rank", "4")
-SMALL += ("--sequences", "1", "3")
+SMALL = ["--device", "cpu", "--shapes", "smollm2-135m", "--layers", "1", "--rounds", "1", "--rank", "4"]
+SMALL += ["--sequences", "1", "3"]
 
 
 @pytest.fixture
