@@ -63,10 +63,6 @@ def write_peft(composer: Composer, folder: Path) -> dict[str, Path]:
 
 
 def openvino_variants(folder: Path, adapters: Mapping[str, Path]) -> dict[str, OpenVino]:
-    """OpenVINO GenAI without an adapter, with one and with three, by the names of the results."""
-    files = list(adapters.values())
-    return {
-        "openvino_base_alone": OpenVino(folder),
-        "openvino_one_adapter": OpenVino(folder, ((files[0], 1.0),)),
-        "openvino_three_adapters": OpenVino(folder, tuple(zip(files, WEIGHTS, strict=True))),
-    }
+    """OpenVINO GenAI without an adapter and with three, by the names of the results."""
+    weighted = tuple(zip(adapters.values(), WEIGHTS, strict=True))
+    return {"openvino_base_alone": OpenVino(folder), "openvino_three_adapters": OpenVino(folder, weighted)}

@@ -138,7 +138,8 @@ def _summary(rates: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     for rival in RIVALS:
         alone = rates.get(f"{rival}_base_alone")
         if alone is not None:
-            same = {name: f"{rival}_{name.removesuffix('_svd')}" for name in ours}
+            works = {name: f"{rival}_{name.removesuffix('_svd')}" for name in ours}
+            same = {name: work for name, work in works.items() if work in rates}
             result[f"ratio_{rival}_same_work"] = {n: median_ratio(rates[n], rates[other]) for n, other in same.items()}
             result[f"ratio_{rival}_alone"] = {name: median_ratio(rates[name], alone) for name in ours}
     return result
