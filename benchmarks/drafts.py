@@ -19,6 +19,7 @@ import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ from benchmarks.measuring.machine import machine, today
 from benchmarks.measuring.requests import weights_of
 from benchmarks.measuring.results import write_dated
 from edgecompose import Answer, Composer, MergeSettings, Request, open_bundle
-from edgecompose.serialize import answer_json
 
 PROMPTS: Mapping[str, tuple[str, ...]] = {**COPYING, **FREE}
 
@@ -92,28 +92,20 @@ def measure_prompt(
     answers: dict[bool, list[Answer]] = {True: [], False: []}
     for turn in range(rounds):
         for drafted in (True, False) if turn % 2 == 0 else (False, True):
-            answers[drafted].append(composer.run(prompt, with_drafts(request, drafts if drafted else 0)))
+            answers[drafted].append(composer.run(prompt, replace(request, drafts=drafts if drafted else 0)))
     rates = {drafted: [rate(answer) for answer in of_kind] for drafted, of_kind in answers.items()}
     texts = {answer.text for of_kind in answers.values() for answer in of_kind}
-    tokens = answer_json(answers[True][-1])["tokens"]
+    last = answers[True][-1]
     return {
         "ratio": statistics.median(a / b for a, b in zip(rates[True], rates[False], strict=True)),
         "tokens_per_s": statistics.median(rates[True]),
         "tokens_per_s_without": statistics.median(rates[False]),
-        "generated": tokens["generated"],
-        "drafted": tokens["drafted"],
-        "accepted": tokens["accepted"],
+        "generated": last.generated_tokens,
+        "drafted": last.drafted_tokens,
+        "accepted": last.accepted_tokens,
         "equal": len(texts) == 1,
         "text": answers[False][0].text[:400],
     }
-
-
-def with_drafts(request: Request, drafts: int | None) -> Request:
-    """The same request with at most so many drafted tokens a pass; None is the default, 0 none."""
-    settings: dict[str, Any] = {"drafts": drafts}
-    return Request(
-        weights=request.weights, merge=request.merge, max_tokens=request.max_tokens, raw=request.raw, **settings
-    )
 
 
 def rate(answer: Answer) -> float:

@@ -16,7 +16,7 @@ from benchmarks.measuring import decoders, llama, openvino
 from benchmarks.measuring.prompts import LENGTHS, PROMPT
 from benchmarks.measuring.timing import TimedStep, median_ratio, medians, rates_in_turns
 from edgecompose import Composer, open_bundle
-from edgecompose.engine.decoder import Decoder
+from edgecompose.engine.decoding.decoder import Decoder
 from edgecompose.engine.merged import MergedAdapter
 
 _ROOT = Path(__file__).resolve().parents[2]

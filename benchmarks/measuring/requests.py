@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from benchmarks.measuring.prompts import TASK_PROMPTS
 from edgecompose import Answer, EdgeComposeError, MergeSettings, Request
@@ -12,8 +11,6 @@ from edgecompose import Answer, EdgeComposeError, MergeSettings, Request
 #: Whether sequences have blends that differ, one blend, or none.
 Kind = Literal["different_blends", "equal_blends", "base_alone"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-#: Settings of a request whose tokens are computed one by one; versions without drafts have no such field.
-WITHOUT_DRAFTS: dict[str, Any] = {"drafts": 0} if "drafts" in {field.name for field in fields(Request)} else {}
 _WEIGHTS = (0.5, 0.3, 0.2)
 
 
@@ -37,7 +34,7 @@ def greedy_requests(adapters: Sequence[str], kind: Kind, count: int, *, tokens: 
             merge=MergeSettings("product"),
             max_tokens=tokens,
             raw=True,
-            **WITHOUT_DRAFTS,
+            drafts=0,
         )
         for number in range(count)
     ]

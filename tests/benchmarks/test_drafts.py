@@ -25,6 +25,8 @@ ANSWER = Answer(
     timings_ms={"decode": 100.0},
     prompt_tokens=3,
     generated_tokens=10,
+    drafted_tokens=8,
+    accepted_tokens=6,
 )
 COUNTS = {"generated": 10, "drafted": 8, "accepted": 6}
 
@@ -35,22 +37,17 @@ class Answers:
     def __init__(self, texts: dict[int | None, str]) -> None:
         self.texts, self.calls = texts, list[int | None]()
 
-    def run(self, prompt: str, limit: int | None) -> Answer:
-        self.calls.append(limit)
-        return replace(ANSWER, text=self.texts[limit], timings_ms={"decode": 100.0 if limit == 0 else 50.0})
-
-
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drafts, "with_drafts", lambda request, limit: limit)
-    monkeypatch.setattr(drafts, "answer_json", lambda answer: {"tokens": COUNTS})
+    def run(self, prompt: str, request: Request) -> Answer:
+        self.calls.append(request.drafts)
+        milliseconds = 100.0 if request.drafts == 0 else 50.0
+        return replace(ANSWER, text=self.texts[request.drafts], timings_ms={"decode": milliseconds})
 
 
 def measure(composer: Answers, limit: int | None = None, rounds: int = 3) -> dict[str, Any]:
     return drafts.measure_prompt(cast(Composer, composer), "p", Request(), drafts=limit, rounds=rounds)
 
 
-def test_both_take_turns_and_each_comes_first(counted: None) -> None:
+def test_both_take_turns_and_each_comes_first() -> None:
     composer = Answers({None: "t", 0: "t"})
     row = measure(composer)
     assert composer.calls == [None, 0, 0, None, None, 0]
@@ -59,11 +56,11 @@ def test_both_take_turns_and_each_comes_first(counted: None) -> None:
     assert {name: row[name] for name in COUNTS} == COUNTS
 
 
-def test_another_text_is_recorded(counted: None) -> None:
+def test_another_text_is_recorded() -> None:
     assert not measure(Answers({4: "t", 0: "other"}), limit=4)["equal"]
 
 
-def test_the_summary_counts_tokens_of_all_prompts(counted: None) -> None:
+def test_the_summary_counts_tokens_of_all_prompts() -> None:
     slow = measure(Answers({None: "t", 0: "t"})) | {"ratio": 0.9, "drafted": 0, "accepted": 0, "equal": False}
     rows = [measure(Answers({None: "t", 0: "t"})), slow]
     summary = drafts.summarise(rows)
