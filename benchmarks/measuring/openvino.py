@@ -64,7 +64,7 @@ def convert(gguf: Path, folder: Path, spec: BaseSpec) -> Path:
         try:
             openvino_genai.LLMPipeline(str(work / "read" / "base.gguf"), "CPU", enable_save_ov_model=True)
         except RuntimeError as error:
-            raise Unreadable(f"OpenVINO does not read {gguf.name}: {' '.join(str(error).split())[-160:]}") from error
+            raise Unreadable(f"OpenVINO does not read {gguf.name}: {str(error).strip().splitlines()[-1]}") from error
         model = openvino.Core().read_model(work / "read" / _MODEL)
         name_modules(model, spec)
         (work / "named").mkdir()
