@@ -108,7 +108,7 @@ def main() -> None:
             examples = list(read_split(composer, options, setting))
             entries = chosen(options.variants, setting, with_plain=plain is not None)
             evaluation = measure(composer, plain, examples, entries, options.answer_cache)
-            settings = settings_json(composer.bundle.manifest, composer.device, [e.variant for e in entries])
+            settings = settings_json(composer, [e.variant for e in entries])
             results["settings"][setting] = evaluation_json(evaluation.summary(), settings)
             print(f"\n{setting}", *describe_evaluation(results["settings"][setting]), sep="\n", flush=True)
             if options.save:

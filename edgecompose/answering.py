@@ -87,6 +87,7 @@ class Answering:
             prompt_form=encoded.form,
             drafted_tokens=self._drafted,
             accepted_tokens=self._accepted,
+            kv_cache=self.model.kv_cache,
         )
 
     def _chunks(self) -> Generator[Chunk, None, None]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from edgecompose.bundle.specs import PromptForm
+from edgecompose.bundle.specs import KVCacheType, PromptForm
 from edgecompose.engine.device import Device
 from edgecompose.engine.merged import MergedAdapter, MergeReport
 from edgecompose.errors import GenerationError, MergeError, RetrievalError
@@ -99,6 +99,7 @@ class Answer:
     `attachment` is the one that was used: nothing is fused where no adapter was chosen.
     `accepted_tokens` of the `drafted_tokens` that were guessed are part of the answer.
     `embedder_device` is None where nothing was embedded. `prompt_form` is 'chat' where the chat template was used.
+    `kv_cache` is what the caller chose; CUDA computes attention in float16 all the same.
     """
 
     prompt: str
@@ -119,3 +120,4 @@ class Answer:
     prompt_form: PromptForm = "raw"
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    kv_cache: KVCacheType = "float32"

@@ -39,6 +39,7 @@ def answer_json(answer: Answer) -> Json:
         "attachment": answer.attachment,
         **retrieval_json(answer.retrieval),
         "device": device_json(answer.device),
+        "kv_cache": answer.kv_cache,
         "timings_ms": {stage: round(answer.timings_ms[stage], 3) for stage in STAGES},
         "tokens": {
             "prompt": answer.prompt_tokens,
@@ -120,6 +121,7 @@ def manifest_json(manifest: Manifest) -> Json:
             "slots": {g.name: [g.n_in, g.n_out] for g in base.slots},
             "distance": None if distance is None else {"kl": distance.kl, "top1": distance.top1},
             "fuse": base.fusing is not None,
+            "kv_caches": {name: kv.kl for name, kv in base.kv_graphs.items()},
         },
         "embedder": {
             "source": embedder.source,
@@ -210,6 +212,7 @@ def explain_answer(answer: Answer) -> list[str]:
         f"method        {_described_method(answer)}, composition {answer.composition[:12]}, "
         f"{'fused' if answer.attachment == 'fuse' else 'attached'}",
         f"device        {answer.device.kind} ({answer.device.reason})",
+        *([] if answer.kv_cache == "float32" else [f"KV cache      {answer.kv_cache}"]),
         *elsewhere,
         f"tokens        {answer.prompt_tokens} in the prompt{template}, {answer.generated_tokens} in the answer{speed}",
         *(drafts if answer.drafted_tokens else []),
@@ -230,6 +233,7 @@ def describe_manifest(manifest: Manifest) -> list[str]:
         f"base          {base['source']}, {base['precision']}, {base['layers']} layers, context {base['context']}"
         + quality
         + fuse,
+        "KV caches     " + ", ".join(["float32", *(f"{n} (KL {kl:.4f})" for n, kl in base["kv_caches"].items())]),
         f"embedder      {embedder['source']}, {embedder['precision']}, {embedder['dimension']} dimensions",
         f"slots         {', '.join(base['slots'])}",
         "task                  examples  adapters",

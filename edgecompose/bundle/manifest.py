@@ -92,6 +92,7 @@ class Manifest:
             self.embedder.graph,
             self.embedder.tokenizer,
             self.index.file,
+            *(kv.graph for kv in self.base.kv_graphs.values()),
             *(a.file for a in self.adapters.values()),
             *(path for path in optional if path is not None),
         ]

@@ -10,6 +10,8 @@ from edgecompose.errors import ManifestInvalid
 
 PromptForm = Literal["chat", "raw"]
 Verdict = Literal["helps", "unproven", "hurts"]
+#: Element types that keys and values may be cached in; float16 is that of CUDA.
+KVCacheType = Literal["float32", "int8", "int4"]
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 #: Numbers up to here are exact in every language that reads JSON.
 MOST_COUNT = 1 << 53
@@ -138,12 +140,28 @@ class FusingSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class KVGraph:
+    """A decoder whose keys and values are quantised.
+
+    `kl` is the mean KL divergence (nats) of the next-token distribution from that with float caches, both on the float
+    values of the base's file, over the positions of the base's distance.
+    """
+
+    graph: str
+    kl: float
+
+    def __post_init__(self) -> None:
+        check_floats("a decoder with a quantised KV cache", -LARGEST_VALUE, LARGEST_VALUE, kl=self.kl)
+
+
+@dataclass(frozen=True, slots=True)
 class BaseSpec:
     """The decoder graph and its properties; only float bases have `fusing`.
 
     `cuda_graph` is the decoder with attention in float16, the only type that CUDA has attention kernels for.
     `architecture` is what transformers calls its kind, such as 'llama'. A sequence of more than `long_from` tokens is
-    read with other rotary frequencies than a shorter one (LongRoPE); None where length does not matter.
+    read with other rotary frequencies than a shorter one (LongRoPE); None where length does not matter. `kv_graphs` are
+    the decoders with quantised caches, by `KVCacheType`.
     """
 
     graph: str
@@ -163,6 +181,7 @@ class BaseSpec:
     cuda_graph: str | None = None
     architecture: str | None = None
     long_from: int | None = None
+    kv_graphs: dict[str, KVGraph] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         names = [group.name for group in self.slots]
@@ -175,6 +194,9 @@ class BaseSpec:
             check_integers("the base", 0, self.vocabulary - 1, end_tokens=token)
         check_words("the base", identity=self.identity, precision=self.precision, architecture=self.architecture)
         check_words("the base", _LONGEST_TEXT, source=self.source)
+        unknown = next((name for name in self.kv_graphs if name not in ("int8", "int4")), None)
+        if unknown is not None:
+            raise ManifestInvalid(f"kv_graphs of the base name {unknown!r:.40}; expected int8 and int4")
 
     @property
     def layers(self) -> int:

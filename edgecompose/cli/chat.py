@@ -23,6 +23,7 @@ from edgecompose.cli.options import (
     device_option,
     generation_options,
     json_option,
+    kv_cache_option,
     merge_options,
     open_composer,
     print_json,
@@ -68,8 +69,11 @@ A blank before a / sends it as a message."""
 @generation_options
 @click.option("--explain", is_flag=True, help="Explain each answer on standard error.")
 @device_option
+@kv_cache_option
 @json_option
-def chat(bundle: Path, system: str | None, explain: bool, device: str, as_json: bool, **options: Any) -> None:
+def chat(
+    bundle: Path, system: str | None, explain: bool, device: str, kv_cache: str, as_json: bool, **options: Any
+) -> None:
     """Talk: each line of standard input is a message; history is kept, adapters are chosen at each turn.
 
     At a terminal lines can be edited, a pasted text is one message, and Ctrl-C ends an answer. /help lists commands:
@@ -79,7 +83,7 @@ def chat(bundle: Path, system: str | None, explain: bool, device: str, as_json: 
     edgecompose chat models/demo
     printf 'Hello!\\nWho are you?\\n' | edgecompose chat models/demo --json
     """
-    with open_composer(bundle, device) as composer:
+    with open_composer(bundle, device, kv_cache=kv_cache) as composer:
         talk = Chat(composer, request_of(composer, {**options, "truncate": True}), system=system)
         if not sys.stdin.isatty():
             _Session(talk, PipedMessages(), explain=explain, as_json=as_json).run()

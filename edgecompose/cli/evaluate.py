@@ -14,6 +14,7 @@ from edgecompose.cli.options import (
     device_option,
     form_option,
     json_option,
+    kv_cache_option,
     merge_options,
     no_sampling,
     open_composer,
@@ -79,6 +80,7 @@ def _parse_methods(context: click.Context, parameter: click.Parameter, value: st
 @no_sampling
 @merge_options
 @device_option
+@kv_cache_option
 @json_option
 def evaluate_examples(
     bundle: Path,
@@ -90,6 +92,7 @@ def evaluate_examples(
     answer_cache: Path | None,
     report_folder: Path | None,
     device: str,
+    kv_cache: str,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -106,7 +109,7 @@ def evaluate_examples(
     if report_folder is not None:
         require_matplotlib()
         answer_cache = answer_cache or report_folder / "answers.jsonl"
-    with open_composer(bundle, device) as composer:
+    with open_composer(bundle, device, kv_cache=kv_cache) as composer:
         request = request_of(composer, options, methods=[name for name in methods if name in METHODS])
         variants = parse_variants(methods, request, exclude_own)
         weights = parse_weights(by_hand)
@@ -114,7 +117,7 @@ def evaluate_examples(
             variants.insert(0, Variant("by hand", "fixed", dataclasses.replace(request, weights=weights)))
         with counting("answering", len(examples) * len(variants)) as advance:
             evaluation = evaluate(composer, examples, variants, answer_cache=answer_cache, advance=advance)
-        settings = table.settings_json(composer.bundle.manifest, composer.device, variants)
+        settings = table.settings_json(composer, variants)
     settings |= {"files": [path.name for path in data], "limit": limit}
     summary = evaluation.summary()
     result = table.evaluation_json(summary, settings)

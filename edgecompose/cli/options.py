@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args, get_ori
 
 import click
 
+from edgecompose.bundle.specs import KVCacheType
 from edgecompose.cli.terminal.streams import json_line, read_input
 from edgecompose.errors import MergeError
 from edgecompose.merging.methods import METHODS, require_parameters
@@ -40,6 +41,14 @@ device_option = click.option(
     default="auto",
     show_default=True,
     help="Where to compute; cuda fails when it cannot be used, auto falls back to cpu and says why.",
+)
+kv_cache_option = click.option(
+    "--kv-cache",
+    type=click.Choice(list(get_args(KVCacheType))),
+    default="float32",
+    show_default=True,
+    help="Keys and values of tokens that were read and written. int8 takes a quarter of the memory; 'inspect' shows "
+    "which the base has, and how near they are. CPU only.",
 )
 form_option = click.option(
     "--raw/--chat",
@@ -162,12 +171,17 @@ def _option_type(name: str, hint: Any, item: Setting) -> click.ParamType[Any]:
     return click.FloatRange(min=low, min_open=is_open, max=item.high)
 
 
-def open_composer(bundle: Path, device: str, *, in_memory: bool = False) -> Composer:
+def open_composer(bundle: Path, device: str, *, in_memory: bool = False, kv_cache: str = "float32") -> Composer:
     """The bundle on the device; a note on stderr says where auto fell back to the CPU."""
     from edgecompose.composer import open_bundle
     from edgecompose.engine.device import has_cuda_provider
 
-    composer = open_bundle(bundle, device=cast("DeviceRequest", device), in_memory=in_memory)
+    composer = open_bundle(
+        bundle,
+        device=cast("DeviceRequest", device),
+        in_memory=in_memory,
+        kv_cache=cast("KVCacheType", kv_cache),
+    )
     if device == "auto" and composer.device.kind == "cpu" and has_cuda_provider():
         click.echo(f"edgecompose: {composer.device.reason}", err=True)
     return composer

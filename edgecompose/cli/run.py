@@ -15,6 +15,7 @@ from edgecompose.cli.options import (
     form_option,
     generation_options,
     json_option,
+    kv_cache_option,
     merge_options,
     no_sampling,
     open_composer,
@@ -44,8 +45,11 @@ from edgecompose.request import Answer
 @click.option("--fuse", "--fold", is_flag=True, help="Fuse the blend into a copy of the base's weights (float bases).")
 @click.option("--explain", is_flag=True, help="Explain the answer on standard error.")
 @device_option
+@kv_cache_option
 @json_option
-def run(bundle: Path, prompt: str | None, explain: bool, device: str, as_json: bool, **options: Any) -> None:
+def run(
+    bundle: Path, prompt: str | None, explain: bool, device: str, kv_cache: str, as_json: bool, **options: Any
+) -> None:
     """Answer PROMPT ('-' reads standard input): retrieve, weigh, merge, generate.
 
     Without PROMPT the text that is piped into the command is the prompt; beside PROMPT it is not read.
@@ -55,7 +59,7 @@ def run(bundle: Path, prompt: str | None, explain: bool, device: str, as_json: b
     edgecompose run models/demo "Is it true?" --choices yes,no --json
     """
     text = read_prompt(prompt)
-    with open_composer(bundle, device) as composer:
+    with open_composer(bundle, device, kv_cache=kv_cache) as composer:
         request = request_of(composer, options)
         streams = not as_json
         with composer.generate(text, request) as generation:

@@ -12,7 +12,14 @@ from typing import Any
 import click
 
 from edgecompose.cli.console import counting
-from edgecompose.cli.options import bundle_argument, device_option, json_option, open_composer, print_json
+from edgecompose.cli.options import (
+    bundle_argument,
+    device_option,
+    json_option,
+    kv_cache_option,
+    open_composer,
+    print_json,
+)
 from edgecompose.server.batch import answer_calls, read_calls
 from edgecompose.server.config import CallLimits, ServerSettings, read_key, server_names, server_origins
 from edgecompose.server.http.run import run_server
@@ -29,10 +36,9 @@ from edgecompose.server.stdio import StdioServer
 )
 @click.option("--max-tokens", type=click.IntRange(1), help="Longest answer; by default as long as the context.")
 @device_option
+@kv_cache_option
 @json_option
-def batch(
-    bundle: Path, calls: Path, output: Path, parallel: int, max_tokens: int | None, device: str, as_json: bool
-) -> None:
+def batch(bundle: Path, calls: Path, output: Path, device: str, kv_cache: str, as_json: bool, **options: Any) -> None:
     """Answer CALLS, a file of OpenAI API calls in the form of its batch API; run it again to resume.
 
     A line is {"custom_id": "a", "url": "/v1/chat/completions", "body": {"messages": [...]}}.
@@ -41,8 +47,11 @@ def batch(
     edgecompose batch models/demo calls.jsonl -o results.jsonl
     """
     parsed = read_calls(calls)
-    with open_composer(bundle, device) as composer, counting("answering", len(parsed)) as advance:
-        done, failed = answer_calls(composer, parsed, output, max_tokens=max_tokens, parallel=parallel, advance=advance)
+    with (
+        open_composer(bundle, device, kv_cache=kv_cache) as composer,
+        counting("answering", len(parsed)) as advance,
+    ):
+        done, failed = answer_calls(composer, parsed, output, advance=advance, **options)
     if as_json:
         print_json({"calls": len(parsed), "answered": done, "failed": failed, "output": str(output)})
     else:
@@ -76,7 +85,8 @@ def batch(
 @click.option("--max-tokens", type=click.IntRange(1), help="Longest answer; by default as long as the context.")
 @click.option("--stdio", is_flag=True, help="Answer JSON-RPC lines on standard input instead, for a parent process.")
 @device_option
-def serve(bundle: Path, device: str, stdio: bool, **options: Any) -> None:
+@kv_cache_option
+def serve(bundle: Path, device: str, kv_cache: str, stdio: bool, **options: Any) -> None:
     """Serve the OpenAI API, and a chat page, to programs on this machine.
 
     \b
@@ -93,7 +103,7 @@ def serve(bundle: Path, device: str, stdio: bool, **options: Any) -> None:
         active=options["active"],
         queue=options["queue"],
     )
-    with open_composer(bundle, device, in_memory=True) as composer:
+    with open_composer(bundle, device, in_memory=True, kv_cache=kv_cache) as composer:
         if not stdio:
             code = run_server(composer, settings, host=options["host"], port=options["port"], ready=_say_where)
             click.get_current_context().exit(code)

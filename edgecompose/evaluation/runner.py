@@ -240,7 +240,9 @@ class _Bench:
         """Names what answers: base, precision, chat template, and what computes it (CUDA has attention in float16)."""
         base, files = self._manifest.base, self._manifest.files
         template = None if base.chat_template is None else files[base.chat_template].sha256
+        kv_cache = self._composer.model.kv_cache
         parts = [base.identity, base.precision, template, self._composer.device.kind, request.attachment]
+        parts += [] if kv_cache == "float32" else [kv_cache]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 

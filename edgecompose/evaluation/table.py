@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgecompose.bundle.manifest import Manifest
-from edgecompose.engine.device import Device
+from edgecompose.composer import Composer
 from edgecompose.errors import MergeError, RetrievalError
 from edgecompose.evaluation.bootstrap import RESAMPLES, Interval, PairedDifference
 from edgecompose.evaluation.results import Comparison, Metrics, Routing, Summary
@@ -34,14 +34,16 @@ def evaluation_json(summary: Summary, settings: Mapping[str, Any]) -> Json:
     }
 
 
-def settings_json(manifest: Manifest, device: Device, variants: Sequence[Variant]) -> Json:
+def settings_json(composer: Composer, variants: Sequence[Variant]) -> Json:
     """All that the figures depend on, the examples apart; retrieval is that of the first variant's request."""
+    manifest = composer.bundle.manifest
     defaults, base = manifest.defaults, manifest.base
     request = variants[0].request
     return {
         "bundle": manifest.name,
         "base": {"source": base.source, "identity": base.identity, "precision": base.precision},
-        "device": device.kind,
+        "device": composer.device.kind,
+        "kv_cache": composer.model.kv_cache,
         **dataclasses.asdict(override(defaults.retrieval, request.retrieval, RetrievalError)),
         "exclude": list(request.exclude),
         "exclude_own": variants[0].exclude_own,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Sequence
 
 from edgecompose.bundle.files import Bundle
+from edgecompose.bundle.specs import KVCacheType
 from edgecompose.caching import Lazy, LazyParts, LruCache
 from edgecompose.engine.decoding.decoder import Decoder, FusedDecoder, decoder_graph
 from edgecompose.engine.decoding.decoder_state import DecoderState, Float, check_capacity
@@ -13,6 +14,7 @@ from edgecompose.engine.fusing import FusedWeights, Fuser, fused_bytes, require_
 from edgecompose.engine.graph_file import graph_path
 from edgecompose.engine.memory import release_freed_memory
 from edgecompose.engine.merged import MergedAdapter
+from edgecompose.errors import GenerationError
 from edgecompose.generation.decode import Chunk, decode
 from edgecompose.generation.drafts.draft_length import DraftLength
 from edgecompose.generation.drafts.drafter import Drafter
@@ -38,12 +40,26 @@ class LanguageModel(LazyParts):
     """The tokenizer and the decoders of a bundle's base; parts are loaded when first needed. Safe between threads.
 
     Fused weights are kept up to `fused_cache_bytes`, by default the last that were used.
+
+    Args:
+        kv_cache: the element type of keys and values of blends that are attached.
+
+    Raises:
+        GenerationError: the base has no such KV cache on the device.
     """
 
-    def __init__(self, bundle: Bundle, device: Device, *, fused_cache_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: Device,
+        *,
+        kv_cache: KVCacheType = "float32",
+        fused_cache_bytes: int | None = None,
+    ) -> None:
         super().__init__()
-        self._bundle, self._device = bundle, device
+        self._bundle, self._device, self.kv_cache = bundle, device, kv_cache
         self._spec = bundle.manifest.base
+        self._graph = decoder_graph(self._spec, device, kv_cache=kv_cache)
         self._fused_bytes = 0 if self._spec.fusing is None else fused_bytes(self._spec.fusing)
         limit = self._fused_bytes if fused_cache_bytes is None else fused_cache_bytes
         self._fused: LruCache[FusedWeights] = LruCache(limit, lambda weights: weights.bytes)
@@ -66,9 +82,8 @@ class LanguageModel(LazyParts):
     @Lazy
     def decoder(self) -> Decoder:
         """The base model."""
-        graph = decoder_graph(self._spec, self._device)
         data = self._bundle.graph_data(self._spec.graph) if self._device.kind == "cpu" else {}
-        decoder = Decoder(graph_path(self._bundle, graph), self._spec, self._device, data=data)
+        decoder = Decoder(graph_path(self._bundle, self._graph), self._spec, self._device, data=data)
         del data
         release_freed_memory()
         return decoder
@@ -104,9 +119,17 @@ class LanguageModel(LazyParts):
         return encoded
 
     def attach(self, merged: MergedAdapter, *, fuse: bool, timings: Timings) -> Blend:
-        """The blend to attach, or a copy of the base's weights with the blend fused in; an empty blend is attached."""
+        """The blend to attach, or a copy of the base's weights with the blend fused in; an empty blend is attached.
+
+        Raises:
+            GenerationError: `fuse`, and the base cannot be fused, or keys and values are quantised.
+        """
         if not fuse or not merged.modules:
             return merged
+        if self.kv_cache != "float32":
+            raise GenerationError(
+                f"a fused base has a KV cache in float32, not in {self.kv_cache}; leave out --fuse or --kv-cache"
+            )
         with timings.stage("load"):
             fuser = self.fusing
         with timings.stage("fuse"), self._loading:  # one copy of the weights at a time

@@ -138,6 +138,7 @@ def _copy_base(folder: Path, work: Path) -> BaseSpec:
         fusing=fusing,
         chat_template=place_optional(spec.chat_template),
         cuda_graph=place_optional(spec.cuda_graph),
+        kv_graphs={name: replace(kv, graph=place(kv.graph)) for name, kv in spec.kv_graphs.items()},
     )
 
 

@@ -8,16 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from edgecompose.bundle.specs import BaseSpec
+from edgecompose.bundle.specs import BaseSpec, KVCacheType
 from edgecompose.engine.decoding.batch import Batch
 from edgecompose.engine.decoding.decoder_state import DecoderState, check_capacity
-from edgecompose.engine.decoding.kv_cache import cache_dtype
+from edgecompose.engine.decoding.kv_cache import cache_dtype, cache_width
 from edgecompose.engine.decoding.pass_queue import PassQueue
 from edgecompose.engine.decoding.single import Blend, Single
 from edgecompose.engine.device import Device, Session, open_session
 from edgecompose.engine.fusing import FusedWeights, require_fusing, weight_axes
 from edgecompose.engine.merged import MergedAdapter
 from edgecompose.engine.slots import check_graph, slot_axes
+from edgecompose.errors import GenerationError
 
 #: What so many sequences ran with is kept for the next ones.
 _IDLE = 2
@@ -26,18 +27,36 @@ _IDLE = 2
 _CHUNKS = {"cpu": 128, "cuda": 2048}
 
 
-def decoder_graph(spec: BaseSpec, device: Device, *, fused: bool = False) -> str:
+def decoder_graph(spec: BaseSpec, device: Device, *, fused: bool = False, kv_cache: KVCacheType = "float32") -> str:
     """Path, in the bundle, of the decoder that a device runs: on CUDA the one with attention in float16, if there is.
 
     Raises:
-        GenerationError: `fused`, and the base cannot be fused.
+        GenerationError: `fused`, and the base cannot be fused; or it has no such KV cache there.
     """
+    if kv_cache != "float32":
+        return _kv_graph(spec, device, kv_cache)
     if fused:
         fusing = require_fusing(spec)
         graph, cuda_graph = fusing.decoder_graph, fusing.cuda_decoder_graph
     else:
         graph, cuda_graph = spec.graph, spec.cuda_graph
     return cuda_graph if device.kind == "cuda" and cuda_graph is not None else graph
+
+
+def _kv_graph(spec: BaseSpec, device: Device, kv_cache: KVCacheType) -> str:
+    """The decoder with a quantised KV cache."""
+    if device.kind != "cpu":
+        raise GenerationError(
+            f"a KV cache in {kv_cache} runs on a CPU only, and the device is {device.kind}, which caches float16; "
+            "leave out --kv-cache, or use --device cpu"
+        )
+    if kv_cache not in spec.kv_graphs:
+        present = ", ".join(["float32", *spec.kv_graphs])
+        raise GenerationError(
+            f"the base has no decoder with a KV cache in {kv_cache}, it has: {present}; export the base again, which "
+            "writes those that stay near float32"
+        )
+    return spec.kv_graphs[kv_cache].graph
 
 
 class Decoder:
@@ -51,9 +70,9 @@ class Decoder:
         self, graph: Path, spec: BaseSpec, device: Device, *, data: Mapping[str, bytes] = MappingProxyType({})
     ) -> None:
         self._session = open_session(graph, device, name="decoder", data=data)
-        inputs = {**_sequence_axes(spec), "slot_layout": {}, **slot_axes(spec.slots, axis=3)}
-        check_graph(self._session, "decoder", inputs, _output_axes(spec))
-        cache_dtype(self._session)
+        width = cache_width(spec, cache_dtype(self._session))
+        inputs = {**_sequence_axes(spec, width), "slot_layout": {}, **slot_axes(spec.slots, axis=3)}
+        check_graph(self._session, "decoder", inputs, _output_axes(spec, width))
         self._sequences = _Sequences(self._session, spec, device, Batch(self._session, spec, device))
 
     def start(self, adapter: MergedAdapter, capacity: int, *, reserve: int | None = None) -> DecoderState:
@@ -76,9 +95,9 @@ class FusedDecoder:
 
     def __init__(self, graph: Path, spec: BaseSpec, device: Device) -> None:
         self._session = open_session(graph, device, name="fused decoder")
-        inputs = {**_sequence_axes(spec), **weight_axes(require_fusing(spec).weights)}
-        check_graph(self._session, "fused decoder", inputs, _output_axes(spec))
-        cache_dtype(self._session)
+        width = cache_width(spec, cache_dtype(self._session))
+        inputs = {**_sequence_axes(spec, width), **weight_axes(require_fusing(spec).weights)}
+        check_graph(self._session, "fused decoder", inputs, _output_axes(spec, width))
         self._sequences = _Sequences(self._session, spec, device, None, most_idle=0)
 
     def start(self, weights: FusedWeights, capacity: int, *, reserve: int | None = None) -> DecoderState:
@@ -129,18 +148,18 @@ class _Sequences:
             self.give(singles.pop())
 
 
-def _sequence_axes(spec: BaseSpec) -> dict[str, dict[int, int]]:
+def _sequence_axes(spec: BaseSpec, width: int) -> dict[str, dict[int, int]]:
     """What a decoder takes whatever its weights are: new tokens, lengths, caches."""
     names = ["input_ids", "seqlens_k", "query_seqlens", "total_sequence_length", "logits_at"]
     names += [] if spec.long_from is None else ["long_context"]
-    return {**{name: {} for name in names}, **_cache_axes(spec, "past_key_values")}
+    return {**{name: {} for name in names}, **_cache_axes(spec, "past_key_values", width)}
 
 
-def _output_axes(spec: BaseSpec) -> dict[str, dict[int, int]]:
+def _output_axes(spec: BaseSpec, width: int) -> dict[str, dict[int, int]]:
     """What a decoder gives: logits, and the caches that it extended."""
-    return {"logits": {1: spec.vocabulary}, **_cache_axes(spec, "present")}
+    return {"logits": {1: spec.vocabulary}, **_cache_axes(spec, "present", width)}
 
 
-def _cache_axes(spec: BaseSpec, prefix: str) -> dict[str, dict[int, int]]:
+def _cache_axes(spec: BaseSpec, prefix: str, width: int) -> dict[str, dict[int, int]]:
     names = (f"{prefix}.{layer}.{part}" for layer in range(spec.layers) for part in ("key", "value"))
-    return {name: {1: spec.kv_heads, 3: spec.head_size} for name in names}
+    return {name: {1: spec.kv_heads, 3: width} for name in names}

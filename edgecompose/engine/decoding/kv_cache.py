@@ -16,12 +16,18 @@ from edgecompose.guard.native import native
 #: A cache has room for a multiple of so many tokens, so that the next sequence under the same blend can have it.
 _CAPACITY_STEP = 64
 _HOST = host("attention in float32 runs on the host")
+CacheValue = np.float16 | np.float32 | np.int8 | np.uint8
 #: Element types that a cache may have, as ONNX Runtime calls them.
-_TYPES: dict[str, type[np.float16 | np.float32]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_TYPES: dict[str, type[CacheValue]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,  # two codes of 4 bits
+}
 
 
 class KVCache:
-    """Buffers (rows, kv_heads, capacity, head_size) that attention reads and extends in place.
+    """Buffers (rows, kv_heads, capacity, width) that attention reads and extends in place; see `cache_width`.
 
     Attributes:
         rows: of so many sequences.
@@ -33,6 +39,7 @@ class KVCache:
         self.rows = self.capacity = self.version = 0
         self._spec = spec
         self._dtype = cache_dtype(session)
+        self._width = cache_width(self._spec, self._dtype)
         # Attention in float32 has no CUDA kernel, so ONNX Runtime runs it on the CPU whatever the device. A cache on
         # the device would then be copied to the CPU when it is bound and never again: the prompt would be right and
         # every later step wrong. On the host it is right, and slow: queries, keys and values are copied at every step.
@@ -46,7 +53,7 @@ class KVCache:
 
     @property
     def _shape(self) -> tuple[int, int, int, int]:
-        return self.rows, self._spec.kv_heads, self.capacity, self._spec.head_size
+        return self.rows, self._spec.kv_heads, self.capacity, self._width
 
     def grow(self, tokens: int, *, lengths: Sequence[int]) -> None:
         """Make room for one sequence for each of `lengths` and `tokens` tokens of each, at least; twice as much as
@@ -66,7 +73,7 @@ class KVCache:
             return
         advice = "shorten the prompt, or lower --max-tokens"
         with native(GenerationError, f"there is no room for the caches of {capacity} tokens", advice):
-            shape = (rows, self._spec.kv_heads, capacity, self._spec.head_size)
+            shape = (rows, self._spec.kv_heads, capacity, self._width)
             grown = {}
             for name in self._names():
                 grown[name] = self._device.empty(shape, self._dtype)
@@ -109,11 +116,16 @@ class KVCache:
             )
 
 
-def cache_dtype(session: Session) -> type[np.float16 | np.float32]:
+def cache_width(spec: BaseSpec, dtype: type[CacheValue]) -> int:
+    """Elements of the cache that hold a token's key or value of one head: two codes of 4 bits are one."""
+    return spec.head_size // 2 if dtype is np.uint8 else spec.head_size
+
+
+def cache_dtype(session: Session) -> type[CacheValue]:
     """Element type of the caches that a graph takes.
 
     Raises:
-        BundleError: they differ, or are neither float32 nor float16.
+        BundleError: they differ, or are of a type that no cache has.
     """
     types = {v.type for v in session.get_inputs() if v.name.startswith("past_key_values.")}
     if len(types) != 1 or not types <= set(_TYPES):

@@ -18,10 +18,10 @@ from edgecompose.generation.tokenizer import Tokenizer
 from edgecompose_export.base.precision import Precision, default_precision, uniform_forms
 from edgecompose_export.base.source import Base, open_base
 from edgecompose_export.base.spec import SPEC_FILE, describe_base
-from edgecompose_export.base.write import BaseWriter
+from edgecompose_export.base.write import KV_BITS, BaseWriter
 from edgecompose_export.calibration.comparison import Comparison
 from edgecompose_export.calibration.mixed_precision import choose_forms
-from edgecompose_export.calibration.prompts import calibration_ids, calibration_texts
+from edgecompose_export.calibration.prompts import calibration_ids, calibration_texts, kv_texts
 from edgecompose_export.calibration.reference import float_states
 
 #: Largest mean KL divergence (nats) of a base from the float values of its file.
@@ -40,7 +40,8 @@ def export_base(
 
     Weights are copied from the file to the decoder a few rows at a time. A float base (fp32, fp16) also gets the graphs
     of `graphs.fuse`. Every decoder gets a second one for CUDA (`graphs.cuda`), unless queries, keys or values are too
-    large for attention in float16.
+    large for attention in float16. The decoder with slots gets one for each kind of quantised keys and values
+    (`graphs.kv_cache`) that stays near float caches.
 
     Args:
         path: as for `open_base`.
@@ -87,10 +88,13 @@ def _export(
     base: Base, work: Path, precision: Precision, *, accept_distance: bool, advance: Callable[[str], None]
 ) -> BaseSpec:
     spec = describe_base(base, precision)
-    prompts, texts = _write_tokenizer(base, work, spec)
+    tokenizer = _write_tokenizer(base, work, spec)
+    prompts, openings = calibration_ids(tokenizer, base.weights), kv_texts(tokenizer, base.weights)
+    texts = calibration_texts(tokenizer) if spec.precision == "auto" else []
+    del tokenizer
     release_freed_memory()
     advance("computing the reference in float32")
-    reference = float_states(base.weights, prompts)
+    reference = float_states(base.weights, prompts, kv_bits=tuple(KV_BITS), kv_texts=openings)
     writer = BaseWriter(base, work, reference=reference, prompts=prompts, advance=advance)
     if precision == "auto":
         advance("quantising to 4 bits, and measuring the cost for each module")
@@ -110,19 +114,18 @@ def _export(
         nll=comparison.nll_other,
         nll_float=comparison.nll,
     )
-    spec = dataclasses.replace(spec, distance=distance)
+    kv_graphs = writer.write_kv_graphs(spec)
+    spec = dataclasses.replace(spec, distance=distance, kv_graphs=kv_graphs)
     (work / SPEC_FILE).write_text(json.dumps(dataclasses.asdict(spec), indent=1) + "\n", encoding="utf-8")
     return spec
 
 
-def _write_tokenizer(base: Base, work: Path, spec: BaseSpec) -> tuple[list[list[int]], list[list[int]]]:
-    """Write the tokenizer and the chat template; return calibration prompts and texts as token ids."""
+def _write_tokenizer(base: Base, work: Path, spec: BaseSpec) -> Tokenizer:
+    """Write the tokenizer and the chat template, and open them."""
     base.tokenizer.write(work / spec.tokenizer)
     if base.tokenizer.template is not None and spec.chat_template is not None:
         (work / spec.chat_template).write_text(base.tokenizer.template, encoding="utf-8")
-    tokenizer = Tokenizer(work / spec.tokenizer, chat_template=base.tokenizer.template)
-    texts = calibration_texts(tokenizer) if spec.precision == "auto" else []
-    return calibration_ids(tokenizer, base.weights), texts
+    return Tokenizer(work / spec.tokenizer, chat_template=base.tokenizer.template)
 
 
 def _check_distance(precision: Precision, comparison: Comparison, *, accept_distance: bool) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgecompose.bundle.specs import BaseSpec
+from edgecompose.bundle.specs import BaseSpec, KVGraph
 from edgecompose.engine.decoding.decoder import Decoder
 from edgecompose.engine.device import choose_device
 from edgecompose.engine.memory import release_freed_memory
@@ -25,6 +25,7 @@ from edgecompose_export.calibration.stored import stored_logits, stored_states
 from edgecompose_export.graphs.cuda import write_cuda_graph
 from edgecompose_export.graphs.decoder import write_decoder
 from edgecompose_export.graphs.fuse import write_fuse_graphs
+from edgecompose_export.graphs.kv_cache import Bits, write_kv_graph
 from edgecompose_export.graphs.stored_weights import StoredWeights
 from edgecompose_export.graphs.writer import DataFile
 from edgecompose_export.weights.blocks import Float
@@ -37,6 +38,10 @@ _LARGEST_OPENED = 2_500_000_000
 #: KL divergence (nats) between the whole decoder and its blocks that another order of sums explains: in floats, and as
 #: a multiple of the divergence of the base, where activations are rounded.
 _ROUNDING_KL, _ROUNDING = 1e-5, 4.0
+#: Bits of quantised keys and values, and what such a cache is called.
+KV_BITS: Mapping[Bits, str] = {8: "int8", 4: "int4"}
+#: Largest mean KL divergence (nats) that quantised keys and values may add: twice what all weights of a base may.
+LARGEST_KV_KL = 0.02
 #: Mixing 4 and 8 bits: the first sum of measured costs, the assumed divergence of 8 bits alone, the share of the limit
 #: that is near enough, and the number of attempts after which less is enough.
 _FIRST_BUDGET, _FLOOR, _NEAR, _ATTEMPTS = 0.006, 0.002, 0.85, 3
@@ -109,6 +114,22 @@ class BaseWriter:
             budget = min(max(0.0, low + (target - low_kl) / slope), choice.cost)
             if len(attempts) > _ATTEMPTS and kl > largest_kl:
                 budget *= 0.8 ** (len(attempts) - _ATTEMPTS)
+
+    def write_kv_graphs(self, spec: BaseSpec) -> dict[str, KVGraph]:
+        """Write a decoder for each kind of quantised keys and values that stays near float ones, by its name."""
+        reference, graphs = self._reference, {}
+        exact = np.concatenate(reference.states)
+        for bits, states in reference.kv_states.items():
+            name = KV_BITS[bits]
+            self._advance(f"measuring keys and values in {bits} bits")
+            near = float_logits(self._source, np.concatenate(states))
+            kl = compare(float_logits(self._source, exact), near, [-1] * len(exact)).kl
+            if not kl <= LARGEST_KV_KL:
+                self._advance(f"no {name} cache: {kl:.3f} nats from float caches, expected at most {LARGEST_KV_KL}")
+                continue
+            graph = write_kv_graph(self._folder / spec.graph, bits, reference.kv_scales[bits])
+            graphs[name] = KVGraph(graph, max(0.0, kl))
+        return graphs
 
     def _compare(self, spec: BaseSpec, stored: StoredWeights) -> Comparison:
         """The comparison of the written base with the reference."""

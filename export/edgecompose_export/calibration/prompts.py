@@ -10,8 +10,9 @@ from edgecompose_export.weights.source import WeightSource, linear_weights
 
 #: Pairs of a number of weights and the largest number of positions of calibration prompts for such a base.
 _POSITIONS = ((3_000_000_000, 400), (0, 4096))
-#: Texts that quantisation is calibrated on, and tokens of each.
+#: Texts that quantisation is calibrated on, and tokens of each; those of keys and values, which need less.
 _TEXTS, _TEXT_LENGTH = 6, 384
+_KV_TEXTS, _OPENING = 2, 6
 
 
 def calibration_prompts() -> list[str]:
@@ -43,3 +44,13 @@ def calibration_texts(tokenizer: Tokenizer) -> list[list[int]]:
     topics = pydoc_data.topics.topics
     names = sorted(topics, key=lambda name: -len(topics[name]))[:_TEXTS]
     return [tokenizer.encode_prompt(topics[name][: _TEXT_LENGTH * 8])[:_TEXT_LENGTH] for name in names]
+
+
+def kv_texts(tokenizer: Tokenizer, source: WeightSource) -> list[list[int]]:
+    """Token ids that keys and values are measured on beside calibration prompts: long texts, and many openings.
+
+    The first token of a sequence has keys and values like no other, and chat templates begin with the same one.
+    """
+    openings = [tokenizer.encode_prompt(text)[:_OPENING] for text in calibration_prompts()]
+    texts = [*calibration_texts(tokenizer)[:_KV_TEXTS], *openings]
+    return [text[: source.config.context] for text in texts if text]
