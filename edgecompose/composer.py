@@ -32,6 +32,8 @@ from edgecompose.timing import Timings
 Float = npt.NDArray[np.float32]
 #: Answers of a batch that are written together.
 _PARALLEL = 8
+#: The largest file of saved prompts.
+PROMPT_CACHE_BYTES = 1 << 30
 
 
 class Composer(Closing):
@@ -71,6 +73,31 @@ class Composer(Closing):
         """Load everything that an answer needs."""
         self.retriever.load()
         _ = (self.model.tokenizer, self.model.decoder, self.blends.merger)
+
+    def save_prompts(self, path: str | Path, *, limit: int = PROMPT_CACHE_BYTES) -> int:
+        """Write the prompts that were read to a file, so that another process need not read them; say how many.
+
+        It appears in one rename; the last of several writers wins. It holds the texts of the prompts.
+
+        Args:
+            limit: bytes of the largest file; what was used longest ago is left out.
+
+        Raises:
+            GenerationError: the device is no CPU.
+            OSError: the file cannot be written.
+        """
+        return self.model.save_prompts(Path(path), limit=limit)
+
+    def load_prompts(self, path: str | Path, *, limit: int = PROMPT_CACHE_BYTES) -> int | None:
+        """Read what `save_prompts` wrote, and say how many prompts that are: answers are the same, and begin earlier.
+
+        None where they were read with another base, KV cache, ONNX Runtime or processor. They are not used then, and
+        those of another blend are never used for this one.
+
+        Raises:
+            GenerationError: the device is no CPU; or the file cannot be read, is larger than `limit`, or is damaged.
+        """
+        return self.model.load_prompts(Path(path), limit=limit)
 
     @property
     def default_merge(self) -> MergeSettings:

@@ -23,10 +23,13 @@ from edgecompose.cli.options import (
     device_option,
     generation_options,
     json_option,
+    kept_prompts,
     kv_cache_option,
     merge_options,
     open_composer,
     print_json,
+    prompt_cache_bytes_option,
+    prompt_cache_option,
     request_of,
     retrieval_options,
 )
@@ -70,6 +73,8 @@ A blank before a / sends it as a message."""
 @click.option("--explain", is_flag=True, help="Explain each answer on standard error.")
 @device_option
 @kv_cache_option
+@prompt_cache_option
+@prompt_cache_bytes_option
 @json_option
 def chat(
     bundle: Path, system: str | None, explain: bool, device: str, kv_cache: str, as_json: bool, **options: Any
@@ -83,7 +88,8 @@ def chat(
     edgecompose chat models/demo
     printf 'Hello!\\nWho are you?\\n' | edgecompose chat models/demo --json
     """
-    with open_composer(bundle, device, kv_cache=kv_cache) as composer:
+    file, limit = options.pop("prompt_cache"), options.pop("prompt_cache_bytes")
+    with open_composer(bundle, device, kv_cache=kv_cache) as composer, kept_prompts(composer, file, limit):
         talk = Chat(composer, request_of(composer, {**options, "truncate": True}), system=system)
         if not sys.stdin.isatty():
             _Session(talk, PipedMessages(), explain=explain, as_json=as_json).run()

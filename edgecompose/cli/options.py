@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
@@ -49,6 +50,19 @@ kv_cache_option = click.option(
     show_default=True,
     help="Keys and values of tokens that were read and written. int8 takes a quarter of the memory; 'inspect' shows "
     "which the base has, and how near they are. CPU only.",
+)
+prompt_cache_option = click.option(
+    "--prompt-cache",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Keep prompts that were read in this file, so that the next start answers them, and those that begin alike, "
+    "sooner. It holds their texts. CPU only.",
+)
+prompt_cache_bytes_option = click.option(
+    "--prompt-cache-bytes",
+    type=click.IntRange(1),
+    default=1 << 30,
+    show_default=True,
+    help="Largest file of --prompt-cache; what was used longest ago leaves first.",
 )
 form_option = click.option(
     "--raw/--chat",
@@ -185,6 +199,30 @@ def open_composer(bundle: Path, device: str, *, in_memory: bool = False, kv_cach
     if device == "auto" and composer.device.kind == "cpu" and has_cuda_provider():
         click.echo(f"edgecompose: {composer.device.reason}", err=True)
     return composer
+
+
+@contextmanager
+def kept_prompts(composer: Composer, path: Path | None, limit: int) -> Iterator[None]:
+    """Read the prompts of a file before the block, if there is one, and write them after it, if it ends well.
+
+    Raises:
+        GenerationError: the file cannot be read, or is damaged.
+        OSError: it cannot be written.
+    """
+    if path is None:
+        yield
+        return
+    if path.exists() and composer.load_prompts(path, limit=limit) is None:
+        click.echo(
+            f"edgecompose: '{path}' is of another base, KV cache, ONNX Runtime or processor, and is replaced",
+            err=True,
+        )
+    try:
+        yield
+    except click.exceptions.Exit:  # how a server ends
+        composer.save_prompts(path, limit=limit)
+        raise
+    composer.save_prompts(path, limit=limit)
 
 
 def request_of(composer: Composer, options: Mapping[str, Any], *, methods: Collection[str] = ()) -> Request:

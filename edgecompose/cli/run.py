@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from edgecompose.cli.options import (
     form_option,
     generation_options,
     json_option,
+    kept_prompts,
     kv_cache_option,
     merge_options,
     no_sampling,
@@ -22,6 +24,8 @@ from edgecompose.cli.options import (
     print_json,
     print_lines,
     prompt_argument,
+    prompt_cache_bytes_option,
+    prompt_cache_option,
     read_prompt,
     request_of,
     retrieval_options,
@@ -46,6 +50,8 @@ from edgecompose.request import Answer
 @click.option("--explain", is_flag=True, help="Explain the answer on standard error.")
 @device_option
 @kv_cache_option
+@prompt_cache_option
+@prompt_cache_bytes_option
 @json_option
 def run(
     bundle: Path, prompt: str | None, explain: bool, device: str, kv_cache: str, as_json: bool, **options: Any
@@ -59,8 +65,9 @@ def run(
     edgecompose run models/demo "Is it true?" --choices yes,no --json
     """
     text = read_prompt(prompt)
-    with open_composer(bundle, device, kv_cache=kv_cache) as composer:
-        request = request_of(composer, options)
+    file, limit = options.pop("prompt_cache"), options.pop("prompt_cache_bytes")
+    with open_composer(bundle, device, kv_cache=kv_cache) as composer, kept_prompts(composer, file, limit):
+        request = dataclasses.replace(request_of(composer, options), prompt_cache=file is not None)
         streams = not as_json
         with composer.generate(text, request) as generation:
             composer.release_embedder()

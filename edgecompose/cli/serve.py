@@ -16,9 +16,12 @@ from edgecompose.cli.options import (
     bundle_argument,
     device_option,
     json_option,
+    kept_prompts,
     kv_cache_option,
     open_composer,
     print_json,
+    prompt_cache_bytes_option,
+    prompt_cache_option,
 )
 from edgecompose.server.batch import answer_calls, read_calls
 from edgecompose.server.config import CallLimits, ServerSettings, read_key, server_names, server_origins
@@ -86,6 +89,8 @@ def batch(bundle: Path, calls: Path, output: Path, device: str, kv_cache: str, a
 @click.option("--stdio", is_flag=True, help="Answer JSON-RPC lines on standard input instead, for a parent process.")
 @device_option
 @kv_cache_option
+@prompt_cache_option
+@prompt_cache_bytes_option
 def serve(bundle: Path, device: str, kv_cache: str, stdio: bool, **options: Any) -> None:
     """Serve the OpenAI API, and a chat page, to programs on this machine.
 
@@ -103,7 +108,11 @@ def serve(bundle: Path, device: str, kv_cache: str, stdio: bool, **options: Any)
         active=options["active"],
         queue=options["queue"],
     )
-    with open_composer(bundle, device, in_memory=True, kv_cache=kv_cache) as composer:
+    file, limit = options["prompt_cache"], options["prompt_cache_bytes"]
+    with (
+        open_composer(bundle, device, in_memory=True, kv_cache=kv_cache) as composer,
+        kept_prompts(composer, file, limit),
+    ):
         if not stdio:
             code = run_server(composer, settings, host=options["host"], port=options["port"], ready=_say_where)
             click.get_current_context().exit(code)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -243,6 +244,17 @@ def has_cuda_provider() -> bool:
 def runtime_version() -> str:
     """Version of ONNX Runtime."""
     return str(onnxruntime.__version__)
+
+
+def processor() -> str:
+    """Names the kind of CPU, as far as the system says: kernels of another kind round otherwise."""
+    cpuinfo = Path("/proc/cpuinfo")
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # another system
+        return f"{platform.machine()} {platform.processor()}"
+    kept = {line for line in lines if line.partition("\t")[0].strip(" :") in ("model name", "flags", "Features")}
+    return "\n".join([platform.machine(), *sorted(kept)])
 
 
 def telemetry_disabled() -> bool:

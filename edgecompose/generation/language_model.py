@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Generator, Iterable, Sequence
+from pathlib import Path
 
 from edgecompose.bundle.files import Bundle
 from edgecompose.bundle.specs import KVCacheType
 from edgecompose.caching import Lazy, LazyParts, LruCache
 from edgecompose.engine.decoding.decoder import Decoder, FusedDecoder, decoder_graph
 from edgecompose.engine.decoding.decoder_state import DecoderState, Float, check_capacity
-from edgecompose.engine.device import Device
+from edgecompose.engine.decoding.saved_prompt import CacheLayout, read_prompts, write_prompts
+from edgecompose.engine.device import Device, processor, runtime_version
 from edgecompose.engine.fusing import FusedWeights, Fuser, fused_bytes, require_fusing
 from edgecompose.engine.graph_file import graph_path
 from edgecompose.engine.memory import release_freed_memory
@@ -210,6 +214,44 @@ class LanguageModel(LazyParts):
             self._prompts.put(prompt.read_pass())
         return prompt is not None
 
+    def save_prompts(self, path: Path, *, limit: int) -> int:
+        """Write the prompts that were read under attached blends to a file, the last ones, and say how many.
+
+        Args:
+            limit: bytes of the largest file.
+
+        Raises:
+            GenerationError: the device is no CPU.
+            OSError: the file cannot be written.
+        """
+        layout, prompts = self._layout(), self._prompts.save(limit)
+        write_prompts(path, prompts, layout)
+        return len(prompts)
+
+    def load_prompts(self, path: Path, *, limit: int) -> int | None:
+        """Read the file that `save_prompts` wrote; None where its prompts were read by another base or machine.
+
+        Raises:
+            GenerationError: the device is no CPU; or the file cannot be read, is larger than `limit`, or is damaged.
+        """
+        layout = self._layout()
+        prompts = read_prompts(path, layout, limit=limit)
+        if prompts is not None:
+            self._prompts.load(prompts, pass_tokens=layout.pass_tokens)
+        return None if prompts is None else len(prompts)
+
+    def _layout(self) -> CacheLayout:
+        """The layout of caches, with the identity of all that computes them: graph, weights, kernels, processor."""
+        if self._device.kind != "cpu":
+            raise GenerationError(
+                f"a prompt cache is saved on a CPU only, and the device is {self._device.kind}; leave out "
+                "--prompt-cache, or use --device cpu"
+            )
+        files = self._bundle.manifest.files
+        names = [self._graph, f"{self._spec.graph}.data"]
+        parts = [*(files[name].sha256 for name in names if name in files), runtime_version(), processor()]
+        return self.decoder.layout(hashlib.sha256(json.dumps(parts).encode()).hexdigest())
+
     def choose(
         self, encoded: Encoded, choices: Sequence[Sequence[int]], blend: Blend, timings: Timings
     ) -> Generator[Chunk, None, list[float]]:
@@ -231,9 +273,13 @@ class LanguageModel(LazyParts):
             decoder = self.fused_decoder if isinstance(blend, FusedWeights) else self.decoder
         logits = None
         with timings.stage("prefill"):
-            taken = self._prompts.take(blend.digest, ids) if cached else None
+
+            def start() -> DecoderState:
+                return decoder.start(blend, capacity, reserve=reserve)  # type: ignore[arg-type]  # its own kind
+
+            taken = self._prompts.take(blend.digest, ids, start) if cached else None
             if taken is None:
-                state = decoder.start(blend, capacity, reserve=reserve)  # type: ignore[arg-type]  # its own kind
+                state = start()
             else:
                 state, logits = taken
                 state.extend(capacity)

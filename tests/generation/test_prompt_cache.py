@@ -32,6 +32,10 @@ class Sequence:
         self.tokens += ids
 
 
+def fresh() -> DecoderState:
+    raise AssertionError("nothing was saved")
+
+
 def cached(composition: str, tokens: list[int]) -> CachedPrompt:
     """A prompt that was answered."""
     state = cast(DecoderState, Sequence(composition, tokens + ANSWER))
@@ -65,17 +69,17 @@ def test_whole_passes_of_the_prompt_are_reused_or_all_of_it(prompt: list[int], i
 def test_the_longest_prefix_under_the_same_blend_is_taken_once() -> None:
     cache = PromptCache()
     short, long, foreign = stored(cache, "a", LONG[:20]), stored(cache, "a", LONG[:30]), stored(cache, "b", LONG)
-    assert cache.take("a", LONG) == (long, None) and long.tokens == LONG[:24]
-    assert cache.take("a", [*LONG[:18], 99]) == (short, None) and short.tokens == LONG[:16]
-    assert cache.take("a", LONG) is None
-    taken = cache.take("b", LONG)
+    assert cache.take("a", LONG, fresh) == (long, None) and long.tokens == LONG[:24]
+    assert cache.take("a", [*LONG[:18], 99], fresh) == (short, None) and short.tokens == LONG[:16]
+    assert cache.take("a", LONG, fresh) is None
+    taken = cache.take("b", LONG, fresh)
     assert taken is not None and taken[0] is foreign
 
 
 def test_the_same_prompt_again_is_not_read_again() -> None:
     cache = PromptCache()
     whole = stored(cache, "a", LONG[:21])
-    taken = cache.take("a", LONG[:21])
+    taken = cache.take("a", LONG[:21], fresh)
     assert taken is not None and taken[0] is whole and whole.tokens == LONG[:21]
     assert taken[1] is not None and taken[1].tolist() == [21]
 
@@ -83,7 +87,7 @@ def test_the_same_prompt_again_is_not_read_again() -> None:
 def test_the_tokens_of_an_answer_are_read_again() -> None:
     cache = PromptCache()
     state = stored(cache, "a", LONG[:PASS])
-    assert cache.take("a", [*LONG[:PASS], *ANSWER, 5, 6, 7, 8, 9, 10, 11]) == (state, None)
+    assert cache.take("a", [*LONG[:PASS], *ANSWER, 5, 6, 7, 8, 9, 10, 11], fresh) == (state, None)
     assert state.tokens == LONG[:PASS]
 
 
@@ -95,10 +99,10 @@ def test_what_an_answer_wrote_is_read_again_a_pass_at_a_time(length: int) -> Non
     for done in range(length // PASS, len(LONG) // PASS):
         assert cached_count(cache) == done
         taken = cache.take_behind()
-        assert taken is not None and cache.take("a", LONG) is None
+        assert taken is not None and cache.take("a", LONG, fresh) is None
         cache.put(taken.read_pass())
     assert cache.take_behind() is None
-    assert cache.take("a", [*LONG, 99]) == (prompt.state, None)
+    assert cache.take("a", [*LONG, 99], fresh) == (prompt.state, None)
     assert prompt.state.tokens == LONG
 
 
@@ -112,7 +116,7 @@ def test_the_oldest_are_forgotten() -> None:
     cache = PromptCache(2)
     for first in range(3):
         stored(cache, "a", [first, *LONG])
-    assert cache.take("a", [0, *LONG]) is None
-    assert cache.take("a", [1, *LONG]) is not None
+    assert cache.take("a", [0, *LONG], fresh) is None
+    assert cache.take("a", [1, *LONG], fresh) is not None
     cache.clear()
-    assert cache.take("a", [2, *LONG]) is None
+    assert cache.take("a", [2, *LONG], fresh) is None

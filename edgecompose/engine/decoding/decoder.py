@@ -13,6 +13,7 @@ from edgecompose.engine.decoding.batch import Batch
 from edgecompose.engine.decoding.decoder_state import DecoderState, check_capacity
 from edgecompose.engine.decoding.kv_cache import cache_dtype, cache_width
 from edgecompose.engine.decoding.pass_queue import PassQueue
+from edgecompose.engine.decoding.saved_prompt import CacheLayout
 from edgecompose.engine.decoding.single import Blend, Single
 from edgecompose.engine.device import Device, Session, open_session
 from edgecompose.engine.fusing import FusedWeights, require_fusing, weight_axes
@@ -75,6 +76,23 @@ class Decoder:
         check_graph(self._session, "decoder", inputs, _output_axes(spec, width))
         self._sequences = _Sequences(self._session, spec, device, Batch(self._session, spec, device))
 
+    def layout(self, identity: str) -> CacheLayout:
+        """What the caches of this decoder are like.
+
+        Args:
+            identity: as in `CacheLayout`; with that of the decoder's files.
+        """
+        spec, dtype = self._sequences.spec, cache_dtype(self._session)
+        return CacheLayout(
+            identity=identity,
+            layers=spec.layers,
+            heads=spec.kv_heads,
+            width=cache_width(spec, dtype),
+            dtype=dtype,
+            vocabulary=spec.vocabulary,
+            pass_tokens=_CHUNKS[self._sequences.device.kind],
+        )
+
     def start(self, adapter: MergedAdapter, capacity: int, *, reserve: int | None = None) -> DecoderState:
         """Begin a sequence of at most `capacity` tokens under one blend.
 
@@ -119,13 +137,13 @@ class _Sequences:
         self, session: Session, spec: BaseSpec, device: Device, batch: Batch | None, *, most_idle: int = _IDLE
     ) -> None:
         self.spec, self.queue = spec, PassQueue(batch)
-        self._session, self._device, self._most_idle = session, device, most_idle
+        self._session, self.device, self._most_idle = session, device, most_idle
         self._idle: list[Single] = []
         self._lock = threading.RLock()  # a sequence may be collected, and give back what it held, at any moment
 
     def start(self, blend: Blend, capacity: int, reserve: int | None) -> DecoderState:
         check_capacity(capacity, self.spec)
-        state = DecoderState(self, blend, capacity=capacity, chunk=_CHUNKS[self._device.kind])
+        state = DecoderState(self, blend, capacity=capacity, chunk=_CHUNKS[self.device.kind])
         weakref.finalize(state, self._give_all, state.holding).atexit = False
         state.hold().cache.grow(capacity if reserve is None else min(capacity, reserve), lengths=[0])
         return state
@@ -137,7 +155,7 @@ class _Sequences:
             if match is not None:
                 self._idle = [single for single in self._idle if single is not match]
                 return match
-        return Single(self._session, self.spec, self._device, blend)
+        return Single(self._session, self.spec, self.device, blend)
 
     def give(self, single: Single) -> None:
         with self._lock:

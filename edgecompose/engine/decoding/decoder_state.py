@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -187,6 +187,27 @@ class DecoderState:
         logits = self.hold().run(row, together=together, long=self._long)
         self.tokens += ids
         return logits
+
+    def save(self, length: int) -> npt.NDArray[Any] | None:
+        """Keys and values of the first `length` tokens, as `KVCache.read` gives them.
+
+        None where other frequencies would be used for so many tokens.
+        """
+        if length > self.length or self._long or (self._spec.long_from is not None and length > self._spec.long_from):
+            return None
+        return self.hold().cache.read(0, length=length)
+
+    def restore(self, tokens: Sequence[int], cache: npt.NDArray[Any]) -> None:
+        """Have read these tokens, whose keys and values `save` gave.
+
+        Raises:
+            GenerationError: an id outside the vocabulary, more tokens than the sequence may have, or too little memory.
+        """
+        self.rewind(0)
+        self._check(tokens)
+        self.hold().cache.grow(len(tokens), lengths=[0])
+        self.hold().cache.write(0, cache)
+        self.tokens += tokens
 
     def hold(self) -> Single:
         """What the sequence runs alone with."""

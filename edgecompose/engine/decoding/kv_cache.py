@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from edgecompose.bundle.specs import BaseSpec
 from edgecompose.engine.device import Device, IOBinding, OrtValue, Session, host
@@ -92,6 +94,32 @@ class KVCache:
         """Take the first `length` tokens of a row of another cache, or of this one."""
         for name in self._names():
             self._copy(self._buffers[name], row, source._buffers[name], source_row, length)
+
+    def read(self, row: int, *, length: int) -> npt.NDArray[Any]:
+        """A copy, on the host, of the first `length` tokens of a row; on a CPU only.
+
+        Returns:
+            (2 * layers, kv_heads, length, width), keys and values of each layer in turn.
+        """
+        values = np.empty((len(self._names()), self._spec.kv_heads, length, self._width), self._dtype)
+        for buffer, address, size in self._runs(row, values):
+            copy_memory(self._device, buffer, address, size=size)
+        return values
+
+    def write(self, row: int, values: npt.NDArray[Any]) -> None:
+        """Take the first tokens of a row from what `read` gave; there must be room."""
+        values = np.ascontiguousarray(values, self._dtype)
+        for buffer, address, size in self._runs(row, values):
+            copy_memory(self._device, address, buffer, size=size)
+
+    def _runs(self, row: int, values: npt.NDArray[Any]) -> Iterator[tuple[int, int, int]]:
+        """Where the tokens of each head lie in the buffers and in values, and how many bytes they take."""
+        token = values.itemsize * self._width
+        for number, name in enumerate(self._names()):
+            start = self._buffers[name].data_ptr()
+            for head in range(self._spec.kv_heads):
+                place = start + token * self.capacity * (row * self._spec.kv_heads + head)
+                yield place, values[number, head].ctypes.data, values[number, head].nbytes
 
     def bind(self, binding: IOBinding, rows: int) -> None:
         """Let a pass read and extend the first `rows` rows."""

@@ -56,7 +56,7 @@ def _largest_rotated(keys: Float, rotary: Rotary, context: int) -> Float:
     Returns:
         (kv_heads, head_size) float32.
     """
-    largest = np.abs(keys).max((0, 2))
+    largest = np.asarray(np.abs(keys).max((0, 2)), np.float32)
     if keys.shape[2] == 1:
         return largest
     pairs, later = rotary.pairs, keys[:, :, 1:]
