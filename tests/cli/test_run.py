@@ -31,6 +31,7 @@ def test_an_answer_as_json_has_the_documented_keys(bundle: Path) -> None:
         "neighbours",
         "distribution",
         "device",
+        "kv_cache",
         "timings_ms",
         "tokens",
         "finish",
@@ -172,3 +173,19 @@ def test_retrieve_shows_the_tasks(bundle: Path) -> None:
     assert (text.exit_code, text.stderr) == (0, "")
     assert "animals (example 0)" in text.stdout
     assert "adapters" in text.stdout
+
+
+def test_a_second_run_reads_nothing_of_a_prompt_that_is_kept_in_a_file(bundle: Path, tmp_path: Path) -> None:
+    options = ("--raw", "--adapter", "animals=1", "--max-tokens", "5", "--prompt-cache", tmp_path / "kept")
+    first, second = (result_of("run", bundle, PROMPT, *options) for _ in range(2))
+    assert first["answer"] == second["answer"]
+    assert (tmp_path / "kept").stat().st_size > 0
+    quantised = result_of("run", bundle, PROMPT, *options, "--kv-cache", "int8")
+    assert quantised["kv_cache"] == "int8"
+
+
+def test_a_file_that_is_no_prompt_cache_is_refused_and_stays(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("my notes", encoding="utf-8")
+    fault = fault_of("run", bundle, PROMPT, "--prompt-cache", tmp_path / "notes")
+    assert "is damaged, or no such file" in fault and "give another file" in fault
+    assert (tmp_path / "notes").read_text(encoding="utf-8") == "my notes"
