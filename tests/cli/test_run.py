@@ -180,8 +180,9 @@ def test_a_second_run_reads_nothing_of_a_prompt_that_is_kept_in_a_file(bundle: P
     first, second = (result_of("run", bundle, PROMPT, *options) for _ in range(2))
     assert first["answer"] == second["answer"]
     assert (tmp_path / "kept").stat().st_size > 0
-    quantised = result_of("run", bundle, PROMPT, *options, "--kv-cache", "int8")
-    assert quantised["kv_cache"] == "int8"
+    quantised = call("run", bundle, PROMPT, *options, "--kv-cache", "int8", "--explain")
+    assert quantised.exit_code == 0 and "KV cache      int8" in quantised.stderr
+    assert "is of another base, KV cache, ONNX Runtime or processor, and is replaced" in quantised.stderr
 
 
 def test_a_file_that_is_no_prompt_cache_is_refused_and_stays(bundle: Path, tmp_path: Path) -> None:
