@@ -102,7 +102,7 @@ def test_keys_and_values_survive_a_copy(bundle: Path) -> None:
         cache = one.save(30)
         assert cache is not None
         other.restore(ids[:30], cache)
-        np.testing.assert_array_equal(other.save(30), cache)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(other.save(30), cache)
         assert other.tokens == ids[:30]
         assert int(other.forward(ids[30:])[0].argmax()) == int(expected[0].argmax())
         assert one.save(41) is None

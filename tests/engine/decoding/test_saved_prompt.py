@@ -74,7 +74,7 @@ def test_a_flipped_bit_never_gives_other_prompts(tmp_path: Path, place: int, bit
         # a flipped bit of a blend's name leaves a prompt that no blend takes
         assert list(ours.tokens) == list(theirs.tokens)
         np.testing.assert_array_equal(ours.cache, theirs.cache)
-        np.testing.assert_array_equal(ours.logits, theirs.logits)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(ours.logits, theirs.logits)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 7, 8, 40, 300, -1])
