@@ -18,8 +18,8 @@ from edgecompose.engine.device import Device, Session
 from edgecompose.engine.merged import MergedAdapter
 from edgecompose.engine.slots import bind_slots
 
-#: Memory that an empty batch keeps for the next.
-_IDLE_BYTES = 128 << 20
+#: Memory that an empty batch keeps for the next: fresh pages cost ten times what is copied into them.
+_IDLE_BYTES = 512 << 20
 #: Passes that a sequence may miss before it leaves its row to others.
 _MOST_MISSED = 4
 
@@ -78,10 +78,13 @@ class Batch:
         """Memory of caches and factors."""
         return self._cache.bytes + self._blends.bytes
 
-    def write(self, jobs: Sequence[tuple[Writer, Sequence[int]]]) -> list[Float]:
+    def write(self, jobs: Sequence[tuple[Writer, Sequence[int]]], *, expected: int = 1) -> list[Float]:
         """Append tokens to sequences; the logits after each, (tokens, vocabulary) of each sequence.
 
         All of them have, or will have, their keys under the same frequencies.
+
+        Args:
+            expected: how many sequences are likely to write soon.
 
         Raises:
             GenerationError: memory does not suffice for the caches.
@@ -100,7 +103,7 @@ class Batch:
             states.append(state)
             assert isinstance(state.blend, MergedAdapter), "fused weights are written one by one"
             blends.append(state.blend)
-        logits = self._run(rows, blends, long=jobs[0][0].is_long(len(jobs[0][1])))
+        logits = self._run(rows, blends, long=jobs[0][0].is_long(len(jobs[0][1])), expected=expected)
         ends = list(itertools.accumulate(row.kept for row in rows))
         parts = {id(s): logits[end - row.kept : end].copy() for s, row, end in zip(states, rows, ends, strict=True)}
         for state, tokens in jobs:
@@ -157,14 +160,14 @@ class Batch:
             self._rows.append(_Row(weakref.ref(state)))
             state.let_go()
 
-    def _run(self, rows: Sequence[PassRow], blends: Sequence[MergedAdapter], *, long: bool) -> Float:
+    def _run(self, rows: Sequence[PassRow], blends: Sequence[MergedAdapter], *, long: bool, expected: int) -> Float:
         runs = [(digest, len(list(run))) for digest, run in itertools.groupby(blend.digest for blend in blends)]
         shared = math.gcd(*(length for _, length in runs))  # so many sequences in a row have one blend
         most = max(len(row.ids) for row in rows)
         count, one = len(rows) // shared, blends[0]
         direct = count == 1 and is_padded(one)
         if not direct:
-            self._blends.place(blends[::shared])
+            self._blends.place(blends[::shared], expected=max(count, expected // shared))
         bound = (count, self._cache.version, one.digest if direct else self._blends.version)
         binding, earlier = self._passes.get(len(rows)) or (PassBinding(self._session, self._spec), None)
         if earlier != bound:

@@ -50,12 +50,17 @@ class BlendRows:
         """Size of the buffer."""
         return 0 if self._buffer is None else 4 * int(self._buffer.shape()[0])
 
-    def place(self, blends: Sequence[MergedAdapter]) -> None:
-        """Have the factors of these blends in these rows; those that are there already are not copied again."""
+    def place(self, blends: Sequence[MergedAdapter], *, expected: int = 1) -> None:
+        """Have the factors of these blends in these rows; those that are there already are not copied again.
+
+        Args:
+            expected: how many there are likely to be soon: room for more of them is made anew, which takes ten times as
+                long as to copy one.
+        """
         ranks = padded_ranks(blends)
         fits = self._ranks.keys() == ranks.keys() and all(r <= self._ranks[m] <= 2 * r for m, r in ranks.items())
         if not fits or len(blends) > len(self._blends):
-            self._lay_out(ranks, 1 << (len(blends) - 1).bit_length())
+            self._lay_out(ranks, 1 << (max(len(blends), expected) - 1).bit_length())
         for row, blend in enumerate(blends):
             held = self._blends[row]
             if held is None or held.digest != blend.digest:

@@ -18,6 +18,8 @@ from edgecompose.engine.decoding.pass_costs import PassCosts
 
 #: Sequences that write in one pass at most.
 MOST_ROWS = 32
+#: Time for reading while others write, as a multiple of theirs.
+_READING = 3
 #: How long the next pass waits for sequences that were in the last: a share of the time that it took, and seconds.
 _PATIENCE, _LONGEST_WAIT = 0.25, 0.02
 
@@ -48,7 +50,8 @@ class _Job:
 class PassQueue:
     """The passes of one decoder. Safe between threads.
 
-    While prompts are read and answers written, each kind gets half of the time. `costs` holds what passes that write
+    While prompts are read and answers written, reading gets three quarters of the time: the sooner a sequence writes, the
+    more share a pass. `costs` holds what passes that write
     took, by their number of tokens.
 
     Args:
@@ -61,6 +64,7 @@ class PassQueue:
         self._jobs: list[_Job] = []
         self._leading = False
         self._writers: weakref.WeakSet[QueuedSequence] = weakref.WeakSet()
+        self._active: weakref.WeakSet[QueuedSequence] = weakref.WeakSet()
         self._spent = {True: 0.0, False: 0.0}
         self._last_seconds = 0.0
         self.costs = PassCosts()
@@ -87,6 +91,7 @@ class PassQueue:
         """No longer write beside others: other passes do not wait for this sequence. Its first `keep` tokens stay."""
         with self._condition:
             self._writers.discard(state)
+            self._active.discard(state)
             self._condition.notify_all()
         self._exclusively(lambda: self._take_out(state, keep))
 
@@ -109,6 +114,7 @@ class PassQueue:
     def _result(self, job: _Job) -> Float:
         with self._condition:
             self._jobs.append(job)
+            self._active.add(job.state)
             self._condition.notify_all()
         try:
             while not job.done:
@@ -160,7 +166,7 @@ class PassQueue:
             writes = [job for job in self._jobs if not job.reads]
             if not reads or not writes:
                 self._spent = {True: 0.0, False: 0.0}
-            if reads and (not writes or self._spent[True] <= self._spent[False]):
+            if reads and (not writes or self._spent[True] <= _READING * self._spent[False]):
                 chosen = reads[:1]
             else:
                 long = writes[0].state.is_long(len(writes[0].ids))
@@ -190,7 +196,8 @@ class PassQueue:
         batch = self._batch
         if not jobs[0].reads and batch is not None and (len(jobs) > 1 or jobs[0].state in batch):
             try:
-                results = batch.write([(job.state, job.ids) for job in jobs])
+                expected = min(len(self._active), MOST_ROWS)
+                results = batch.write([(job.state, job.ids) for job in jobs], expected=expected)
             except Exception as error:
                 if len(jobs) == 1:
                     jobs[0].error = error
