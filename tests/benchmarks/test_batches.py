@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.generation import cache_memory
-from benchmarks.generation.batches import SHORT, decode_rate, measure_kind, write_batch
+from benchmarks.generation.batches import measure_kind, write_batch
 from benchmarks.generation.cache_memory import WRITTEN, cache_in_this_process, long_prompts
 from benchmarks.measuring.bundles import without_end_tokens
 from benchmarks.measuring.requests import KINDS, greedy_requests, numbered_prompts, weights_of
@@ -39,12 +39,6 @@ def test_the_requests_of_each_kind(kind: str, blends: int) -> None:
 
 def test_prompts_differ() -> None:
     assert len(set(numbered_prompts(40))) == 40
-
-
-@given(st.floats(0.01, 100), st.floats(0, 100), st.integers(1, 1000))
-def test_the_rate_leaves_out_what_short_answers_take_too(each: float, prompt: float, tokens: int) -> None:
-    seconds = {SHORT: [prompt, prompt + 1e3, prompt], 96: [prompt + each * tokens] * 3}  # one slow run does not count
-    assert decode_rate(seconds, tokens) == pytest.approx(1 / each, rel=1e-6)
 
 
 def test_a_copy_without_end_tokens_leaves_the_bundle_as_it_is(tmp_path: Path) -> None:

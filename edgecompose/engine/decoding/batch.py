@@ -19,7 +19,7 @@ from edgecompose.engine.merged import MergedAdapter
 from edgecompose.engine.slots import bind_slots
 
 #: Memory that an empty batch keeps for the next: fresh pages cost ten times what is copied into them.
-_IDLE_BYTES = 512 << 20
+_IDLE_BYTES = 1 << 30
 #: Passes that a sequence may miss before it leaves its row to others.
 _MOST_MISSED = 4
 

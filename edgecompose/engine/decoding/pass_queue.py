@@ -50,9 +50,8 @@ class _Job:
 class PassQueue:
     """The passes of one decoder. Safe between threads.
 
-    While prompts are read and answers written, reading gets three quarters of the time: the sooner a sequence writes, the
-    more share a pass. `costs` holds what passes that write
-    took, by their number of tokens.
+    While prompts are read and answers written, reading gets three quarters of the time: the sooner a sequence writes,
+    the more share a pass. `costs` holds what passes that write took, by their number of tokens.
 
     Args:
         batch: where several sequences write in one pass; None runs each alone.
