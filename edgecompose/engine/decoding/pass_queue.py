@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,6 +47,14 @@ class _Job:
         return self.result is not None or self.error is not None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Leaving:
+    """A sequence that wants to leave the batch, and how many of its tokens it keeps."""
+
+    state: QueuedSequence
+    keep: int
+
+
 class PassQueue:
     """The passes of one decoder. Safe between threads.
 
@@ -61,7 +69,8 @@ class PassQueue:
         self._batch = batch
         self._condition = threading.Condition()
         self._jobs: list[_Job] = []
-        self._leading = False
+        self._leader: int | None = None  # the thread that runs passes
+        self._leaving: list[_Leaving] = []
         self._writers: weakref.WeakSet[QueuedSequence] = weakref.WeakSet()
         self._active: weakref.WeakSet[QueuedSequence] = weakref.WeakSet()
         self._spent = {True: 0.0, False: 0.0}
@@ -87,28 +96,29 @@ class PassQueue:
             return len(self._writers.difference((state,)))
 
     def leave(self, state: QueuedSequence, *, keep: int) -> None:
-        """No longer write beside others: other passes do not wait for this sequence. Its first `keep` tokens stay."""
+        """No longer write beside others: other passes do not wait for this sequence. Its first `keep` tokens stay.
+
+        It leaves between two passes. A thread that runs them, and collects a sequence that nobody uses, does not wait.
+        """
         with self._condition:
             self._writers.discard(state)
             self._active.discard(state)
+            leaving = _Leaving(state, keep)
+            self._leaving.append(leaving)
             self._condition.notify_all()
-        self._exclusively(lambda: self._take_out(state, keep))
-
-    def clear(self) -> None:
-        """Give back the memory that no sequence uses."""
-        if self._batch is not None:
-            self._exclusively(self._batch.clear)
-
-    def _take_out(self, state: QueuedSequence, keep: int) -> None:
-        if self._batch is not None:
-            self._batch.leave(state, keep=keep)
-
-    def _exclusively(self, work: Callable[[], None]) -> None:
-        """Run something while no pass runs."""
-        with self._condition:
-            while self._leading:
+            if self._leader is None:
+                self._let_leave()
+            while leaving in self._leaving and self._leader != threading.get_ident():
                 self._condition.wait()
-            work()
+
+    def _let_leave(self) -> None:
+        """Take the sequences that want to leave out of the batch."""
+        while self._leaving:
+            leaving = self._leaving[0]
+            if self._batch is not None:
+                self._batch.leave(leaving.state, keep=leaving.keep)
+            self._leaving.remove(leaving)
+        self._condition.notify_all()
 
     def _result(self, job: _Job) -> Float:
         with self._condition:
@@ -120,10 +130,10 @@ class PassQueue:
                 with self._condition:
                     if job.done:
                         break
-                    if self._leading:
+                    if self._leader is not None:
                         self._condition.wait()
                         continue
-                    self._leading = True
+                    self._leader = threading.get_ident()
                 self._lead(job)
         except BaseException:  # Ctrl-C
             self._withdraw(job)
@@ -138,7 +148,7 @@ class PassQueue:
         with self._condition:
             if job in self._jobs:
                 self._jobs.remove(job)
-            while self._leading and not job.done:
+            while self._leader is not None and not job.done:
                 self._condition.wait()
 
     def _lead(self, job: _Job) -> None:
@@ -154,12 +164,14 @@ class PassQueue:
             with self._condition:
                 # after Ctrl-C in this thread: what it ran for others is still to be done
                 self._jobs = [other for other in chosen if not other.done and other is not job] + self._jobs
-                self._leading = False
+                self._let_leave()
+                self._leader = None
                 self._condition.notify_all()
 
     def _choose(self) -> list[_Job]:
         """Take the jobs of the next pass out of the queue."""
         with self._condition:
+            self._let_leave()
             self._await_writers()
             reads = [job for job in self._jobs if job.reads]
             writes = [job for job in self._jobs if not job.reads]

@@ -60,9 +60,6 @@ class FakeBatch:
     def leave(self, state: State, *, keep: int) -> None:
         self.inside.discard(id(state))
 
-    def clear(self) -> None:
-        self.log.append("cleared")
-
 
 def write(queue: PassQueue, state: State, count: int) -> None:
     for token in range(count):
@@ -84,7 +81,7 @@ def test_sequences_that_write_at_once_share_passes() -> None:
     assert all(state.tokens == list(range(30)) for state in states)
     whole = [entry for entry in log if entry == ("batch", tuple("012345"))]
     assert len(whole) >= 15, "most passes have all six"
-    assert not queue._jobs and not queue._leading
+    assert not queue._jobs and not queue._leader
 
 
 def test_one_that_is_slow_to_come_back_does_not_hold_the_others_up() -> None:
@@ -140,7 +137,7 @@ def test_an_error_is_that_of_the_sequence_that_it_befell() -> None:
             queue.write(bad, [1])  # type: ignore[arg-type]
 
     run(lambda: write(queue, good, 20), fail)
-    assert good.tokens == list(range(20)) and not bad.tokens and not queue._leading
+    assert good.tokens == list(range(20)) and not bad.tokens and not queue._leader
 
 
 def test_ctrl_c_in_the_thread_that_leads_ends_only_its_own_pass() -> None:
@@ -168,7 +165,40 @@ def test_ctrl_c_in_the_thread_that_leads_ends_only_its_own_pass() -> None:
             outcomes.append("interrupted")
 
     run(lambda: work(first), lambda: work(second))
-    assert sorted(outcomes) == ["done", "interrupted"] and not queue._jobs and not queue._leading
+    assert sorted(outcomes) == ["done", "interrupted"] and not queue._jobs and not queue._leader
+
+
+def test_one_that_is_collected_by_the_thread_that_runs_passes_leaves_without_waiting_for_itself() -> None:
+    log: list[Any] = []
+    batch = FakeBatch(log, 0.005)
+    queue = PassQueue(batch)  # type: ignore[arg-type]
+    states, dropped = [State(name, log) for name in ("a", "b")], State("dropped", log)
+    write_pass = batch.write
+
+    def collecting(jobs: Any, **options: Any) -> Any:
+        queue.leave(dropped, keep=0)  # type: ignore[arg-type]
+        return write_pass(jobs, **options)
+
+    batch.write = collecting  # type: ignore[method-assign]
+    batch.inside.add(id(dropped))
+    run(*(lambda state=state: write(queue, state, 12) for state in states))
+    assert not batch.inside and not queue._leaving and all(len(state.tokens) == 12 for state in states)
+
+
+def test_one_that_leaves_waits_for_a_pass_and_not_for_the_end_of_all_others() -> None:
+    log: list[Any] = []
+    queue = PassQueue(FakeBatch(log, 0.02))  # type: ignore[arg-type]
+    states, waited = [State(str(number), log) for number in range(6)], list[float]()
+
+    def leave() -> None:
+        time.sleep(0.1)
+        for _ in range(5):
+            began = time.perf_counter()
+            queue.leave(State("other", log), keep=0)  # type: ignore[arg-type]
+            waited.append(time.perf_counter() - began)
+
+    run(leave, *(lambda state=state: write(queue, state, 40) for state in states))
+    assert max(waited) < 0.5, "a pass takes 0.02 seconds, all of them 0.8 and more"
 
 
 def test_no_pass_has_more_rows_than_it_may_and_nobody_waits_forever() -> None:
@@ -194,5 +224,4 @@ def test_a_queue_without_a_batch_runs_each_alone() -> None:
     queue = PassQueue(None)
     states = [State(name, log) for name in ("a", "b")]
     run(*(lambda state=state: write(queue, state, 5) for state in states))
-    queue.clear()
     assert {kind for _, kind, _ in log} == {"alone"} and len(log) == 10
