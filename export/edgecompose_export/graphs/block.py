@@ -72,6 +72,7 @@ class _Block:
         self, graph: GraphWriter, config: DecoderConfig, weights: BlockWeights, *, layer: int, slots: bool
     ) -> None:
         self.graph, self.config, self.weights, self.layer, self.slots = graph, config, weights, layer, slots
+        self._tokens: dict[str, str] = {}  # the inputs of slots, by those of the modules
 
     def enter(self, hidden: str, pending: str | None, norm: str) -> tuple[str, str]:
         """Add the pending branch to the stream; return the input of the next part, and the stream."""
@@ -177,13 +178,14 @@ class _Block:
             extra_row: repeat the last row.
         """
         outputs: list[str] = []
-        tokens = self.graph.node("Reshape", [x, TOKENS], f"{x}/tokens") if self.slots else x
+        if self.slots and x not in self._tokens:  # where blocks are parallel, attention and MLP read the same input
+            self._tokens[x] = self.graph.node("Reshape", [x, TOKENS], f"{x}/tokens")
         for group in self.weights.groups(self.layer, modules):
             target = f"{self.layer}.{'+'.join(group)}"
             base = f"{target}/base" if self.slots else target
             product = self.weights.product(self.graph, self.layer, group, source=x, target=base)
             if self.slots:
-                deltas = [self.delta(module, tokens) for module in group]
+                deltas = [self.delta(module, self._tokens[x]) for module in group]
                 delta = (
                     deltas[0] if len(deltas) == 1 else self.graph.node("Concat", deltas, f"{target}/deltas", axis=-1)
                 )
