@@ -20,6 +20,8 @@ from edgecompose.engine.slots import bind_slots
 
 #: Memory that an empty batch keeps for the next: fresh pages cost ten times what is copied into them.
 _IDLE_BYTES = 1 << 30
+#: Beyond that, rows become shorter when all sequences need so many times less.
+_SHRINK = 4
 #: Passes that a sequence may miss before it leaves its row to others.
 _MOST_MISSED = 4
 
@@ -153,12 +155,24 @@ class Batch:
         most = max(map(len, ids.values()))  # the pass has so many tokens of each row, whatever it writes
         needs = [s.length + most for s in (*inside, *new) if s is not None]
         lengths = [0 if s is None else s.length for s in inside] + [0] * len(new)
+        if new and self._cache.bytes > _IDLE_BYTES and _SHRINK * (max(needs) + 1) <= self._cache.capacity:
+            self._shrink(lengths)
         self._cache.grow(max(needs), lengths=lengths)
         for state in new:
             if state.length:
                 self._cache.copy_row(len(self._rows), state.hold().cache, 0, length=state.length)
             self._rows.append(_Row(weakref.ref(state)))
             state.let_go()
+
+    def _shrink(self, lengths: Sequence[int]) -> None:
+        """Make the rows of the cache as long as their tokens need, where a long sequence has left."""
+        cache = KVCache(self._session, self._spec, self._device)
+        cache.grow(max(lengths), lengths=[0] * len(lengths))
+        for row, length in enumerate(lengths):
+            if length:
+                cache.copy_row(row, self._cache, row, length=length)
+        cache.version += self._cache.version  # what is bound to the old one is bound again
+        self._cache = cache
 
     def _run(self, rows: Sequence[PassRow], blends: Sequence[MergedAdapter], *, long: bool, expected: int) -> Float:
         runs = [(digest, len(list(run))) for digest, run in itertools.groupby(blend.digest for blend in blends)]

@@ -154,6 +154,25 @@ def test_a_sequence_that_is_dropped_or_stops_writing_gives_its_row_to_others(
         batch.leave(sequence.state, keep=0)
 
 
+def test_rows_become_shorter_when_a_long_sequence_has_left(
+    opened: Composer, blends: list[MergedAdapter], batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgecompose.engine.decoding.batch._IDLE_BYTES", 0)
+    first, long = Greedy(opened, blends[1], PROMPTS[0]), Greedy(opened, blends[2], [250, 3] * 200)
+    step(batch, [first, long])
+    before = batch._cache.capacity
+    batch.leave(long.state, keep=0)
+    second = Greedy(opened, blends[3], PROMPTS[2])
+    step(batch, [first, second])
+    assert batch._cache.capacity <= before // 4
+    step(batch, [first, second])
+    for sequence, blend, prompt in ((first, 1, 0), (second, 3, 2)):
+        batch.leave(sequence.state, keep=0)
+        np.testing.assert_array_equal(
+            sequence.logits, alone(opened, blends[blend], PROMPTS[prompt], len(sequence.logits) - 1)
+        )
+
+
 def test_a_batch_that_finds_no_memory_is_an_error_and_loses_nothing(
     opened: Composer, blends: list[MergedAdapter], batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
