@@ -60,7 +60,7 @@ class BlendRows:
         ranks = padded_ranks(blends)
         fits = self._ranks.keys() == ranks.keys() and all(r <= self._ranks[m] <= 2 * r for m, r in ranks.items())
         if not fits or len(blends) > len(self._blends):
-            self._lay_out(ranks, 1 << (max(len(blends), expected) - 1).bit_length())
+            self._lay_out(ranks, max(len(blends), expected))
         for row, blend in enumerate(blends):
             held = self._blends[row]
             if held is None or held.digest != blend.digest:
