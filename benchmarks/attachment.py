@@ -193,7 +193,7 @@ def measure_turns(variants: Mapping[str, Start], spec: BaseSpec, rounds: int) ->
             state.forward(ids[:PROMPT_TOKENS])
             middle = time.perf_counter()
             for token in ids[PROMPT_TOKENS:]:
-                state.forward([token])
+                state.step([token])
             end = time.perf_counter()
             if turn:
                 prefill[name].append((middle - start) * 1e3)

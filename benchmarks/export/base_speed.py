@@ -51,7 +51,7 @@ if adapters:
 state = decoder.start(blend, 2048, reserve=tokens + 64)
 logits = state.forward([265] * tokens)
 for _ in range(8):
-    logits = state.forward([int(logits[0].argmax())])
+    logits = state.step([int(logits[0].argmax())])
 resident, of_files = map(int, Path("/proc/self/statm").read_text().split()[1:3])
 print((resident - of_files) * os.sysconf("SC_PAGE_SIZE") / 1e6)
 """

@@ -110,7 +110,7 @@ def _greedy(decoder: Decoder, blend: MergedAdapter, ids: list[int]) -> list[int]
     state = decoder.start(blend, len(ids) + _COMPARED)
     written = [int(state.forward(ids)[0].argmax())]
     while len(written) < _COMPARED:
-        written.append(int(state.forward(written[-1:])[0].argmax()))
+        written.append(int(state.step(written[-1:])[0].argmax()))
     return written
 
 

@@ -18,7 +18,7 @@ def token_steps(decoder: Decoder, blend: MergedAdapter, ids: Sequence[int], *, c
         nonlocal token
         if state.length == capacity:
             state.rewind(len(ids))
-        token = int(state.forward([token])[0].argmax())
+        token = int(state.step([token])[0].argmax())
 
     return step
 
@@ -32,7 +32,7 @@ def answers(decoder: Decoder, blend: MergedAdapter, ids: Sequence[int], *, token
         state.rewind(len(ids))
         token = first
         for _ in range(tokens):
-            token = int(state.forward([token])[0].argmax())
+            token = int(state.step([token])[0].argmax())
 
     return write
 
